@@ -1,0 +1,1 @@
+"""When: the loops, the wiring and the command line; passes references only."""

@@ -1,0 +1,179 @@
+"""The ``rlhf`` command. Heavy imports stand inside the commands, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from rlhf_core.contracts.errors import RlhfError
+
+if TYPE_CHECKING:
+    from rlhf_core.contracts.config import RunConfig
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+console = Console()
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where the text world and its runs are kept.")] = Path(".quickstart"),
+) -> None:
+    """A whole run on a small embedded world: no download, a few minutes on two cores."""
+    _prepare_environment()
+    from flows.quickstart import quickstart as run_quickstart
+
+    run_quickstart(folder, console)
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    set_: SetOption = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="A new folder for the run.")] = None,
+) -> None:
+    """Train a policy with PPO."""
+    _prepare_environment()
+    from rlhf_core.contracts.config_io import load_config
+    from rlhf_core.contracts.run_folder import check_vacant
+
+    run_config = load_config(config, set_ or [])
+    run_dir = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_vacant(run_dir)
+    with console.status("checking the config, models and prompts"):
+        from rlhf_core.preflight import preflight
+
+        preflight(run_config)
+    from flows.ppo import train as train_flow
+
+    watch_run(run_dir, run_config, lambda: train_flow(run_config, str(run_dir)))
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    accept_drift: Annotated[
+        bool, typer.Option(help="Go on although machine, libraries, models or prompts differ.")
+    ] = False,
+) -> None:
+    """Continue a stopped run from its last committed stage."""
+    _prepare_environment()
+    from tasks.lifecycle import check_resumable
+
+    with console.status("checking the run, its models and prompts"):
+        run_config = check_resumable(str(run), accept_drift=accept_drift)
+    from flows.ppo import resume as resume_flow
+
+    watch_run(run, run_config, lambda: resume_flow(str(run), accept_drift))
+
+
+@app.command()
+def inspect(
+    run: RunArgument,
+    iteration: Annotated[int | None, typer.Option(min=0, help="Show one iteration.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Show the rows of one stage's artifact.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Show one response token by token.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows shown.")] = 20,
+) -> None:
+    """Look into a run: works while it is going."""
+    from flows.inspect import show_run
+
+    show_run(console, run, iteration=iteration, stage=stage, sample=sample, limit=limit)
+
+
+@app.command("config")
+def config_() -> None:
+    """Print a commented config with every knob."""
+    from rlhf_core.contracts.config_io import config_template
+
+    sys.stdout.write(config_template())
+
+
+@app.command()
+def check(config: ConfigOption, set_: SetOption = None) -> None:
+    """Check a config against its files and models; print the plan. Loads no weights."""
+    _prepare_environment()
+    from flows.inspect import show_plan
+    from rlhf_core.contracts.config_io import load_config
+    from rlhf_core.preflight import preflight
+
+    run_config = load_config(config, set_ or [])
+    with console.status("checking the config, models and prompts"):
+        plan = preflight(run_config)
+    show_plan(console, run_config, plan)
+
+
+def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
+    """Run a flow with live progress, then print its result."""
+    from flows.display import TerminalWatcher, print_result
+    from flows.progress import watched_by
+    from rlhf_core.contracts.run_folder import RunFolder
+    from rlhf_core.inspection import before_and_after, iteration_rows
+    from tasks.tracking import tracking_uri
+
+    assert callable(run)
+    done = 0
+    with suppress(RlhfError):
+        done = RunFolder.open(run_dir).num_finished()
+    try:
+        with TerminalWatcher(console, config.num_iterations, done) as terminal, watched_by(terminal):
+            run()
+    except KeyboardInterrupt:
+        console.print(f"[yellow]stopped[/]; continue with  rlhf resume {run_dir}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    folder = RunFolder.open(run_dir)
+    print_result(
+        console,
+        str(run_dir),
+        iteration_rows(folder),
+        before_and_after(folder),
+        kl_target=config.kl.target if config.kl.controller == "adaptive" else None,
+        tracking_uri=tracking_uri(folder),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a deliberate error is printed in one sentence each, with exit code 2."""
+    try:
+        app(arguments)
+    except RlhfError as error:
+        for line in str(error).splitlines():
+            Console(stderr=True).print(f"[red]error:[/] {escape(line)}" if not line.startswith(" ") else line, soft_wrap=True, highlight=False)  # fmt: skip
+        raise SystemExit(EXIT_MISTAKE) from None
+
+
+def escape(text: str) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+def _prepare_environment() -> None:
+    """Quiet and private defaults for the libraries; whatever the user has set stays."""
+    defaults = {
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors reach the terminal as exceptions, once
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,166 @@
+"""What a person sees in the terminal: live progress, and the result of a run as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+EDGE = 5
+"""Iterations averaged at the beginning and at the end."""
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The last values as a line of bars."""
+    shown = list(values)[-width:]
+    low, high = min(shown), max(shown)
+    return "".join(BARS[round((v - low) / (high - low) * 7)] if high > low else BARS[0] for v in shown)
+
+
+class TerminalWatcher:
+    """Shows stage, iteration, score, KL and β while a flow runs; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, num_iterations: int, num_done: int = 0) -> None:
+        self.console = console
+        self.history: list[Mapping[str, float]] = []
+        self._bar = Progress(
+            TextColumn("[bold]iteration"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[cyan]{task.fields[stage]}"),
+        )
+        self._task = self._bar.add_task("iterations", total=num_iterations, completed=num_done, stage="starting")
+        self._live = Live(self._render(), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> TerminalWatcher:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def stage_started(self, iteration: int, stage: str) -> None:
+        """Name the stage beside the bar."""
+        self._bar.update(self._task, stage=stage)
+        self._live.update(self._render())
+
+    def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Advance the bar; without a terminal, print a line."""
+        self.history.append(metrics)
+        self._bar.update(self._task, completed=iteration + 1)
+        self._live.update(self._render())
+        if not self.console.is_terminal:
+            self.console.print(
+                f"iteration {iteration:4d}  score {metrics['objective/scores']:7.3f}  "
+                f"kl {metrics['objective/kl']:6.2f}  beta {metrics['kl/beta']:.4f}  "
+                f"length {metrics['rollout/response_len']:5.1f}  {metrics['time/iteration_s']:.2f} s",
+                highlight=False,
+            )
+
+    def _render(self) -> Group:
+        if not self.history:
+            return Group(self._bar)
+        grid = Table.grid(padding=(0, 2))
+        for label, name, digits in (
+            ("score", "objective/scores", 3),
+            ("KL", "objective/kl", 2),
+            ("β", "kl/beta", 4),
+        ):
+            values = [metrics[name] for metrics in self.history]
+            grid.add_row(f"[bold]{label}", f"{values[-1]:.{digits}f}", Text(sparkline(values), style="green"))
+        return Group(self._bar, grid)
+
+
+def print_result(
+    console: Console, run_dir: str, rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]],
+    *, kl_target: float | None, tracking_uri: str,
+) -> None:  # fmt: skip
+    """The result of a run: first -> last, responses before and after, and what to do next."""
+    if rows:
+        console.print(_first_to_last(rows, kl_target))
+    if samples:
+        console.print(_before_and_after(samples))
+    console.print(Panel(next_commands(run_dir, tracking_uri), title="Next", title_align="left", expand=False))
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """Rows as a table: numbers to the right and short, long values cut."""
+    table = Table(title=title, title_justify="left", header_style="bold", expand=False)
+    for name in rows[0] if rows else ():
+        is_number = isinstance(rows[0][name], int | float)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    return table
+
+
+def next_commands(run_dir: str, tracking_uri: str) -> Text:
+    """The commands that open MLflow and the artifacts."""
+    where = tracking_uri if tracking_uri.startswith("http") else None
+    mlflow = where or f"mlflow server --backend-store-uri {tracking_uri} --host 127.0.0.1 --port 5000"
+    lines = [
+        ("compare runs in MLflow", mlflow),
+        ("look into the run", f"rlhf inspect {run_dir}"),
+        ("open an artifact", f"python -c \"import polars; print(polars.read_ipc('{run_dir}/iterations/000000/05_experience.arrow'))\""),
+        ("the picture", f"{run_dir}/report.png"),
+    ]  # fmt: skip
+    return Text("\n").join(Text.assemble((f"{what:24}", "bold"), command) for what, command in lines)
+
+
+def _first_to_last(rows: Sequence[Mapping[str, Any]], kl_target: float | None) -> Table:
+    edge = min(EDGE, max(1, len(rows) // 2))
+    table = Table(title=f"First → last (means of {edge} iterations)", title_justify="left", header_style="bold")
+    for name, justify in (("", "left"), ("first", "right"), ("last", "right"), ("change", "right"), ("", "left")):
+        table.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType]
+    for label, key, digits in (
+        ("score", "score", 3),
+        ("KL to the reference, nats", "kl", 2),
+        ("β", "beta", 4),
+        ("entropy, nats", "entropy", 1),
+        ("response length, tokens", "length", 1),
+        ("clip fraction", "clip_fraction", 3),
+        ("seconds an iteration", "seconds", 2),
+    ):
+        first = sum(row[key] for row in rows[:edge]) / edge
+        last = sum(row[key] for row in rows[-edge:]) / edge
+        note = f"target {kl_target:g} ({last / kl_target - 1:+.0%})" if key == "kl" and kl_target else ""
+        table.add_row(label, f"{first:.{digits}f}", f"{last:.{digits}f}", f"{last - first:+.{digits}f}", note)
+    return table
+
+
+def _before_and_after(samples: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Before and after: same prompts, same random numbers", title_justify="left", show_lines=True)
+    table.add_column("prompt", style="bold", ratio=2)
+    table.add_column("before", ratio=5)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("after", ratio=5)
+    table.add_column("score", justify="right", no_wrap=True)
+    for row in samples:
+        table.add_row(
+            Text(row["prompt"]),
+            Text(row["before"].strip()),
+            f"{row['score_before']:.2f}",
+            Text(row["after"].strip()),
+            f"{row['score_after']:.2f}",
+        )
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "…"

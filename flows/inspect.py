@@ -1,0 +1,101 @@
+"""Tables about a run or a plan, in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.display import table_of
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.inspection import (
+    artifact_rows,
+    iteration_rows,
+    latest_iteration,
+    sample_tokens,
+    stage_metrics,
+    stage_rows,
+)
+
+if TYPE_CHECKING:
+    from rlhf_core.preflight import Plan
+
+
+def show_run(
+    console: Console, path: Path, *, iteration: int | None, stage: str | None, sample: str | None, limit: int
+) -> None:
+    """Print a run, an iteration, an artifact or a response. Raises UserError for what is not there."""
+    run = RunFolder.open(path)
+    if sample is not None:
+        facts, tokens = sample_tokens(run, sample)
+        for name, value in facts.items():
+            console.print(f"[bold]{name:14}[/]", end="")
+            console.print(value, markup=False, highlight=False)
+        console.print(table_of(tokens))
+        return
+    if stage is not None:
+        where = latest_iteration(run) if iteration is None else iteration
+        console.print(table_of(artifact_rows(run, where, stage, limit), f"{stage}, iteration {where}"))
+        return
+    if iteration is not None:
+        rows = [{**row, "sha256": row["sha256"][:12]} for row in stage_rows(run, iteration)]
+        console.print(table_of(rows, f"iteration {iteration}"))
+        metrics = [{"metric": k, "value": v} for k, v in sorted(stage_metrics(run, iteration).items())]
+        console.print(table_of(metrics))
+        return
+    rows = iteration_rows(run)
+    finished, of = len(rows), run.config.num_iterations
+    if not rows:
+        console.print(f"{path}: no iteration of {of} is finished yet")
+        return
+    shown = rows if finished <= limit else rows[:: max(1, finished // limit)]
+    console.print(table_of(shown, f"{path}: {finished} of {of} iterations"))
+    console.print(f"checkpoints: {', '.join(f'{i:06d}' for i in run.checkpoints()) or 'none yet'}", highlight=False)
+
+
+def show_plan(console: Console, config: RunConfig, plan: Plan) -> None:
+    """Print the batch arithmetic, optimiser steps and memory of a run."""
+    prompts, ppo = config.prompts, config.ppo
+    minibatch = prompts.batch_size // ppo.num_minibatches
+    steps = ppo.num_ppo_epochs * ppo.num_minibatches
+    epochs = config.num_iterations * prompts.num_prompts / len(plan.prompt_set.entries)
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    for label, text in (
+        ("device", f"{plan.device}, {plan.num_threads} CPU threads, policy in {config.policy.dtype}"),
+        ("prompts", f"{len(plan.prompt_set.entries)} in the source, up to {plan.max_prompt_len} tokens each"),
+        (
+            "an iteration",
+            f"{prompts.num_prompts} prompts x {prompts.samples_per_prompt} = {prompts.batch_size} responses "
+            f"of up to {config.generation.max_new_tokens} tokens",
+        ),
+        (
+            "an update",
+            f"{ppo.num_ppo_epochs} epochs x {ppo.num_minibatches} minibatches of {minibatch} = {steps} optimiser "
+            f"steps, {-(-minibatch // (ppo.micro_batch_size or minibatch))} micro-batches each",
+        ),
+        (
+            "the run",
+            f"{config.num_iterations} iterations = {config.num_iterations * prompts.batch_size} episodes "
+            f"= {epochs:.2f} epochs of prompts, {config.num_iterations * steps} optimiser steps",
+        ),
+        ("β", f"{config.kl.coef:g}, {config.kl.controller}" + _target(config)),
+        ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
+        ("memory", _memory(plan)),
+    ):
+        table.add_row(f"[bold]{label}", text)
+    console.print(table)
+    console.print("[green]no problem found[/]")
+
+
+def _target(config: RunConfig) -> str:
+    if config.kl.controller == "fixed":
+        return ""
+    return f", target {config.kl.target:g} nats a response, horizon {config.kl.horizon:g} episodes"
+
+
+def _memory(plan: Plan) -> str:
+    parts = [f"{name} {count / 1e6:,.0f} MB" for name, count in plan.memory_bytes.items()]
+    return "\n".join([f"about {sum(plan.memory_bytes.values()) / 1e9:,.2f} GB, of which", *parts])

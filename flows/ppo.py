@@ -1,0 +1,91 @@
+"""The training flow: an iteration is six tasks, in the order of the algorithm.
+
+    prompts -> rollouts -> scores ─┐
+                     └-> ref log-probs ─┴-> experience -> update statistics + next policy
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.links import link_to_tracker, this_flow_run
+from flows.progress import watcher
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.run_folder import RunFolder
+from tasks.generate import generate
+from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
+from tasks.ppo_update import ppo_update
+from tasks.reference_logprobs import reference_logprobs
+from tasks.sample_prompts import sample_prompts
+from tasks.samples import compare_samples
+from tasks.score_rewards import score_rewards
+from tasks.shape_rewards import shape_rewards
+from tasks.tracking import Tracker, iteration_metrics
+
+
+@flow(name="ppo", flow_run_name="ppo", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)  # pyright: ignore[reportArgumentType]
+def train(config: RunConfig, run_dir: str | None = None) -> str:
+    """Train a policy with PPO.
+
+    Args:
+        config: every knob of the run.
+        run_dir: a new folder; default: ``runs/ppo-<date>-<time>``.
+    Returns: the run folder.
+    """
+    run_dir = run_dir or f"runs/ppo-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    start_run(config, run_dir)
+    return iterate(run_dir)
+
+
+@flow(name="ppo-resume", flow_run_name="ppo-resume", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)  # pyright: ignore[reportArgumentType]  # fmt: skip
+def resume(run_dir: str, accept_drift: bool = False) -> str:
+    """Continue a stopped run from its last committed stage.
+
+    Args:
+        run_dir: its folder.
+        accept_drift: go on although machine, libraries, models or prompts differ.
+    Returns: the run folder.
+    """
+    check_resumable(run_dir, accept_drift=accept_drift)
+    return iterate(run_dir)
+
+
+def iterate(run_dir: str) -> str:
+    """Run the iterations that are missing."""
+    run = RunFolder.open(Path(run_dir))
+    with run.locked():
+        tracker = Tracker(run, this_flow_run())
+        tracker.start()
+        try:
+            for iteration in range(run.num_finished(), run.config.num_iterations):
+                save_due_checkpoint(run_dir, iteration)
+                train_iteration(run_dir, iteration)
+                tracker.iteration_done(iteration)
+                watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
+            save_due_checkpoint(run_dir, run.config.num_iterations)
+            compare_samples(run_dir)
+        finally:
+            tracker.close()
+        link_to_tracker(tracker.page)
+    return run_dir
+
+
+def train_iteration(run_dir: str, iteration: int) -> None:
+    """One iteration: six tasks; the two that do not depend on each other run side by side."""
+    saw = watcher().stage_started
+    saw(iteration, "sample_prompts")
+    prompts = sample_prompts(run_dir, iteration)
+    saw(iteration, "generate")
+    rollouts = generate(run_dir, iteration, prompts)
+    saw(iteration, "score_rewards")
+    scoring = score_rewards.submit(run_dir, iteration, prompts, rollouts)
+    reference = reference_logprobs.submit(run_dir, iteration, prompts, rollouts)
+    scores, ref_logprobs = scoring.result(), reference.result()
+    saw(iteration, "shape_rewards")
+    experience = shape_rewards(run_dir, iteration, prompts, rollouts, scores, ref_logprobs)
+    saw(iteration, "ppo_update")
+    ppo_update(run_dir, iteration, prompts, rollouts, experience)

@@ -1,0 +1,46 @@
+"""How a flow tells whoever is watching where it stands. Silent unless someone watches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+
+class Watcher(Protocol):
+    """Someone who wants to know."""
+
+    def stage_started(self, iteration: int, stage: str) -> None:
+        """A stage begins."""
+
+    def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """An iteration is committed."""
+
+
+class Silent:
+    """Watches nothing: a flow run by a worker."""
+
+    def stage_started(self, iteration: int, stage: str) -> None:
+        """Ignored."""
+
+    def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Ignored."""
+
+
+_current: Watcher = Silent()
+
+
+def watcher() -> Watcher:
+    """Whoever watches this process."""
+    return _current
+
+
+@contextlib.contextmanager
+def watched_by(new: Watcher) -> Iterator[None]:
+    """Let someone watch the flows that run inside."""
+    global _current  # noqa: PLW0603 - one terminal a process, one watcher
+    before, _current = _current, new
+    try:
+        yield
+    finally:
+        _current = before

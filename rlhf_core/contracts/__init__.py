@@ -1,0 +1,1 @@
+"""What crosses a boundary: the config tree, Arrow schemas, artifact files, batches of tensors, errors."""

@@ -1,0 +1,224 @@
+"""Reading, overriding, printing and naming a config.
+
+YAML 1.2 by ruamel: ``1e-5`` is a number, ``no`` stays text, duplicate keys are refused; aliases and files
+above 1 MiB are refused here. Every problem of a config is reported at once, by field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent
+
+from rlhf_core.contracts.config import ModelReward, RunConfig
+from rlhf_core.contracts.errors import UserError
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply ``a.b=c`` overrides.
+
+    Args:
+        path: YAML file; an empty file gives all defaults.
+        overrides: ``dotted.key=value``, later ones win; numbers in the key reach into lists.
+    Raises:
+        UserError: the file or an override is unreadable, or the values are refused; all problems at once.
+    """
+    tree = parse_yaml(_read_text(path), origin=str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path} holds a {type(tree).__name__}; a mapping of sections is needed")
+    return build_config(cast("dict[str, Any]", tree), overrides)
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate a plain tree, with overrides applied. Raises UserError with every problem."""
+    values = cast("dict[str, Any]", json.loads(json.dumps(tree)))
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*_sentences(error)) from None
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Parse one YAML 1.2 document strictly. Raises UserError naming ``origin`` and the place."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        depth = 0
+        for event in cast("Iterator[Any]", yaml.parse(text)):  # pyright: ignore[reportUnknownMemberType]
+            if isinstance(event, AliasEvent):
+                raise UserError(f"{origin} uses a YAML alias (*name), which is not accepted; write the value out")
+            depth += type(event).__name__.endswith("StartEvent")
+            depth -= type(event).__name__.endswith("EndEvent")
+            if depth > MAX_DEPTH:
+                raise UserError(f"{origin} is nested more than {MAX_DEPTH} levels deep")
+        return cast("Any", YAML(typ="safe", pure=True).load(text))  # pyright: ignore[reportUnknownMemberType]
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = (error.problem or "not valid YAML").split("\n")[0].strip()
+        raise UserError(f"{origin} is not valid YAML{place}: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin} is not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def config_digest(config: RunConfig) -> str:
+    """Identity of a config: sha256 of its canonical JSON without ``tracking``, which changes no number."""
+    return digest_json(config.model_dump(exclude={"tracking"}))
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted, compact, NaN-free JSON: equal values, equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of the canonical JSON, in hex."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def config_template(config: RunConfig | None = None) -> str:
+    """Every knob with its default (or the value in ``config``) and its documentation, as YAML."""
+    out = io.StringIO()
+    out.write("# rlhf-flow: every knob, with its default. Lines may be left out.\n")
+    shown = config or RunConfig(reward={"components": [{"kind": "model"}]})  # pyright: ignore[reportArgumentType]
+    _write_section(out, shown, indent=0)
+    return out.getvalue()
+
+
+def flat_params(config: RunConfig) -> dict[str, Any]:
+    """``section.key`` -> value, lists flattened by index: what MLflow shows as params."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, child in cast("dict[str, Any]", value).items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, child in enumerate(cast("list[Any]", value)):
+                yield from walk(f"{prefix}.{index}", child)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump()))
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"--config {path} is not a file; `rlhf config > {path}` writes a template")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"--config {path} is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    key = key.strip()
+    if not sign or not key:
+        raise UserError(f"--set {override!r} is not of the form section.key=value")
+    parts = key.split(".")
+    node: Any = values
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        where = ".".join(parts[: depth + 1])
+        value = parse_yaml(text, origin=f"--set {key}") if last else {}
+        if isinstance(node, list):
+            items = cast("list[Any]", node)
+            if not part.isdecimal() or int(part) > len(items):
+                raise UserError(f"--set {key}: {where} does not exist; the list has {len(items)} items (from 0)")
+            if int(part) == len(items):
+                items.append(value)
+            elif last:
+                items[int(part)] = value
+            node = items[int(part)]
+        elif isinstance(node, dict):
+            table = cast("dict[str, Any]", node)
+            if last:
+                table[part] = value
+            elif table.get(part) is None:
+                table[part] = [] if parts[depth + 1].isdecimal() else {}
+            node = table[part]
+        else:
+            raise UserError(f"--set {key}: {'.'.join(parts[:depth])} is {node!r}, which has no keys")
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    sentences: list[str] = []
+    for detail in error.errors(include_url=False):
+        sentences += _sentence(detail)
+    return sentences
+
+
+def _sentence(detail: ErrorDetails) -> list[str]:
+    where = ".".join(str(part) for part in detail["loc"])
+    kind, value = detail["type"], detail["input"]
+    if kind == "value_error":  # our own validators already name field, value and remedy
+        return [s if "." in s.split(" ")[0] else f"{where}: {s}" for s in str(detail["ctx"]["error"]).split("\n")]
+    if kind == "extra_forbidden":
+        known = _known_keys(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return [f"{where} is not a known key; {hint}"]
+    shown = "missing" if kind == "missing" else repr(value)
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return [f"{where} is {shown}: {message}"]
+
+
+def _known_keys(loc: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in loc:
+        if isinstance(part, int) or part == "model" and model is RunConfig:
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        annotation = field.annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ModelReward
+    return list(model.model_fields)
+
+
+def _write_section(out: io.StringIO, section: BaseModel, indent: int, first: str = "") -> None:
+    pad = " " * indent
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        lead, first = (first or pad), ""
+        comment = f"  # {field.description}" if field.description else ""
+        if isinstance(value, BaseModel):
+            doc = (type(value).__doc__ or "").split("\n")[0]
+            out.write(f"{'' if indent else chr(10)}{lead}{name}:  # {doc}\n")
+            _write_section(out, value, indent + 2)
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            out.write(f"{lead}{name}:{comment}\n")
+            for item in cast("list[BaseModel]", value):
+                _write_section(out, item, indent + 4, first=f"{pad}  - ")
+        else:
+            choices = _choices(field.annotation)
+            comment = f"  # {choices}: {field.description or ''}".rstrip(": ") if choices else comment
+            out.write(f"{lead}{name}: {_scalar(value)}{comment}\n")
+        assert field.default is not PydanticUndefined, f"{name} has no default"
+
+
+def _choices(annotation: Any) -> str:
+    members = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, str)]
+    return " | ".join(members) if len(members) > 1 else ""
+
+
+def _scalar(value: Any) -> str:
+    return "null" if value is None else json.dumps(value)

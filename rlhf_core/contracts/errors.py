@@ -1,0 +1,53 @@
+"""Every error this project raises on purpose.
+
+    RlhfError
+    ├── UserError              a mistake in a config, a file or a model: one sentence each, exit code 2
+    ├── IntegrityError         an artifact, manifest or checkpoint is missing, foreign or damaged
+    ├── DriftError             a resumed run would not be the run that was stopped
+    ├── RunLockedError         another process is working on this run folder
+    └── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
+
+The command line prints the message of any of them without a traceback. ``ValueError`` is kept for a wrong
+argument of a public function, ``assert`` for a programmer's mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RlhfError(Exception):
+    """Base of every deliberate error."""
+
+
+class UserError(RlhfError):
+    """One or several mistakes of the user, reported together.
+
+    Args:
+        problems: one sentence each; a sentence names the field, the value, and what would be right.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        if not problems:
+            raise ValueError("a UserError needs at least one problem")
+        super().__init__("\n".join(problems))
+        self.problems: Sequence[str] = problems
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return type(self), tuple(self.problems)
+
+
+class IntegrityError(RlhfError):
+    """An artifact, manifest or checkpoint is missing, foreign or damaged."""
+
+
+class DriftError(RlhfError):
+    """The identity of a resumed run differs from the one it was started with."""
+
+
+class RunLockedError(RlhfError):
+    """Another process holds the lock of the run folder."""
+
+
+class NumericalError(RlhfError):
+    """A number that must not enter the computation; the message names rows and the likely cause."""

@@ -1,0 +1,57 @@
+"""What one iteration hands to the next, besides the weights: a few numbers, kept as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf_core.contracts.errors import IntegrityError
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where in the shuffled prompts the next iteration begins."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreMoments:
+    """Count, mean and sum of squared deviations of scores.
+
+    Example: the scores 1 and 3 have ``ScoreMoments(count=2, mean=2.0, m2=2.0)``
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where the loop stands before an iteration.
+
+    Example: ``LoopState(iteration=7, kl_coef=0.149, episodes=448, cursor=Cursor(0, 448))``
+    """
+
+    iteration: int
+    """The iteration that starts from this state."""
+    kl_coef: float
+    episodes: int = 0
+    cursor: Cursor = Cursor()
+    moments: ScoreMoments = ScoreMoments()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LoopState:
+        """From :meth:`to_json`. Raises IntegrityError for anything else."""
+        try:
+            parts = {"cursor": Cursor(**values["cursor"]), "moments": ScoreMoments(**values["moments"])}
+            return cls(**{**values, **parts})
+        except (TypeError, KeyError) as error:
+            raise IntegrityError(f"not a loop state: {error}") from None

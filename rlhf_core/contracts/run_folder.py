@@ -1,0 +1,114 @@
+"""The folder of a run: its layout, its lock, and where its loop stands.
+
+    RUN/run.json                        the config and the identity of the run
+    RUN/iterations/000007/01_….arrow    six artifacts, each with its manifest 01_….json
+    RUN/checkpoints/000010/             policy/, critic/, optimizer.safetensors, state.json, manifest.json
+    RUN/lock                            flock: one process at a time
+
+``checkpoints/000010`` is the state *before* iteration 10, that is after ten updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf_core.contracts.artifacts import Manifest, read_json, read_manifest, write_file
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import build_config, canonical_json
+from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
+from rlhf_core.contracts.loop_state import LoopState
+from rlhf_core.contracts.schemas import STAGES
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk: a reference that every task is given."""
+
+    path: Path
+    config: RunConfig
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunFolder:
+        """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
+        check_vacant(path)
+        record = {"config": config.model_dump(), "identity": dict(identity)}
+        write_file(path / "run.json", canonical_json(record) + b"\n")
+        return cls(path, config, dict(identity))
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises UserError if the folder holds none, IntegrityError if its record is damaged."""
+        record = path / "run.json"
+        if not record.is_file():
+            raise UserError(f"{path} is not a run folder: it has no run.json")
+        values = read_json(record.read_bytes(), origin=str(record))
+        if values.keys() != {"config", "identity"}:
+            raise IntegrityError(f"{record} is not the record of a run")
+        config = build_config(cast("dict[str, Any]", values["config"]))
+        return cls(path, config, cast("dict[str, Any]", values["identity"]))
+
+    def manifest(self, stage: str, iteration: int) -> Manifest | None:
+        """The commit record of a stage, or None."""
+        return read_manifest(self.path, stage, iteration)
+
+    def manifests(self, iteration: int) -> dict[str, Manifest]:
+        """The commit records of an iteration, in flow order."""
+        found = {stage: self.manifest(stage, iteration) for stage in STAGES}
+        return {stage: manifest for stage, manifest in found.items() if manifest is not None}
+
+    def num_finished(self) -> int:
+        """Iterations whose update is committed."""
+        folder = self.path / "iterations"
+        names = sorted((p.name for p in folder.iterdir() if p.name.isdecimal()), reverse=True) if folder.is_dir() else []
+        for name in names:
+            if self.manifest("ppo_update", int(name)) is not None:
+                return int(name) + 1
+        return 0
+
+    def state_before(self, iteration: int) -> LoopState:
+        """The loop state that an iteration starts from. Raises IntegrityError if its predecessor is not done."""
+        if iteration == 0:
+            return LoopState(iteration=0, kl_coef=self.config.kl.coef)
+        manifest = self.manifest("ppo_update", iteration - 1)
+        if manifest is None:
+            raise IntegrityError(f"iteration {iteration - 1} of {self.path} is not committed")
+        return LoopState.from_json(manifest.state)
+
+    def checkpoint_path(self, iteration: int) -> Path:
+        """Folder of the checkpoint taken before an iteration."""
+        return self.path / "checkpoints" / f"{iteration:06d}"
+
+    def checkpoints(self) -> list[int]:
+        """Iterations that have a committed checkpoint, ascending."""
+        folder = self.path / "checkpoints"
+        paths = folder.iterdir() if folder.is_dir() else []
+        return sorted(int(p.name) for p in paths if p.name.isdecimal() and (p / "manifest.json").is_file())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises RunLockedError at once if another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunLockedError(f"another process is working on {self.path}; wait for it, or stop it") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def check_vacant(path: Path) -> None:
+    """Raise UserError unless a new run may begin in this folder."""
+    if (path / "run.json").exists():
+        raise UserError(f"--run-dir {path} already holds a run; continue it with `rlhf resume {path}`")
+    if path.exists() and (not path.is_dir() or any(p.name != "lock" for p in path.iterdir())):
+        raise UserError(f"--run-dir {path} is not an empty folder; choose a new one")

@@ -1,0 +1,88 @@
+"""What a run is made of: two runs of equal identity produce equal artifacts, byte for byte.
+
+Threads, library versions, instruction set, models, prompts, config and this package's own source all change
+bits. A resumed run whose identity differs is refused with the difference, or told to accept it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from rlhf_core.contracts.artifacts import hash_file
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import config_digest, digest_json
+from rlhf_core.models.devices import resolve_device, resolve_num_threads
+from rlhf_core.prompts.sources import PromptSet
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
+
+
+def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
+    """Everything that decides a run's numbers, as plain JSON.
+
+    Args:
+        config: of the run.
+        prompt_set: its prompts.
+    Returns: a tree of strings and numbers; its digest stands in every artifact.
+    """
+    device = resolve_device(config.device)
+    models = {"policy": config.policy.model, "reference": config.reference_model}
+    models |= {name: c.model for name, c in zip(config.reward.names, config.reward.components, strict=True)}
+    return {
+        "config": config_digest(config),
+        "source": source_digest(),
+        "prompts": prompt_set.digest,
+        "models": {name: model_digest(model) for name, model in models.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": resolve_num_threads(config.num_threads),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """sha256 of an identity."""
+    return digest_json(dict(identity))
+
+
+def identity_drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each entry that differs: ``num_threads: 2 -> 4``."""
+    flat_then, flat_now = _flatten(then), _flatten(now)
+    return [
+        f"{key}: {flat_then.get(key, 'absent')} -> {flat_now.get(key, 'absent')}"
+        for key in sorted(flat_then.keys() | flat_now.keys())
+        if flat_then.get(key) != flat_now.get(key)
+    ]
+
+
+@functools.cache
+def source_digest() -> str:
+    """sha256 over the source of ``rlhf_core``, the part that decides numbers."""
+    root = Path(__file__).parent
+    return digest_json({str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))})
+
+
+@functools.cache
+def model_digest(name: str) -> str:
+    """sha256 over the files of a model folder; the name itself of a hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    kept = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    return digest_json({p.name: hash_file(p) for p in sorted(folder.iterdir()) if p.suffix in kept})
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

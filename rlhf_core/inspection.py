@@ -1,0 +1,138 @@
+"""What a run folder says, as plain rows: works while the run is going, and needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_core.contracts.artifacts import Manifest, read_artifact, read_json
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+
+Row = dict[str, Any]
+
+
+def iteration_rows(run: RunFolder) -> list[Row]:
+    """One row a finished iteration: its main numbers."""
+    rows: list[Row] = []
+    for iteration in range(run.num_finished()):
+        manifests = run.manifests(iteration)
+        metrics = {k: v for manifest in manifests.values() for k, v in manifest.metrics.items()}
+        rows.append(
+            {
+                "iteration": iteration,
+                "score": metrics["objective/scores"],
+                "kl": metrics["objective/kl"],
+                "beta": metrics["kl/beta"],
+                "entropy": metrics["objective/entropy"],
+                "length": metrics["rollout/response_len"],
+                "eos_rate": metrics["rollout/eos_rate"],
+                "clip_fraction": metrics["policy/clipfrac_avg"],
+                "seconds": sum(manifest.timing["total_s"] for manifest in manifests.values()),
+            }
+        )
+    return rows
+
+
+def stage_rows(run: RunFolder, iteration: int) -> list[Row]:
+    """One row a stage of an iteration: its file, rows, digest and seconds. Raises UserError if there is none."""
+    manifests = _manifests(run, iteration)
+    return [
+        {
+            "stage": stage,
+            "file": manifest.artifact.path,
+            "rows": manifest.artifact.rows,
+            "bytes": (run.path / manifest.artifact.path).stat().st_size,
+            "sha256": manifest.artifact.sha256,
+            "seconds": manifest.timing["total_s"],
+        }
+        for stage, manifest in manifests.items()
+    ]
+
+
+def stage_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
+    """All metrics of an iteration by name. Raises UserError if there is no such iteration."""
+    return {k: v for manifest in _manifests(run, iteration).values() for k, v in manifest.metrics.items()}
+
+
+def artifact_rows(run: RunFolder, iteration: int, stage: str, limit: int) -> list[Row]:
+    """The first rows of an artifact. Raises UserError for an unknown stage or iteration."""
+    if stage not in STAGES:
+        raise UserError(f"--stage {stage} is not a stage; stages: {', '.join(STAGES)}")
+    manifests = _manifests(run, iteration)
+    if stage not in manifests:
+        raise UserError(f"--stage {stage} of iteration {iteration} is not committed yet; committed: {', '.join(manifests)}")
+    return read_artifact(run.path, manifests[stage].artifact).slice(0, limit).to_pylist()
+
+
+def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
+    """One response: its facts, and one row a token.
+
+    Raises: UserError if the id is malformed, or not in the run.
+    """
+    iteration = _iteration_of(sample_id)
+    manifests = _manifests(run, iteration)
+    joined: Row = {}
+    for stage in ("generate", "score_rewards", "reference_logprobs", "shape_rewards"):
+        if stage in manifests:
+            joined |= _row_with(run, manifests[stage], "sample_id", sample_id)
+    prompt = _row_with(run, manifests["sample_prompts"], "prompt_id", joined["prompt_id"])
+    per_token = {
+        "token": "response_tokens",
+        "logprob": "logprobs",
+        "ref_logprob": "ref_logprobs",
+        "kl": "token_kl",
+        "reward": "rewards",
+        "value": "values",
+        "advantage": "advantages",
+        "return": "returns",
+        "entropy": "entropies",
+    }
+    columns: Mapping[str, Sequence[Any]] = {
+        name: joined[column] for name, column in per_token.items() if joined.get(column)
+    }
+    tokens = [
+        {name: values[t] for name, values in columns.items()} for t in range(len(joined["response_tokens"]))
+    ]
+    facts = {"prompt": prompt["prompt_text"], "response": joined["response_text"]}
+    facts |= {k: joined[k] for k in ("finish_reason", "score", "kl", "rlhf_reward") if k in joined}
+    return facts, tokens
+
+
+def before_and_after(run: RunFolder) -> list[Row]:
+    """Responses to the same prompts before and after training; empty until the run is finished."""
+    path = run.path / "before_after.json"
+    return read_json(path.read_bytes(), origin=str(path))["samples"] if path.is_file() else []
+
+
+def latest_iteration(run: RunFolder) -> int:
+    """The newest iteration with anything committed. Raises UserError if there is none."""
+    finished = run.num_finished()
+    if run.manifests(finished):
+        return finished
+    if finished == 0:
+        raise UserError(f"{run.path} has no committed stage yet")
+    return finished - 1
+
+
+def _manifests(run: RunFolder, iteration: int) -> dict[str, Manifest]:
+    manifests = run.manifests(iteration)
+    if not manifests:
+        raise UserError(f"--iteration {iteration} is not in {run.path}; the newest is {latest_iteration(run)}")
+    return manifests
+
+
+def _row_with(run: RunFolder, manifest: Manifest, key: str, value: Any) -> Row:
+    for row in read_artifact(run.path, manifest.artifact).to_pylist():
+        if row[key] == value:
+            return row
+    stem = FILE_STEMS[manifest.artifact.stage]
+    raise UserError(f"--sample {value} is not in {stem}.arrow of iteration {manifest.artifact.iteration}")
+
+
+def _iteration_of(sample_id: str) -> int:
+    head = sample_id.split("-")[0]
+    if not (head.startswith("i") and head[1:].isdecimal()):
+        raise UserError(f"--sample {sample_id!r} is not a sample id; they look like i000007-p000123-s0")
+    return int(head[1:])

@@ -1,0 +1,1 @@
+"""Policy, critic, reference and reward models: loading, scoring, decoding, checkpoints."""

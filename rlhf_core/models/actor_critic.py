@@ -1,0 +1,123 @@
+"""The trained half of a run: policy, critic, and the optimizer that moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.models.critic import Critic, ValueHead
+from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
+from rlhf_core.models.sequences import Sequences
+from rlhf_core.ops.randomness import seeded_generator
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What policy and critic say of response tokens. Gradients flow through all three."""
+
+    logprobs_BR: Tensor
+    entropies_BR: Tensor
+    values_BR: Tensor | None
+
+
+class ActorCritic:
+    """Policy and critic, evaluated together.
+
+    Args:
+        policy: trainable language model.
+        critic: None for estimators without a value function.
+    """
+
+    def __init__(self, policy: LanguageModel, critic: Critic | None) -> None:
+        self.policy, self.critic = policy, critic
+
+    @classmethod
+    def initial(cls, config: RunConfig, device: torch.device) -> ActorCritic:
+        """Policy and critic as they are before the first iteration. Raises UserError if a model does not load."""
+        policy = LanguageModel.load(config.policy.model, dtype=config.policy.dtype, device=device, trainable=True)
+        return cls(policy, initial_critic(config, policy, device) if config.uses_critic else None)
+
+    def evaluate(self, sequences: Sequences, temperature: float, *, with_values: bool) -> Evaluation:
+        """Log-probs, entropies and values of the response tokens; zero where padded."""
+        hidden_BLD = self.policy.hidden_states(sequences.tokens_BL)
+        logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_BLD, temperature)
+        values_BR = None
+        if with_values and self.critic is not None:
+            values_BR = sequences.scatter(self.critic.values(sequences, hidden_BLD))
+        return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), values_BR)
+
+    def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of the policy; tied ones once."""
+        return [(f"policy.{name}", p) for name, p in self.policy.model.named_parameters()]
+
+    def critic_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of the critic; none without one."""
+        return [] if self.critic is None else [(f"critic.{name}", p) for name, p in self.critic.named_parameters()]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trained parameters, in a fixed order."""
+        yield from self.policy_parameters()
+        yield from self.critic_parameters()
+
+
+def initial_critic(config: RunConfig, policy: LanguageModel, device: torch.device) -> Critic:
+    """The critic before the first iteration.
+
+    A separate critic starts from the policy's trunk or a random one with a zero head, or from the first
+    reward model, score head included. Raises UserError if that model does not load or has another width.
+    """
+    dtype = DTYPES[config.policy.dtype]
+    if config.policy.critic.kind == "shared":
+        return Critic(ValueHead(policy.hidden_size), None, dtype=dtype).to(device)
+    if config.policy.critic.init == "reward":
+        component = config.reward.components[0]
+        model = load_transformers_model(
+            "AutoModelForSequenceClassification", component.model, torch.float32, "reward.components.0.model"
+        )
+        head = ValueHead(int(model.config.get_text_config().hidden_size))
+        score = getattr(model, "score", None)
+        if isinstance(score, nn.Linear):
+            with torch.no_grad():
+                head.weight.copy_(score.weight)
+        return Critic(head, trainable_trunk(model.base_model), dtype=dtype).to(device)
+    if config.policy.critic.init == "policy":
+        model = load_transformers_model("AutoModelForCausalLM", config.policy.model, torch.float32, "policy.model")
+        trunk = model.base_model
+    else:
+        trunk = _random_trunk(policy, config.seed)
+    return Critic(ValueHead(policy.hidden_size), trainable_trunk(trunk), dtype=dtype).to(device)
+
+
+def new_optimizer(actor_critic: ActorCritic, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW over policy and critic: one group each, so that each has its own learning rate."""
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in actor_critic.policy_parameters()]}]
+    if critic := actor_critic.critic_parameters():
+        groups.append({"params": [p for _, p in critic]})
+    return torch.optim.AdamW(
+        groups,
+        lr=config.ppo.learning_rate,
+        betas=(config.ppo.adam_beta1, config.ppo.adam_beta2),
+        eps=config.ppo.adam_eps,
+        weight_decay=config.ppo.weight_decay,
+        fused=True,
+    )
+
+
+def trainable_trunk(trunk: Any) -> Any:
+    """A transformer that is trained, dropout off."""
+    return cast("nn.Module", trunk).eval().requires_grad_(True)
+
+
+def _random_trunk(policy: LanguageModel, seed: int) -> Any:
+    """The policy's architecture with weights drawn from the run's seed, leaving the global generator alone."""
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeded_generator(seed, "critic").integers(np.iinfo(np.int64).max)))
+        return AutoModel.from_config(policy.config, dtype=torch.float32)

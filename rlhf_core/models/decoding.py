@@ -1,0 +1,231 @@
+"""Sampling responses: prefill each prompt once, then one token a step for the rows still going.
+
+Knows language models and uniform numbers; knows nothing of rewards, PPO, files or where numbers come from.
+A prompt's k samples share its prefill. Log-probs and entropies are those the token was drawn from, taken
+from the same [b, V] logits: no [B, R, V] tensor ever exists. Rows that finished leave the batch.
+
+B responses, b rows still going, Q prompts, P prompt tokens, R response tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rlhf_core.contracts.batches import Support
+from rlhf_core.models.devices import computing_in
+from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.ops.sampling import Draw, sample
+
+COMPACT_BELOW = 0.85
+"""Finished rows are dropped from the caches once fewer than this share of the rows is still going."""
+
+
+@dataclass(frozen=True)
+class DecodingRules:
+    """When a token may be drawn, and when a response ends."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    eos_ids: frozenset[int]
+    has_stop: Callable[[list[int]], bool] | None = None
+    """Whether the tokens so far contain a stop sequence."""
+
+
+@dataclass
+class Decoded:
+    """Responses in the order of the prompts, k after k."""
+
+    tokens_BR: Tensor
+    mask_BR: Tensor
+    logprobs_BR: Tensor
+    entropies_BR: Tensor
+    values_BR: Tensor | None
+    supports: list[Support] | None
+    finish_reasons: list[str]
+
+
+@dataclass
+class _Record:
+    """What is written down while decoding; rows are those of the whole batch."""
+
+    tokens_BR: Tensor
+    mask_BR: Tensor
+    logprobs_BR: Tensor
+    entropies_BR: Tensor
+    values_BR: Tensor | None
+    finish_reasons: list[str]
+    support_tokens: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
+
+    def write(self, rows_b: Tensor, step: int, draw: Draw, values_b: Tensor | None) -> None:
+        self.tokens_BR[rows_b, step] = draw.tokens_B
+        self.mask_BR[rows_b, step] = True
+        self.logprobs_BR[rows_b, step] = draw.logprobs_B
+        self.entropies_BR[rows_b, step] = draw.entropies_B
+        if values_b is not None and self.values_BR is not None:
+            self.values_BR[rows_b, step] = values_b
+        if draw.support_BV is not None:
+            for row, kept_V in zip(rows_b.tolist(), draw.support_BV.cpu(), strict=True):
+                self.support_tokens[row].append(kept_V.nonzero()[:, 0])
+
+
+@torch.no_grad()
+def decode(
+    policy: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BR: Tensor,
+    *,
+    samples_per_prompt: int,
+    rules: DecodingRules,
+    pad_id: int,
+    value_of: Callable[[Tensor], Tensor] | None = None,
+) -> Decoded:
+    """Sample ``samples_per_prompt`` responses for each prompt.
+
+    Args:
+        policy: the behaviour policy.
+        prompts: Q token lists.
+        uniforms_BR: [B, max_new_tokens] float32 in [0, 1): the draw of each token, B = Q · k.
+        samples_per_prompt: k.
+        rules: sampling and stopping.
+        pad_id: fills prompts on the left.
+        value_of: from hidden states [b, D] to values [b], where a critic shares the trunk.
+    Returns: tensors on the CPU.
+    """
+    device, num_rows = policy.device, len(prompts) * samples_per_prompt
+    record = _new_record(num_rows, rules, value_of is not None, device)
+    state = _Prefilled.of(policy, prompts, samples_per_prompt, pad_id)
+    uniforms_BR = uniforms_BR.to(device)
+    projection = policy.projection()
+    eos = torch.tensor(sorted(rules.eos_ids), device=device)
+    for step in range(rules.max_new_tokens):
+        logits_bV = projection.logits(state.hidden_bD, rules.temperature)
+        draw = sample(logits_bV, uniforms_BR[state.rows_b, step], top_k=rules.top_k, top_p=rules.top_p)
+        live_b = state.going_b
+        rows_b = state.rows_b[live_b]
+        values_b = None if value_of is None else value_of(state.hidden_bD)[live_b]
+        record.write(rows_b, step, _select(draw, live_b), values_b)
+        ended_b = torch.isin(draw.tokens_B, eos)
+        for row in state.rows_b[live_b & ended_b].tolist():
+            record.finish_reasons[row] = "eos"
+        if rules.has_stop is not None:
+            ended_b |= _stopped(record, state.rows_b, live_b & ~ended_b, step, rules.has_stop)
+        state.going_b = live_b & ~ended_b
+        if not bool(state.going_b.any()) or step == rules.max_new_tokens - 1:
+            break
+        state.advance(policy, draw.tokens_B)
+    return _finish(record)
+
+
+@dataclass
+class _Prefilled:
+    """The rows still in the caches. ``going_b`` marks those that have not finished."""
+
+    rows_b: Tensor
+    hidden_bD: Tensor
+    attention_bT: Tensor
+    cache: Any
+    going_b: Tensor
+
+    @classmethod
+    def of(cls, policy: LanguageModel, prompts: Sequence[Sequence[int]], k: int, pad_id: int) -> _Prefilled:
+        from transformers import DynamicCache
+
+        width = max(len(p) for p in prompts)
+        tokens_QP = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
+        real_QP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+        cache = DynamicCache(config=policy.config)
+        with computing_in(policy.dtype, policy.device):
+            hidden_QPD = policy.trunk(
+                input_ids=tokens_QP,
+                attention_mask=real_QP,
+                position_ids=(real_QP.cumsum(dim=1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        if k > 1:
+            cache.batch_repeat_interleave(k)
+        rows = len(prompts) * k
+        return cls(
+            rows_b=torch.arange(rows, device=policy.device),
+            hidden_bD=hidden_QPD[:, -1].repeat_interleave(k, dim=0),
+            attention_bT=real_QP.repeat_interleave(k, dim=0),
+            cache=cache,
+            going_b=torch.ones(rows, dtype=torch.bool, device=policy.device),
+        )
+
+    def advance(self, policy: LanguageModel, tokens_b: Tensor) -> None:
+        """Feed the drawn tokens; drop finished rows first when enough of them have gathered."""
+        if float(self.going_b.float().mean()) < COMPACT_BELOW:
+            keep = self.going_b.nonzero()[:, 0]
+            self.cache.batch_select_indices(keep)
+            self.rows_b, self.attention_bT = self.rows_b[keep], self.attention_bT[keep]
+            tokens_b, self.going_b = tokens_b[keep], self.going_b[keep]
+        self.attention_bT = torch.nn.functional.pad(self.attention_bT, (0, 1), value=1)
+        with computing_in(policy.dtype, policy.device):
+            hidden_b1D = policy.trunk(
+                input_ids=tokens_b[:, None],
+                attention_mask=self.attention_bT,
+                position_ids=self.attention_bT.sum(dim=1, keepdim=True) - 1,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        self.hidden_bD = cast("Tensor", hidden_b1D)[:, 0]
+
+
+def _new_record(rows: int, rules: DecodingRules, has_values: bool, device: torch.device) -> _Record:
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(rows, rules.max_new_tokens, dtype=dtype, device=device)
+
+    return _Record(
+        tokens_BR=zeros(torch.int64),
+        mask_BR=zeros(torch.bool),
+        logprobs_BR=zeros(torch.float32),
+        entropies_BR=zeros(torch.float32),
+        values_BR=zeros(torch.float32) if has_values else None,
+        finish_reasons=["length"] * rows,
+        support_tokens=[[] for _ in range(rows)],
+    )
+
+
+def _select(draw: Draw, live_b: Tensor) -> Draw:
+    support = None if draw.support_BV is None else draw.support_BV[live_b]
+    return Draw(draw.tokens_B[live_b], draw.logprobs_B[live_b], draw.entropies_B[live_b], support)
+
+
+def _stopped(
+    record: _Record, rows_b: Tensor, check_b: Tensor, step: int, has_stop: Callable[[list[int]], bool]
+) -> Tensor:
+    """[b] bool: rows whose response now contains a stop sequence; notes their finish reason."""
+    stopped_b = torch.zeros_like(check_b)
+    for i in check_b.nonzero()[:, 0].tolist():
+        row = int(rows_b[i])
+        if has_stop(record.tokens_BR[row, : step + 1].tolist()):
+            stopped_b[i] = True
+            record.finish_reasons[row] = "stop"
+    return stopped_b
+
+
+def _finish(record: _Record) -> Decoded:
+    width = int(record.mask_BR.sum(dim=1).max())
+    supports = None
+    if any(record.support_tokens):
+        supports = [
+            Support(tokens=torch.cat(kept).cpu(), lens=torch.tensor([len(ids) for ids in kept]))
+            for kept in record.support_tokens
+        ]
+    return Decoded(
+        tokens_BR=record.tokens_BR[:, :width].cpu(),
+        mask_BR=record.mask_BR[:, :width].cpu(),
+        logprobs_BR=record.logprobs_BR[:, :width].cpu(),
+        entropies_BR=record.entropies_BR[:, :width].cpu(),
+        values_BR=None if record.values_BR is None else record.values_BR[:, :width].cpu(),
+        supports=supports,
+        finish_reasons=record.finish_reasons,
+    )

@@ -1,0 +1,45 @@
+"""Which device, how many threads, which arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from rlhf_core.contracts.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` takes cuda, then mps, then cpu. Raises UserError if the named device is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        found = ", ".join(device for device, there in available.items() if there)
+        raise UserError(f"device is {name}, which this machine does not have; found: {found}")
+    return torch.device(name)
+
+
+def resolve_num_threads(num_threads: int | None) -> int:
+    """The configured number of CPU threads, or the cores this process may use."""
+    return num_threads or len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def using_threads(num_threads: int) -> Iterator[None]:
+    """Run with this many intra-op threads: results depend on the number, so every stage sets its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Autocast to bfloat16 where asked: float32 master weights, bfloat16 matrix products."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        yield

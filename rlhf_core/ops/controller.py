@@ -1,0 +1,37 @@
+"""The step from one iteration's loop state to the next one's."""
+
+from __future__ import annotations
+
+from rlhf_core.contracts.config import KLConfig
+from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
+from rlhf_core.ops.kl import adaptive_kl_coef
+
+
+def next_state(
+    state: LoopState, config: KLConfig, *, kl: float, num_samples: int, cursor: Cursor, moments: ScoreMoments
+) -> LoopState:
+    """The loop state after an iteration: β moved by its controller, everything else carried on.
+
+    Args:
+        state: before the iteration.
+        config: which controller, and its target and horizon.
+        kl: mean KL of the iteration's responses, nats.
+        num_samples: responses of the iteration.
+        cursor: where the prompts stand now.
+        moments: of all scores so far.
+    Returns: the state before the next iteration.
+    Raises: ValueError for a KL that is not finite.
+    Source: SEMANTICS of this project; the controller is :func:`adaptive_kl_coef`.
+    """
+    kl_coef = state.kl_coef
+    if config.controller == "adaptive":
+        kl_coef = adaptive_kl_coef(
+            kl_coef, kl, target=config.target, horizon=config.horizon, num_samples=num_samples
+        )
+    return LoopState(
+        iteration=state.iteration + 1,
+        kl_coef=kl_coef,
+        episodes=state.episodes + num_samples,
+        cursor=cursor,
+        moments=moments,
+    )

@@ -1,0 +1,72 @@
+"""KL estimators, and the controllers that move its coefficient β.
+
+B responses, R response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""A log-ratio is clamped to ± this before exp: e^20 is still a float32."""
+
+
+def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, estimator: str) -> Tensor:
+    """Estimate KL(π ‖ π_ref) at each token, from the one token that π sampled.
+
+        d = log π - log π_ref;    k1 = d;    k2 = d² / 2;    k3 = e^(-d) - 1 + d
+
+    Args:
+        logprobs_BR: [B, R] float32, of the sampling policy.
+        ref_logprobs_BR: [B, R] float32.
+        mask_BR: [B, R] bool.
+        estimator: k1 (unbiased), k2 (low variance), k3 (unbiased, never negative).
+    Returns: [B, R] float32, nats, zero where masked.
+    Raises: ValueError if shapes differ or the estimator is unknown.
+    Source: Schulman 2020, "Approximating KL divergence". There the samples come from q and r = p/q, so
+        log r = -d here. Differs: |d| is clamped to 20 in the exponential.
+    """
+    if logprobs_BR.shape != ref_logprobs_BR.shape or logprobs_BR.shape != mask_BR.shape:
+        raise ValueError(
+            f"shapes differ: {tuple(logprobs_BR.shape)}, {tuple(ref_logprobs_BR.shape)}, {tuple(mask_BR.shape)}"
+        )
+    d_BR = torch.where(mask_BR, logprobs_BR - ref_logprobs_BR, 0.0)
+    if estimator == "k1":
+        return d_BR
+    if estimator == "k2":
+        return 0.5 * d_BR**2
+    if estimator == "k3":
+        clamped = d_BR.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return torch.expm1(-clamped) + clamped
+    raise ValueError(f"unknown KL estimator {estimator!r}; known: k1, k2, k3")
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
+    """Ziegler's proportional controller in log space.
+
+        err = clip(KL / target - 1, -0.2, 0.2);    β <- β (1 + err · n / horizon)
+
+    Args:
+        kl_coef: β of this iteration.
+        kl: mean KL of this iteration's responses, each summed over its tokens; nats.
+        target: nats, positive.
+        horizon: episodes, at least 0.2 · num_samples (else β could turn negative).
+        num_samples: episodes in this iteration.
+    Returns: β of the next iteration.
+    Raises: ValueError if target or horizon is out of range, or the KL is not finite.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+
+    >>> round(adaptive_kl_coef(0.15, 12.0, target=6.0, horizon=10_000, num_samples=512), 9)
+    0.151536
+    """
+    if target <= 0:
+        raise ValueError(f"target must be positive, got {target}")
+    if horizon < 0.2 * num_samples:
+        raise ValueError(f"horizon must be at least 0.2 x num_samples = {0.2 * num_samples:g}, got {horizon:g}")
+    if not math.isfinite(kl):
+        raise ValueError(f"a KL of {kl} must not enter β")
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * num_samples / horizon)

@@ -1,0 +1,83 @@
+"""Sampling a token from logits with one uniform number per row. B rows, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_UNIFORM = 1.0 - 2.0**-22
+"""Keeps u · total strictly below the total in float32, so that no token of probability 0 is ever drawn."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token for each row."""
+
+    tokens_B: Tensor
+    """int64"""
+    logprobs_B: Tensor
+    """float32, under the distribution sampled from"""
+    entropies_B: Tensor
+    """float32, nats"""
+    support_BV: Tensor | None
+    """bool, the tokens that could be drawn; None where all could"""
+
+
+def truncated_support(logits_BV: Tensor, *, top_k: int | None, top_p: float) -> Tensor | None:
+    """The tokens that top-k and top-p (nucleus) leave.
+
+    Args:
+        logits_BV: [B, V] float32, already divided by the temperature.
+        top_k: keep the k largest; ties at the edge are all kept. None: off.
+        top_p: keep the smallest set of largest probabilities whose sum reaches this. 1: off.
+    Returns: [B, V] bool with at least one True a row, or None if nothing is cut.
+    Raises: ValueError if top_k < 1 or top_p is not in (0, 1].
+    Source: Fan et al. 2018 (top-k); Holtzman et al. 2020 (nucleus). As in transformers, k is applied first.
+    """
+    if (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+        raise ValueError(f"top_k must be at least 1 and top_p in (0, 1]; got {top_k} and {top_p}")
+    support = None
+    if top_k is not None and top_k < logits_BV.shape[1]:
+        threshold_B1 = logits_BV.topk(top_k, dim=1).values[:, -1:]
+        support = logits_BV >= threshold_B1
+        logits_BV = logits_BV.masked_fill(~support, -torch.inf)
+    if top_p < 1:
+        sorted_BV, order_BV = logits_BV.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(dim=1) - sorted_BV
+        keep_BV = torch.zeros_like(sorted_BV, dtype=torch.bool).scatter(1, order_BV, before_BV < top_p)
+        support = keep_BV if support is None else support & keep_BV
+    return support
+
+
+def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Draw:
+    """Draw one token a row by inverting the cumulative distribution at a given uniform number.
+
+        token = min { v : Σ_{w <= v} π(w) > u }
+
+    Args:
+        logits_BV: [B, V] float32, already divided by the temperature.
+        uniforms_B: [B] float32 in [0, 1).
+        top_k: see :func:`truncated_support`.
+        top_p: see :func:`truncated_support`.
+    Returns: a Draw; log-probs and entropies are those of the (truncated) distribution.
+    Raises: ValueError for a bad top_k or top_p.
+    Source: inverse transform sampling. One number a row makes a draw a function of (seed, row, step) alone,
+        whatever else is in the batch.
+    """
+    support_BV = truncated_support(logits_BV, top_k=top_k, top_p=top_p)
+    if support_BV is not None:
+        logits_BV = logits_BV.masked_fill(~support_BV, -torch.inf)
+    logprobs_BV = logits_BV.log_softmax(dim=1)
+    probs_BV = logprobs_BV.exp()
+    cumulative_BV = probs_BV.cumsum(dim=1)
+    targets_B1 = uniforms_B.clamp(max=MAX_UNIFORM)[:, None] * cumulative_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    surprise_BV = logprobs_BV if support_BV is None else logprobs_BV.masked_fill(~support_BV, 0.0)
+    return Draw(
+        tokens_B=tokens_B1[:, 0],
+        logprobs_B=logprobs_BV.gather(1, tokens_B1)[:, 0],
+        entropies_B=-(probs_BV * surprise_BV).sum(dim=1),
+        support_BV=support_BV,
+    )

@@ -1,0 +1,1 @@
+"""Prompts: from a file, a folder or the hub to checked texts and chats."""

@@ -1,0 +1,261 @@
+"""Rows of a file: one function a kind of file, all of the same form.
+
+A reader gets the path and a function that chooses columns from those there are, and returns these columns as
+lists of plain Python values. What cannot be read is a ``UserError`` that names ``prompts.source``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlhf_core.contracts.config import PromptsConfig
+from rlhf_core.contracts.errors import UserError
+
+MAX_PROBLEMS = 10
+MAX_REASON = 300
+MAX_CSV_CELL = 2**31 - 1
+
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""From the columns there are to the columns that are read; raises UserError."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some columns of a source, all of one length.
+
+    Example: ``Rows({"prompt": ["Hi", "Ho"]}, lines=[1, 3])``
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    lines: Sequence[int] | None = None
+    """Line of the file each row begins on, from 1; None where a row is not a line."""
+
+    def place(self, index: int) -> str:
+        """Where a row stands, as a message says it."""
+        return f"row {index} (from 0)" if self.lines is None else f"line {self.lines[index]}"
+
+
+def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
+    """Read a JSONL, JSON, CSV, Parquet or Arrow file.
+
+    Args:
+        config: for its messages.
+        path: the file; its suffix tells the kind.
+        choose: picks the columns to read.
+    Returns: the chosen columns; no columns at all if a JSON or CSV file has no rows.
+    Raises:
+        UserError: an unknown suffix, or a file that is not what its suffix says; every bad line is named.
+    """
+    refuse_subset(config, "a file")
+    refuse_split(config, "a file")
+    reader = FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"prompts.source {config.source!r} is a file of an unknown kind; accepted are "
+            f"{', '.join(FILE_READERS)}"
+        )
+    try:
+        return reader(path, choose)
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts.source {config.source!r} is not UTF-8 text: {error}") from None
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"prompts.source {config.source!r} cannot be read: {reason(error)}") from None
+    except BadLinesError as error:
+        raise first_problems([f"prompts.source {config.source!r}, {line}" for line in error.lines]) from None
+
+
+def first_problems(problems: Sequence[str]) -> UserError:
+    """One error of the first problems, which says how many more there are."""
+    hidden = len(problems) - MAX_PROBLEMS
+    rest = [f"… and {hidden} more problems in prompts.source"] if hidden > 0 else []
+    return UserError(*problems[:MAX_PROBLEMS], *rest)
+
+
+def reason(error: BaseException) -> str:
+    """Why it failed, in one line: the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…"
+
+
+def refuse_subset(config: PromptsConfig, kind: str) -> None:
+    """Raise UserError if a subset is asked of a source that would ignore it in silence."""
+    if config.subset is not None:
+        raise UserError(
+            f"prompts.subset is {config.subset!r}, but prompts.source {config.source!r} is {kind}, which has "
+            "no subsets; leave prompts.subset out"
+        )
+
+
+def refuse_split(config: PromptsConfig, kind: str) -> None:
+    """Likewise for a split; the default is as good as none."""
+    if config.split != PromptsConfig.model_fields["split"].default:
+        raise UserError(
+            f"prompts.split is {config.split!r}, but prompts.source {config.source!r} is {kind}; "
+            "leave prompts.split out"
+        )
+
+
+class BadLinesError(Exception):
+    """Lines that are not what the file's kind demands, all of them."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(lines)
+        self.lines = lines
+
+
+def _read_jsonl(path: Path, choose: Choose) -> Rows:
+    objects: list[dict[str, Any]] = []
+    lines: list[int] = []
+    bad: list[str] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.strip():
+                continue
+            try:
+                objects.append(_object(_parse(text)))
+                lines.append(number)
+            except (ValueError, RecursionError) as error:
+                bad.append(f"line {number} {_json_fault(error)}")
+    if bad:
+        raise BadLinesError(bad)
+    return _rows_of_objects(objects, choose, lines)
+
+
+def _read_json(path: Path, choose: Choose) -> Rows:
+    try:
+        value = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except json.JSONDecodeError as error:
+        hint = "; a file of one object a line is named .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{error}{hint}") from None
+    if not isinstance(value, list):
+        raise ValueError(f"a JSON file holds a list of objects, this one a {type(value).__name__}")
+    objects: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for index, item in enumerate(cast("list[object]", value)):
+        try:
+            objects.append(_object(item))
+        except ValueError as error:
+            bad.append(f"row {index} (from 0) {error}")
+    if bad:
+        raise BadLinesError(bad)
+    return _rows_of_objects(objects, choose)
+
+
+def _read_csv(path: Path, choose: Choose) -> Rows:
+    """Python's reader, not Arrow's: strict, it refuses a quote that never closes, and it counts lines."""
+    limit = csv.field_size_limit(MAX_CSV_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return _rows_of_csv(file, choose)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows_of_csv(file: io.TextIOBase, choose: Choose) -> Rows:
+    reader = csv.reader(file, strict=True)
+    cells: list[list[str]] = []
+    lines: list[int] = []
+    start = 1
+    try:
+        for row in reader:
+            if row:  # an empty line is no row
+                cells.append(row)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"the row that begins on line {start} is not CSV: {error}") from None
+    names, cells, lines = (cells or [[]])[0], cells[1:], lines[1:]
+    pairs = zip(lines, cells, strict=True)
+    bad = [
+        f"line {n} has {len(row)} cells, the header {len(names)}"
+        for n, row in pairs
+        if len(row) != len(names)
+    ]
+    if bad:
+        raise BadLinesError(bad)
+    wanted = choose(names) if cells else []
+    return Rows({name: [row[i] for row in cells] for i, name in enumerate(names) if name in wanted}, lines)
+
+
+def _read_parquet(path: Path, choose: Choose) -> Rows:
+    with pq.ParquetFile(path) as file:
+        return _rows_of_table(file.read(columns=list(choose(file.schema_arrow.names))))
+
+
+def _read_arrow(path: Path, choose: Choose) -> Rows:
+    """The IPC file format, or the stream format that the cache of `datasets` is written in."""
+    with pa.OSFile(str(path)) as file:
+        is_file_format = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if is_file_format else pa.ipc.open_stream(file)
+        table = reader.read_all().select(list(choose(reader.schema.names)))
+    table.validate(full=True)
+    return _rows_of_table(table)
+
+
+FILE_READERS: dict[str, Callable[[Path, Choose], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+    ".ipc": _read_arrow,
+}
+
+
+def _rows_of_table(table: pa.Table) -> Rows:
+    return Rows({name: table.column(name).to_pylist() for name in table.column_names})
+
+
+def _rows_of_objects(
+    objects: Sequence[Mapping[str, Any]], choose: Choose, lines: Sequence[int] | None = None
+) -> Rows:
+    names = list(dict.fromkeys(name for item in objects for name in item))
+    wanted = choose(names) if objects else []
+    return Rows({name: [item.get(name) for item in objects] for name in wanted}, lines)
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}; a JSON object is needed")
+    return cast("dict[str, Any]", value)
+
+
+def _parse(data: bytes) -> object:
+    return _DECODER.decode(data.decode("utf-8"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("has a key twice in one object")
+    return table
+
+
+def _refuse(token: str) -> None:
+    raise ValueError(f"holds {token}, which is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg} (column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text (byte {error.start})"
+    return "is nested too deep" if isinstance(error, RecursionError) else str(error)

@@ -1,0 +1,1 @@
+"""The six stages of an iteration: one module and one public function each, named alike."""

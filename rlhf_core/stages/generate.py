@@ -1,0 +1,170 @@
+"""Stage 2: the policy as it stands answers each prompt, k times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_core.contracts.batches import Prompts, Rollouts, StageResult
+from rlhf_core.contracts.config import GenerationConfig
+from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.models.actor_critic import ActorCritic
+from rlhf_core.models.decoding import Decoded, DecodingRules, decode
+from rlhf_core.models.sequences import Sequences, by_length
+from rlhf_core.models.tokenizers import PolicyTokenizer
+from rlhf_core.ops.diversity import repetition
+from rlhf_core.ops.masking import masked_mean
+from rlhf_core.ops.randomness import seeded_generator
+
+CRITIC_ROWS = 64
+"""Rows a separate critic reads at a time."""
+
+
+def generate(
+    actor_critic: ActorCritic,
+    tokenizer: PolicyTokenizer,
+    prompts: Prompts,
+    config: GenerationConfig,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    iteration: int,
+) -> StageResult[Rollouts]:
+    """Sample responses, with behaviour log-probs, entropies and values.
+
+    The draw of a response depends on (seed, iteration, prompt id, sample index) alone.
+
+    Args:
+        actor_critic: policy (π_old from here on) and critic; not changed.
+        tokenizer: the policy's.
+        prompts: of this iteration.
+        config: temperature, truncation, stopping.
+        samples_per_prompt: k.
+        seed: the run's seed.
+        iteration: from 0.
+    Returns: k responses after one another for each prompt, and rollout metrics.
+    Raises: NumericalError if the policy's log-probs are not finite.
+    Source: ancestral sampling; :mod:`rlhf_core.models.decoding`.
+    """
+    rules = DecodingRules(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.eos_ids,
+        has_stop=_stop_detector(tokenizer, config.stop) if config.stop else None,
+    )
+    critic = actor_critic.critic
+    value_of = critic.head.values if critic is not None and critic.trunk is None else None
+    rows_at_once = max(1, (config.batch_size or len(prompts.prompt_ids) * samples_per_prompt) // samples_per_prompt)
+    parts: list[Decoded] = []
+    for start in range(0, len(prompts.prompt_ids), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        ids = prompts.prompt_ids[part]
+        parts.append(
+            decode(
+                actor_critic.policy,
+                [t[m].tolist() for t, m in zip(prompts.tokens_QP[part], prompts.mask_QP[part], strict=True)],
+                _uniforms(seed, iteration, ids, samples_per_prompt, config.max_new_tokens),
+                samples_per_prompt=samples_per_prompt,
+                rules=rules,
+                pad_id=tokenizer.pad_id,
+                value_of=value_of,
+            )
+        )
+    rollouts = _as_rollouts(parts, prompts, tokenizer, samples_per_prompt, iteration)
+    if critic is not None and critic.trunk is not None:
+        rollouts = _with_values(rollouts, prompts, actor_critic)
+    _check_finite(rollouts)
+    return StageResult(rollouts, _metrics(rollouts))
+
+
+def _uniforms(seed: int, iteration: int, prompt_ids: list[int] | object, k: int, length: int) -> Tensor:
+    rows = [
+        seeded_generator(seed, "generate", iteration, prompt_id, sample).random(length, dtype=np.float32)
+        for prompt_id in prompt_ids  # pyright: ignore[reportGeneralTypeIssues]
+        for sample in range(k)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _stop_detector(tokenizer: PolicyTokenizer, stop: list[str]) -> Callable[[list[int]], bool]:
+    """Whether a response's text contains a stop sequence. Only its tail is decoded: the rest was seen before."""
+    longest = max(len(text.encode()) for text in stop) + 4  # a token is at least a byte; 4 for a split character
+
+    def has_stop(token_ids: list[int]) -> bool:
+        tail = tokenizer.decode(token_ids[-longest:])
+        return any(text in tail for text in stop)
+
+    return has_stop
+
+
+def _as_rollouts(
+    parts: list[Decoded], prompts: Prompts, tokenizer: PolicyTokenizer, k: int, iteration: int
+) -> Rollouts:
+    width = max(part.tokens_BR.shape[1] for part in parts)
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+
+    tokens_BR, mask_BR = join([p.tokens_BR for p in parts]), join([p.mask_BR for p in parts])
+    values = [part.values_BR for part in parts if part.values_BR is not None]
+    supports = [support for part in parts for support in part.supports or []]
+    rows = range(len(tokens_BR))
+    return Rollouts(
+        sample_ids=[f"i{iteration:06d}-p{prompts.prompt_ids[row // k]:06d}-s{row % k}" for row in rows],
+        prompt_rows=torch.arange(len(prompts.prompt_ids)).repeat_interleave(k),
+        sample_indices=[row % k for row in rows],
+        texts=[tokenizer.decode(t[m].tolist()) for t, m in zip(tokens_BR, mask_BR, strict=True)],
+        tokens_BR=tokens_BR,
+        response_mask_BR=mask_BR,
+        logprobs_BR=join([p.logprobs_BR for p in parts]),
+        entropies_BR=join([p.entropies_BR for p in parts]),
+        values_BR=join(values) if values else None,
+        supports=supports or None,
+        finish_reasons=[reason for part in parts for reason in part.finish_reasons],
+    )
+
+
+@torch.no_grad()
+def _with_values(rollouts: Rollouts, prompts: Prompts, actor_critic: ActorCritic) -> Rollouts:
+    """One pass of a separate critic over prompts and responses."""
+    assert actor_critic.critic is not None
+    sequences = Sequences.build(prompts, rollouts)
+    values_BR = torch.zeros_like(rollouts.logprobs_BR)
+    for index in by_length(sequences.lens_B, CRITIC_ROWS):
+        part = sequences.rows(index).to(actor_critic.policy.device)
+        part_values = part.scatter(actor_critic.critic.values(part, None)).cpu()
+        values_BR[index, : part_values.shape[1]] = part_values
+    return Rollouts(**{**vars(rollouts), "values_BR": values_BR})
+
+
+def _check_finite(rollouts: Rollouts) -> None:
+    finite_BR = torch.isfinite(rollouts.logprobs_BR) & torch.isfinite(rollouts.entropies_BR)
+    if rollouts.values_BR is not None:
+        finite_BR &= torch.isfinite(rollouts.values_BR)
+    if not bool(finite_BR.all()):
+        row = int((~finite_BR).any(dim=1).nonzero()[0])
+        raise NumericalError(
+            f"sample {rollouts.sample_ids[row]} has a log-prob, entropy or value that is not finite: "
+            "the policy's or critic's weights have diverged; resume from an earlier checkpoint with a lower "
+            "ppo.learning_rate"
+        )
+
+
+def _metrics(rollouts: Rollouts) -> dict[str, float]:
+    mask_BR = rollouts.response_mask_BR
+    reasons, rows = list(rollouts.finish_reasons), len(rollouts.finish_reasons)
+    return {
+        "rollout/response_len": float(mask_BR.sum(dim=1).float().mean()),
+        "rollout/num_tokens": float(mask_BR.sum()),
+        "rollout/eos_rate": reasons.count("eos") / rows,
+        "rollout/stop_rate": reasons.count("stop") / rows,
+        "rollout/truncated_rate": reasons.count("length") / rows,
+        "rollout/repetition": repetition(rollouts.tokens_BR, mask_BR),
+        "objective/entropy": float(rollouts.entropies_BR.sum(dim=1).mean()),
+        "policy/entropy_avg": float(masked_mean(rollouts.entropies_BR, mask_BR)),
+    }

@@ -1,0 +1,254 @@
+"""Stage 6: several epochs of clipped-surrogate steps on one batch of experience."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_core.contracts.batches import (
+    Experience,
+    Prompts,
+    Rollouts,
+    StageResult,
+    UpdateStatistics,
+    check_aligned,
+)
+from rlhf_core.contracts.config import PPOConfig
+from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.models.checkpoints import Trainer
+from rlhf_core.models.sequences import Sequences
+from rlhf_core.ops.losses import approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
+from rlhf_core.ops.masking import masked_sum
+from rlhf_core.ops.randomness import seeded_generator
+from rlhf_core.ops.schedules import learning_rate_at
+
+RATIO_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+"""Largest |log ρ| of a token on the first minibatch: decoding against a full pass, by compute type."""
+
+Record = dict[str, float | int | bool]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Everything an optimiser step reads, on the device."""
+
+    sequences: Sequences
+    old_logprobs_BR: Tensor
+    advantages_BR: Tensor
+    old_values_BR: Tensor | None
+    returns_BR: Tensor | None
+
+    def rows(self, index: Tensor) -> _Batch:
+        sequences = self.sequences.rows(index)
+        width = sequences.response_mask_BR.shape[1]
+
+        def cut(tensor_BR: Tensor) -> Tensor:
+            return tensor_BR[index, :width]
+
+        return _Batch(
+            sequences,
+            cut(self.old_logprobs_BR),
+            cut(self.advantages_BR),
+            None if self.old_values_BR is None else cut(self.old_values_BR),
+            None if self.returns_BR is None else cut(self.returns_BR),
+        )
+
+
+def ppo_update(
+    trainer: Trainer,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    experience: Experience,
+    config: PPOConfig,
+    *,
+    temperature: float,
+    seed: int,
+    iteration: int,
+    num_iterations: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> StageResult[UpdateStatistics]:
+    """Move policy and critic: ``num_ppo_epochs`` passes in ``num_minibatches`` steps each.
+
+        loss = -L_clip + c_v · L_value - c_H · H, each a mean over the real tokens (or the responses, at
+        sequence level) of the optimiser step, whatever the micro-batches
+
+    Args:
+        trainer: **mutated**: weights, optimizer moments, number of updates done.
+        prompts: of this iteration.
+        rollouts: responses, behaviour log-probs and values.
+        experience: advantages and returns.
+        config: epochs, minibatches, clipping, learning rate.
+        temperature: the one that generated.
+        seed: the run's seed; each epoch's permutation is drawn from (seed, iteration, epoch).
+        iteration: from 0.
+        num_iterations: of the run, for the learning-rate schedule.
+        on_step: called with (step, of) after each optimiser step.
+    Returns: one record an optimiser step, and their means as metrics.
+    Raises: NumericalError if ρ is not 1 on the first minibatch, or too many steps in a row are not finite.
+    Source: Schulman et al. 2017 (arXiv 1707.06347); expectations as in SEMANTICS.
+    """
+    check_aligned(rollouts.sample_ids, experience.sample_ids)
+    device = trainer.actor_critic.policy.device
+    batch = _Batch(
+        Sequences.build(prompts, rollouts).to(device),
+        rollouts.logprobs_BR.to(device),
+        experience.advantages_BR.to(device),
+        None if rollouts.values_BR is None else rollouts.values_BR.to(device),
+        None if experience.returns_BR is None else experience.returns_BR.to(device),
+    )
+    learning_rate = _set_learning_rate(trainer, config, iteration, num_iterations)
+    steps: list[Record] = []
+    skipped_in_a_row = 0
+    for epoch in range(config.num_ppo_epochs):
+        order = seeded_generator(seed, "ppo_update", iteration, epoch).permutation(len(batch.sequences))
+        for minibatch, index in enumerate(torch.from_numpy(order).chunk(config.num_minibatches)):
+            record = _optimizer_step(trainer, batch.rows(index), config, temperature, is_first=not steps)
+            place: Record = {"step": len(steps), "epoch": epoch, "minibatch": minibatch, "num_samples": len(index)}
+            steps.append(place | record | {"learning_rate": learning_rate})
+            skipped_in_a_row = skipped_in_a_row + 1 if record["skipped"] else 0
+            if skipped_in_a_row >= config.max_skipped_steps:
+                raise NumericalError(
+                    f"{skipped_in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
+                    f"(iteration {iteration}); the weights are as before them and the iteration's artifacts are "
+                    "intact; lower ppo.learning_rate, or use policy.dtype float32"
+                )
+            if on_step is not None:
+                on_step(len(steps), config.num_ppo_epochs * config.num_minibatches)
+        if config.target_kl is not None and _epoch_kl(steps, epoch) > config.target_kl:
+            break
+    trainer.iteration += 1
+    return StageResult(UpdateStatistics(steps), _metrics(steps, config))
+
+
+def _optimizer_step(
+    trainer: Trainer, batch: _Batch, config: PPOConfig, temperature: float, *, is_first: bool
+) -> Record:
+    """Accumulate the gradient over micro-batches, check it, clip it, step."""
+    rows = len(batch.sequences)
+    num_tokens = int(batch.sequences.response_mask_BR.sum())
+    sums: dict[str, float] = {}
+    max_log_ratio = 0.0
+    trainer.optimizer.zero_grad(set_to_none=True)
+    for index in torch.arange(rows).split(config.micro_batch_size or rows):
+        loss, statistics, worst = _loss(trainer, batch.rows(index), config, temperature, rows, num_tokens)
+        if is_first:
+            _check_ratio(worst, trainer.actor_critic.policy.dtype)
+        loss.backward()
+        max_log_ratio = max(max_log_ratio, worst)
+        for name, value in statistics.items():
+            sums[name] = sums.get(name, 0.0) + value
+    grad_norm, critic_grad_norm = _clip_gradients(trainer, config.max_grad_norm)
+    skipped = not all(map(math.isfinite, (sums["loss"], grad_norm, critic_grad_norm)))
+    if not skipped:
+        trainer.optimizer.step()
+    norms = {"grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm, "max_abs_log_ratio": max_log_ratio}
+    return {"num_tokens": num_tokens, "skipped": skipped, **sums, **norms}
+
+
+def _loss(
+    trainer: Trainer, batch: _Batch, config: PPOConfig, temperature: float, num_samples: int, num_tokens: int
+) -> tuple[Tensor, dict[str, float], float]:
+    """This micro-batch's share of the step's loss and statistics, and its largest |log ρ|."""
+    mask_BR = batch.sequences.response_mask_BR
+    now = trainer.actor_critic.evaluate(batch.sequences, temperature, with_values=batch.returns_BR is not None)
+    ratios = log_ratio(now.logprobs_BR, batch.old_logprobs_BR, mask_BR, level=config.level)
+    by_token = config.level == "token"
+    mask = mask_BR if by_token else torch.ones_like(ratios, dtype=torch.bool)
+    advantages = batch.advantages_BR if by_token else batch.advantages_BR[:, 0]
+    count = num_tokens if by_token else num_samples
+    surrogate, is_clipped = clipped_surrogate(
+        ratios, advantages, clip_range=config.clip_range, clip_range_high=config.clip_range_high or config.clip_range
+    )
+    policy_loss = masked_sum(surrogate, mask) / count
+    entropy = masked_sum(now.entropies_BR, mask_BR) / num_tokens
+    value_loss, value_clip_fraction = torch.zeros_like(policy_loss), 0.0
+    if now.values_BR is not None and batch.old_values_BR is not None and batch.returns_BR is not None:
+        errors_BR, value_clipped_BR = clipped_value_loss(
+            now.values_BR, batch.old_values_BR, batch.returns_BR, value_clip_range=config.value_clip_range
+        )
+        value_loss = masked_sum(errors_BR, mask_BR) / num_tokens
+        value_clip_fraction = float((value_clipped_BR & mask_BR).sum()) / num_tokens
+    loss = policy_loss + config.vf_coef * value_loss
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy
+    with torch.no_grad():
+        statistics = {
+            "loss": float(loss),
+            "policy_loss": float(policy_loss),
+            "value_loss": float(value_loss),
+            "entropy": float(entropy),
+            "approx_kl": float(masked_sum(approx_kl(ratios), mask)) / count,
+            "clip_fraction": float((is_clipped & mask).sum()) / count,
+            "value_clip_fraction": value_clip_fraction,
+            "ratio_mean": float(masked_sum(ratios.exp(), mask)) / count,
+        }
+        worst = float(torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max())
+    return loss, statistics, worst
+
+
+def _check_ratio(worst: float, dtype: torch.dtype) -> None:
+    if not worst <= RATIO_TOLERANCE[dtype]:
+        raise NumericalError(
+            f"the ratio to the behaviour policy must be 1 on the first minibatch, but a token's log-ratio is "
+            f"{worst:.3g} (tolerance {RATIO_TOLERANCE[dtype]:g}); likely cause: the rollouts come from other "
+            "weights, another temperature, or an architecture whose cached decoding disagrees with its full pass"
+        )
+
+
+def _clip_gradients(trainer: Trainer, max_norm: float | None) -> tuple[float, float]:
+    """Norms before clipping: (policy and a shared critic's head, separate critic)."""
+    critic = trainer.actor_critic.critic
+    policy_group = [p for _, p in trainer.actor_critic.policy_parameters()]
+    critic_group = [p for _, p in trainer.actor_critic.critic_parameters()]
+    if critic is None or critic.trunk is None:
+        policy_group, critic_group = policy_group + critic_group, []
+    limit = math.inf if max_norm is None else max_norm
+    norms = [
+        float(torch.nn.utils.clip_grad_norm_(group, limit)) if group else 0.0 for group in (policy_group, critic_group)
+    ]
+    return norms[0], norms[1]
+
+
+def _set_learning_rate(trainer: Trainer, config: PPOConfig, iteration: int, num_iterations: int) -> float:
+    factor = learning_rate_at(
+        iteration,
+        peak=1.0,
+        schedule=config.lr_schedule,
+        num_iterations=num_iterations,
+        warmup_iterations=config.warmup_iterations,
+    )
+    peaks = [config.learning_rate, config.critic_learning_rate or config.learning_rate]
+    for group, peak in zip(trainer.optimizer.param_groups, peaks, strict=False):
+        group["lr"] = peak * factor
+    return config.learning_rate * factor
+
+
+def _epoch_kl(steps: list[Record], epoch: int) -> float:
+    """Mean approximate KL to the behaviour policy over an epoch's tokens."""
+    mine = [step for step in steps if step["epoch"] == epoch]
+    return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / sum(step["num_tokens"] for step in mine)
+
+
+def _metrics(steps: list[Record], config: PPOConfig) -> dict[str, float]:
+    def mean(name: str) -> float:
+        return sum(float(step[name]) for step in steps) / len(steps)
+
+    return {
+        "loss/policy_avg": mean("policy_loss"),
+        "loss/value_avg": mean("value_loss"),
+        "policy/approxkl_avg": mean("approx_kl"),
+        "policy/clipfrac_avg": mean("clip_fraction"),
+        "val/clipfrac_avg": mean("value_clip_fraction"),
+        "val/ratio": mean("ratio_mean"),
+        "policy/grad_norm": mean("grad_norm"),
+        "policy/last_approxkl": float(steps[-1]["approx_kl"]),
+        "lr": float(steps[-1]["learning_rate"]),
+        "guard/skipped_steps": float(sum(bool(step["skipped"]) for step in steps)),
+        "guard/first_max_abs_log_ratio": float(steps[0]["max_abs_log_ratio"]),
+        "update/num_steps": float(len(steps)),
+        "update/early_stopped": float(len(steps) < config.num_ppo_epochs * config.num_minibatches),
+    }

@@ -1,0 +1,41 @@
+"""Stage 4: what the frozen reference thinks of each response token."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, StageResult
+from rlhf_core.contracts.config import ReferenceConfig
+from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.sequences import Sequences, by_length
+
+
+@torch.no_grad()
+def reference_logprobs(
+    reference: LanguageModel,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    config: ReferenceConfig,
+    *,
+    temperature: float,
+) -> StageResult[ReferenceLogprobs]:
+    """log π_ref of every response token, at the temperature and on the support it was sampled from.
+
+    Args:
+        reference: π_ref, frozen.
+        prompts: of this iteration.
+        rollouts: the responses.
+        config: rows read at a time.
+        temperature: the one that generated.
+    Returns: log-probs aligned with the response tokens.
+    Raises: nothing.
+    Source: definition; logits exist only for a chunk of response positions at a time.
+    """
+    sequences = Sequences.build(prompts, rollouts)
+    ref_logprobs_BR = torch.zeros_like(rollouts.logprobs_BR)
+    for index in by_length(sequences.lens_B, config.batch_size):
+        part = sequences.rows(index).to(reference.device)
+        logprobs_N, _ = reference.response_logprobs(part, reference.hidden_states(part.tokens_BL), temperature)
+        part_logprobs_BR = part.scatter(logprobs_N).cpu()
+        ref_logprobs_BR[index, : part_logprobs_BR.shape[1]] = part_logprobs_BR
+    return StageResult(ReferenceLogprobs(rollouts.sample_ids, ref_logprobs_BR, rollouts.response_mask_BR), metrics={})

@@ -1,0 +1,91 @@
+"""The beginning of a run, its checkpoints, and what is kept of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rlhf_core.contracts.artifacts import remove_folder
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import DriftError
+from rlhf_core.contracts.run_folder import RunFolder, check_vacant
+from rlhf_core.identity import identity_drift, run_identity
+from rlhf_core.models.checkpoints import save_checkpoint
+from rlhf_core.models.devices import using_threads
+from rlhf_core.preflight import preflight
+from tasks.resources import resources
+
+
+def start_run(config: RunConfig, run_dir: str) -> None:
+    """Check everything, then create the run folder. Nothing is written if anything is wrong.
+
+    Raises: UserError with every problem found.
+    """
+    check_vacant(Path(run_dir))
+    plan = preflight(config)
+    RunFolder.create(Path(run_dir), config, run_identity(config, plan.prompt_set))
+
+
+def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
+    """The config of a stopped run, if resuming it here would give the same run.
+
+    Raises:
+        UserError: no run there, or its models or prompts are gone.
+        DriftError: machine, libraries, models, prompts or source differ, and the drift is not accepted.
+    """
+    run = RunFolder.open(Path(run_dir))
+    drift = identity_drift(run.identity, run_identity(run.config, preflight(run.config).prompt_set))
+    if drift and not accept_drift:
+        raise DriftError(
+            f"{run_dir} was started under other conditions, so that resuming it would not give the same run:\n  "
+            + "\n  ".join(drift)
+            + "\nresume it where it was started, or pass --accept-drift to go on all the same"
+        )
+    return run.config
+
+
+@task(task_run_name="save_checkpoint-{iteration}", cache_policy=NO_CACHE, persist_result=False)
+def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
+    """Save the state before ``iteration`` if it is due and not saved yet, then drop what retention lets go.
+
+    Returns: the checkpoint's folder if one was written now.
+    """
+    kept = resources(run_dir)
+    config, run = kept.run.config, kept.run
+    is_due = iteration % config.checkpoint.every == 0 or iteration == config.num_iterations
+    if iteration == 0 or not is_due or iteration in run.checkpoints():
+        return None
+    path = run.checkpoint_path(iteration)
+    with using_threads(kept.num_threads):
+        save_checkpoint(path, kept.trainer(iteration), kept.tokenizer.tokenizer, run.state_before(iteration))
+    for old in expired_checkpoints(run):
+        remove_folder(run.checkpoint_path(old))
+    return str(path)
+
+
+def checkpoint_value(run: RunFolder, iteration: int) -> float:
+    """How good a checkpoint is: score - kl.coef x KL, a mean over the iterations since the one before it."""
+    since = max(0, iteration - run.config.checkpoint.every)
+    values: list[float] = []
+    for i in range(since, iteration):
+        manifest = run.manifest("shape_rewards", i)
+        if manifest is not None:
+            metrics = manifest.metrics
+            values.append(metrics["objective/scores"] - run.config.kl.coef * metrics["objective/kl"])
+    return sum(values) / len(values) if values else float("-inf")
+
+
+def best_checkpoint(run: RunFolder) -> int | None:
+    """The iteration of the best checkpoint on disk; the later one of equals."""
+    return max(run.checkpoints(), key=lambda i: (checkpoint_value(run, i), i), default=None)
+
+
+def expired_checkpoints(run: RunFolder) -> list[int]:
+    """Checkpoints that are neither among the newest ``keep_last`` nor the best."""
+    saved = run.checkpoints()
+    kept = set(saved[-run.config.checkpoint.keep_last :])
+    if run.config.checkpoint.keep_best and (best := best_checkpoint(run)) is not None:
+        kept.add(best)
+    return [i for i in saved if i not in kept]

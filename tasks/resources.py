@@ -1,0 +1,187 @@
+"""What a worker keeps in memory for a run: caches of files and checkpoints, never a hidden input.
+
+Everything here can be dropped at any time and is found again from the run folder. The trainer of iteration i
+is the newest checkpoint at or before i, with the updates since then computed again from their stored
+experience; each is compared with the digest that its update committed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+from rlhf_core.contracts.artifacts import ArtifactRef, read_artifact
+from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, Rollouts, Scores
+from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.identity import identity_digest
+from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer
+from rlhf_core.models.devices import resolve_device
+from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
+from rlhf_core.preflight import Plan, preflight
+from rlhf_core.stages.ppo_update import ppo_update
+
+Value = TypeVar("Value")
+
+
+class Resources:
+    """One run's models and data in this process.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.identity = identity_digest(run.identity)
+        self.device = resolve_device(run.config.device)
+        self._kept: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._trainer: Trainer | None = None
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of the run: part of its identity."""
+        return int(cast("int", self.run.identity["num_threads"]))
+
+    @property
+    def side_by_side_threads(self) -> int:
+        """Threads of each of two stages that run at the same time."""
+        return max(1, self.num_threads // 2)
+
+    def policy_digest(self, iteration: int) -> str:
+        """Identity of the weights before an iteration: as its predecessor committed them."""
+        if iteration == 0:
+            return "initial"
+        manifest = self.run.manifest("ppo_update", iteration - 1)
+        if manifest is None:
+            raise IntegrityError(f"iteration {iteration - 1} of {self.run.path} is not committed")
+        return manifest.inputs["policy_after"]
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan, with its prompts and tokenizer."""
+        return self._once("plan", lambda: preflight(self.run.config))
+
+    @property
+    def tokenizer(self) -> PolicyTokenizer:
+        """The policy's tokenizer."""
+        return self.plan.tokenizer
+
+    @property
+    def reference(self) -> LanguageModel:
+        """π_ref, frozen."""
+        config = self.run.config
+        return self._once(
+            "reference",
+            lambda: LanguageModel.load(
+                config.reference_model,
+                dtype=config.reference.dtype or config.policy.dtype,
+                device=self.device,
+                trainable=False,
+                field="reference.model",
+            ),
+        )
+
+    @property
+    def reward_models(self) -> list[RewardModel]:
+        """r_θ, one a component, frozen."""
+
+        def load() -> list[RewardModel]:
+            vocabulary = vocabulary_digest(self.tokenizer.tokenizer)
+            return [
+                RewardModel.load(
+                    component,
+                    field=f"reward.components.{i}",
+                    policy_vocabulary=vocabulary,
+                    device=self.device,
+                )
+                for i, component in enumerate(self.run.config.reward.components)
+            ]
+
+        return self._once("reward_models", load)
+
+    def trainer(self, iteration: int) -> Trainer:
+        """Policy, critic and optimizer after ``iteration`` updates. Raises IntegrityError if they differ from then."""
+        with self._lock:
+            trainer = self._trainer
+            if trainer is None or trainer.iteration > iteration:
+                trainer = self._nearest_checkpoint(iteration)
+            while trainer.iteration < iteration:
+                self._replay_update(trainer)
+            self._trainer = trainer
+            return trainer
+
+    def forget_trainer(self) -> None:
+        """Drop the trainer in memory, after a failed update may have left it half-way."""
+        self._trainer = None
+
+    def prompts(self, ref: ArtifactRef) -> Prompts:
+        """The prompts of an artifact."""
+        return Prompts.from_table(read_artifact(self.run.path, ref))
+
+    def rollouts(self, ref: ArtifactRef, prompts: Prompts) -> Rollouts:
+        """The rollouts of an artifact."""
+        return Rollouts.from_table(read_artifact(self.run.path, ref), prompts)
+
+    def scores(self, ref: ArtifactRef) -> Scores:
+        """The scores of an artifact."""
+        return Scores.from_table(read_artifact(self.run.path, ref))
+
+    def reference_logprobs(self, ref: ArtifactRef) -> ReferenceLogprobs:
+        """The reference log-probs of an artifact."""
+        return ReferenceLogprobs.from_table(read_artifact(self.run.path, ref))
+
+    def experience(self, ref: ArtifactRef) -> Experience:
+        """The experience of an artifact."""
+        return Experience.from_table(read_artifact(self.run.path, ref))
+
+    def _nearest_checkpoint(self, iteration: int) -> Trainer:
+        earlier = [i for i in self.run.checkpoints() if i <= iteration]
+        if earlier:
+            return load_checkpoint(self.run.checkpoint_path(earlier[-1]), self.run.config, self.device)[0]
+        return new_trainer(self.run.config, self.device)
+
+    def _replay_update(self, trainer: Trainer) -> None:
+        """Compute a committed update again from its artifacts."""
+        iteration, config = trainer.iteration, self.run.config
+        manifests = self.run.manifests(iteration)
+        if "ppo_update" not in manifests:
+            raise IntegrityError(f"iteration {iteration} of {self.run.path} has no committed update to start from")
+        prompts = self.prompts(manifests["sample_prompts"].artifact)
+        ppo_update(
+            trainer,
+            prompts,
+            self.rollouts(manifests["generate"].artifact, prompts),
+            self.experience(manifests["shape_rewards"].artifact),
+            config.ppo,
+            temperature=config.generation.temperature,
+            seed=config.seed,
+            iteration=iteration,
+            num_iterations=config.num_iterations,
+        )
+        if trainer.digest() != manifests["ppo_update"].inputs["policy_after"]:
+            raise IntegrityError(
+                f"the update of iteration {iteration}, computed again from its artifacts, gives other weights than it "
+                "committed: the machine, its threads or its libraries differ, or a checkpoint was changed"
+            )
+
+    def _once(self, name: str, make: Callable[[], Value]) -> Value:
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = make()
+            return cast("Value", self._kept[name])
+
+
+@functools.lru_cache(maxsize=2)
+def resources(run_dir: str) -> Resources:
+    """The resources of a run folder, loaded at first use and kept for the process's life."""
+    torch.set_grad_enabled(True)
+    return Resources(RunFolder.open(Path(run_dir)))

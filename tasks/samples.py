@@ -1,0 +1,58 @@
+"""The same prompts with the same dice, before and after training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rlhf_core.contracts.artifacts import write_file
+from rlhf_core.contracts.batches import Prompts
+from rlhf_core.contracts.config_io import canonical_json
+from rlhf_core.models.devices import using_threads
+from rlhf_core.stages.generate import generate
+from rlhf_core.stages.score_rewards import score_rewards
+from tasks.resources import resources
+
+
+@task(task_run_name="compare_samples", cache_policy=NO_CACHE, persist_result=False)
+def compare_samples(run_dir: str, limit: int = 5) -> list[dict[str, Any]]:
+    """Answer the first prompts of iteration 0 again with the final policy, from the same random numbers.
+
+    Returns: rows of prompt, response and score before and after; also in ``RUN/before_after.json``.
+    """
+    kept = resources(run_dir)
+    config, manifests = kept.run.config, kept.run.manifests(0)
+    prompts = kept.prompts(manifests["sample_prompts"].artifact)
+    before = kept.rollouts(manifests["generate"].artifact, prompts)
+    scores_before = kept.scores(manifests["score_rewards"].artifact)
+    few = _first(prompts, limit)
+    with using_threads(kept.num_threads):
+        after = generate(
+            kept.trainer(config.num_iterations).actor_critic,
+            kept.tokenizer,
+            few,
+            config.generation,
+            samples_per_prompt=1,
+            seed=config.seed,
+            iteration=0,
+        ).batch
+        scores_after = score_rewards(kept.reward_models, few, after, config.reward).batch
+    rows = [
+        {
+            "prompt": few.texts[i],
+            "before": before.texts[i * config.prompts.samples_per_prompt],
+            "score_before": float(scores_before.score_B[i * config.prompts.samples_per_prompt]),
+            "after": after.texts[i],
+            "score_after": float(scores_after.score_B[i]),
+        }
+        for i in range(len(few.prompt_ids))
+    ]
+    write_file(kept.run.path / "before_after.json", canonical_json({"samples": rows}) + b"\n")
+    return rows
+
+
+def _first(prompts: Prompts, limit: int) -> Prompts:
+    return Prompts(**{field.name: getattr(prompts, field.name)[:limit] for field in dataclasses.fields(prompts)})
