@@ -20,8 +20,8 @@ from tasks.generate import generate
 from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
+from tasks.report import write_report
 from tasks.sample_prompts import sample_prompts
-from tasks.samples import compare_samples
 from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
 from tasks.tracking import Tracker, iteration_metrics
@@ -67,7 +67,7 @@ def iterate(run_dir: str) -> str:
                 tracker.iteration_done(iteration)
                 watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
             save_due_checkpoint(run_dir, run.config.num_iterations)
-            compare_samples(run_dir)
+            write_report(run_dir)
         finally:
             tracker.close()
         link_to_tracker(tracker.page)

@@ -156,7 +156,7 @@ class _Sender:
         """The figure, the sample table, the alias of the best checkpoint, and the run's end."""
         self._log_samples()
         figure = self.run.path / "report.png"
-        if draw_run(self.run, figure):
+        if figure.is_file() or draw_run(self.run, figure):
             self.client.log_artifact(self.run_id, str(figure))
         best = best_checkpoint(self.run)
         if best is not None and best in self.models:
@@ -259,7 +259,7 @@ class _Sender:
             name, f"models:/{model.model_id}", run_id=self.run_id, tags=tags, model_id=model.model_id
         )
         self.models[iteration] = str(version.version)
-        self.client.set_registered_model_alias(name, "latest", version.version)
+        self.client.set_registered_model_alias(name, "newest", version.version)
         value = checkpoint_value(self.run, iteration)
         if math.isfinite(value):
             self.client.log_metric(self.run_id, "checkpoint/value", value, step=iteration, model_id=model.model_id)

@@ -28,9 +28,7 @@ def as_entry(column: str, value: object) -> PromptEntry:
     if not isinstance(value, str | list):
         raise ValueError(f"{column} is {shown(value)}, a {type(value).__name__}; {_KINDS} is needed")
     if isinstance(value, list):
-        return [
-            _as_message(f"{column}[{i}]", message) for i, message in enumerate(cast("list[object]", value))
-        ]
+        return [_as_message(f"{column}[{i}]", message) for i, message in enumerate(cast("list[object]", value))]
     return _unicode(column, value)
 
 
@@ -54,9 +52,7 @@ def check_prompt(column: str, entry: PromptEntry) -> None:
             "answer, so leave it out"
         )
     elif not entry[-1]["content"].strip():
-        raise ValueError(
-            f"{column} ends with a message whose content is {shown(entry[-1]['content'])}; it needs text"
-        )
+        raise ValueError(f"{column} ends with a message whose content is {shown(entry[-1]['content'])}; it needs text")
 
 
 def shown(value: object) -> str:
@@ -78,7 +74,5 @@ def _unicode(place: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place} is no Unicode text: half a surrogate pair at character {error.start}"
-        ) from None
+        raise ValueError(f"{place} is no Unicode text: half a surrogate pair at character {error.start}") from None
     return text

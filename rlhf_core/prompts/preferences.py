@@ -22,9 +22,7 @@ def shared_prompt(chosen: PromptEntry, rejected: PromptEntry) -> PromptEntry:
         ValueError: text against chat, equal sides, or nothing shared; the message is a whole clause.
     """
     if chosen == rejected:
-        raise ValueError(
-            "chosen and rejected are the same, so no prompt can be told from them; drop the pair"
-        )
+        raise ValueError("chosen and rejected are the same, so no prompt can be told from them; drop the pair")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt: PromptEntry = shared_text(chosen, rejected)
     elif isinstance(chosen, list) and isinstance(rejected, list):

@@ -60,8 +60,7 @@ def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
-            f"prompts.source {config.source!r} is a file of an unknown kind; accepted are "
-            f"{', '.join(FILE_READERS)}"
+            f"prompts.source {config.source!r} is a file of an unknown kind; accepted are {', '.join(FILE_READERS)}"
         )
     try:
         return reader(path, choose)
@@ -178,11 +177,7 @@ def _rows_of_csv(file: io.TextIOBase, choose: Choose) -> Rows:
         raise ValueError(f"the row that begins on line {start} is not CSV: {error}") from None
     names, cells, lines = (cells or [[]])[0], cells[1:], lines[1:]
     pairs = zip(lines, cells, strict=True)
-    bad = [
-        f"line {n} has {len(row)} cells, the header {len(names)}"
-        for n, row in pairs
-        if len(row) != len(names)
-    ]
+    bad = [f"line {n} has {len(row)} cells, the header {len(names)}" for n, row in pairs if len(row) != len(names)]
     if bad:
         raise BadLinesError(bad)
     wanted = choose(names) if cells else []
@@ -221,9 +216,7 @@ def _rows_of_table(table: pa.Table) -> Rows:
     return Rows({name: table.column(name).to_pylist() for name in table.column_names})
 
 
-def _rows_of_objects(
-    objects: Sequence[Mapping[str, Any]], choose: Choose, lines: Sequence[int] | None = None
-) -> Rows:
+def _rows_of_objects(objects: Sequence[Mapping[str, Any]], choose: Choose, lines: Sequence[int] | None = None) -> Rows:
     names = list(dict.fromkeys(name for item in objects for name in item))
     wanted = choose(names) if objects else []
     return Rows({name: [item.get(name) for item in objects] for name in wanted}, lines)

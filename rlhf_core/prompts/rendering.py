@@ -37,7 +37,6 @@ def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase) -> str
     except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in entry)
         raise UserError(
-            f"prompts.column holds a chat of the roles {roles}, which the chat template of {named} "
-            f"refuses: {error}"
+            f"prompts.column holds a chat of the roles {roles}, which the chat template of {named} refuses: {error}"
         ) from error
     return cast("str", text)

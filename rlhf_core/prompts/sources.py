@@ -85,22 +85,17 @@ def _read_rows(config: PromptsConfig) -> Rows:
 
 
 def _looks_like_path(source: str) -> bool:
-    return (
-        source.startswith((".", "/", "~"))
-        or source.count("/") > 1
-        or Path(source).suffix.lower() in FILE_READERS
-    )
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in FILE_READERS
 
 
 def _column_choice(config: PromptsConfig) -> Choose:
     def choose(names: Sequence[str]) -> Sequence[str]:
-        has_pair = all(name in names for name in PAIR)
         if config.column in names:
             wanted: Sequence[str] = [config.column]
-        elif config.from_preferences and has_pair:
+        elif config.from_preferences and _has_pair(names):
             wanted = PAIR
         else:
-            raise UserError(_missing_column(config, names, has_pair))
+            raise UserError(_missing_column(config, names))
         for name in wanted:
             if list(names).count(name) > 1:
                 raise UserError(f"prompts.source {config.source!r} has the column {name!r} more than once")
@@ -109,10 +104,14 @@ def _column_choice(config: PromptsConfig) -> Choose:
     return choose
 
 
-def _missing_column(config: PromptsConfig, names: Sequence[str], has_pair: bool) -> str:
+def _has_pair(names: Sequence[str]) -> bool:
+    return all(name in names for name in PAIR)
+
+
+def _missing_column(config: PromptsConfig, names: Sequence[str]) -> str:
     if config.from_preferences:
         remedy = "; prompts.from_preferences needs that column, or both chosen and rejected"
-    elif has_pair:
+    elif _has_pair(names):
         remedy = "; to take the shared beginning of chosen and rejected, set prompts.from_preferences: true"
     else:
         remedy = ""

@@ -1,4 +1,4 @@
-"""The same prompts with the same dice, before and after training."""
+"""What a run leaves for a person: the same prompts with the same dice before and after, and a picture."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards
-from tasks.resources import resources
+from tasks.figures import draw_run
+from tasks.resources import Resources, resources
 
 
-@task(task_run_name="compare_samples", cache_policy=NO_CACHE, persist_result=False)
-def compare_samples(run_dir: str, limit: int = 5) -> list[dict[str, Any]]:
+@task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False)
+def write_report(run_dir: str, limit: int = 5) -> None:
+    """Write ``RUN/before_after.json`` and ``RUN/report.png``."""
+    kept = resources(run_dir)
+    rows = compare_samples(kept, limit)
+    write_file(kept.run.path / "before_after.json", canonical_json({"samples": rows}) + b"\n")
+    draw_run(kept.run, kept.run.path / "report.png")
+
+
+def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
     """Answer the first prompts of iteration 0 again with the final policy, from the same random numbers.
 
-    Returns: rows of prompt, response and score before and after; also in ``RUN/before_after.json``.
+    Returns: rows of prompt, response and score, before and after.
     """
-    kept = resources(run_dir)
     config, manifests = kept.run.config, kept.run.manifests(0)
     prompts = kept.prompts(manifests["sample_prompts"].artifact)
     before = kept.rollouts(manifests["generate"].artifact, prompts)
@@ -40,7 +48,7 @@ def compare_samples(run_dir: str, limit: int = 5) -> list[dict[str, Any]]:
             iteration=0,
         ).batch
         scores_after = score_rewards(kept.reward_models, few, after, config.reward).batch
-    rows = [
+    return [
         {
             "prompt": few.texts[i],
             "before": before.texts[i * config.prompts.samples_per_prompt],
@@ -50,8 +58,6 @@ def compare_samples(run_dir: str, limit: int = 5) -> list[dict[str, Any]]:
         }
         for i in range(len(few.prompt_ids))
     ]
-    write_file(kept.run.path / "before_after.json", canonical_json({"samples": rows}) + b"\n")
-    return rows
 
 
 def _first(prompts: Prompts, limit: int) -> Prompts:
