@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from rlhf_core.contracts.errors import RlhfError
 
@@ -24,9 +25,7 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")
-]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
@@ -152,16 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except RlhfError as error:
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
         for line in str(error).splitlines():
-            Console(stderr=True).print(f"[red]error:[/] {escape(line)}" if not line.startswith(" ") else line, soft_wrap=True, highlight=False)  # fmt: skip
+            errors.print(line if line.startswith(" ") else f"[red]error:[/] {escape(line)}")
         raise SystemExit(EXIT_MISTAKE) from None
-
-
-def escape(text: str) -> str:
-    """Text that rich prints as it is."""
-    from rich.markup import escape as rich_escape
-
-    return rich_escape(text)
 
 
 def _prepare_environment() -> None:

@@ -109,12 +109,13 @@ def next_commands(run_dir: str, tracking_uri: str) -> Text:
     """The commands that open MLflow and the artifacts."""
     where = tracking_uri if tracking_uri.startswith("http") else None
     mlflow = where or f"mlflow server --backend-store-uri {tracking_uri} --host 127.0.0.1 --port 5000"
+    artifact = f"{run_dir}/iterations/000000/05_experience.arrow"
     lines = [
         ("compare runs in MLflow", mlflow),
         ("look into the run", f"rlhf inspect {run_dir}"),
-        ("open an artifact", f"python -c \"import polars; print(polars.read_ipc('{run_dir}/iterations/000000/05_experience.arrow'))\""),
+        ("open an artifact", f"python -c \"import polars; print(polars.read_ipc('{artifact}'))\""),
         ("the picture", f"{run_dir}/report.png"),
-    ]  # fmt: skip
+    ]
     return Text("\n").join(Text.assemble((f"{what:24}", "bold"), command) for what, command in lines)
 
 

@@ -1,13 +1,14 @@
 """The training flow: an iteration is six tasks, in the order of the algorithm.
 
-    prompts -> rollouts -> scores ─┐
-                     └-> ref log-probs ─┴-> experience -> update statistics + next policy
+prompts -> rollouts -> scores ─┐
+                 └-> ref log-probs ─┴-> experience -> update statistics + next policy
 """
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -26,8 +27,11 @@ from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
 from tasks.tracking import Tracker, iteration_metrics
 
+SIDE_BY_SIDE: Any = ThreadPoolTaskRunner(max_workers=2)
+"""score_rewards and reference_logprobs run at the same time."""
 
-@flow(name="ppo", flow_run_name="ppo", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)  # pyright: ignore[reportArgumentType]
+
+@flow(name="ppo", flow_run_name="ppo", task_runner=SIDE_BY_SIDE, persist_result=False)
 def train(config: RunConfig, run_dir: str | None = None) -> str:
     """Train a policy with PPO.
 
@@ -41,7 +45,7 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
     return iterate(run_dir)
 
 
-@flow(name="ppo-resume", flow_run_name="ppo-resume", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)  # pyright: ignore[reportArgumentType]  # fmt: skip
+@flow(name="ppo-resume", flow_run_name="ppo-resume", task_runner=SIDE_BY_SIDE)
 def resume(run_dir: str, accept_drift: bool = False) -> str:
     """Continue a stopped run from its last committed stage.
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flows.cli import watch_run
 from rlhf_core.contracts.config import RunConfig
@@ -36,7 +36,7 @@ def quickstart(folder: Path, console: Console) -> None:
 
 def quickstart_config(folder: Path, console: Console) -> RunConfig:
     """The quickstart's config, its models and prompts built if need be."""
-    phases: dict[str, int] = {}
+    phases: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description:28}"), BarColumn(bar_width=30), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 

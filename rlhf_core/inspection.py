@@ -62,7 +62,9 @@ def artifact_rows(run: RunFolder, iteration: int, stage: str, limit: int) -> lis
         raise UserError(f"--stage {stage} is not a stage; stages: {', '.join(STAGES)}")
     manifests = _manifests(run, iteration)
     if stage not in manifests:
-        raise UserError(f"--stage {stage} of iteration {iteration} is not committed yet; committed: {', '.join(manifests)}")
+        raise UserError(
+            f"--stage {stage} of iteration {iteration} is not committed yet; committed: {', '.join(manifests)}"
+        )
     return read_artifact(run.path, manifests[stage].artifact).slice(0, limit).to_pylist()
 
 
@@ -92,9 +94,7 @@ def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
     columns: Mapping[str, Sequence[Any]] = {
         name: joined[column] for name, column in per_token.items() if joined.get(column)
     }
-    tokens = [
-        {name: values[t] for name, values in columns.items()} for t in range(len(joined["response_tokens"]))
-    ]
+    tokens = [{name: values[t] for name, values in columns.items()} for t in range(len(joined["response_tokens"]))]
     facts = {"prompt": prompt["prompt_text"], "response": joined["response_text"]}
     facts |= {k: joined[k] for k in ("finish_reason", "score", "kl", "rlhf_reward") if k in joined}
     return facts, tokens
@@ -132,7 +132,7 @@ def _row_with(run: RunFolder, manifest: Manifest, key: str, value: Any) -> Row:
 
 
 def _iteration_of(sample_id: str) -> int:
-    head = sample_id.split("-")[0]
+    head = sample_id.partition("-")[0]
     if not (head.startswith("i") and head[1:].isdecimal()):
         raise UserError(f"--sample {sample_id!r} is not a sample id; they look like i000007-p000123-s0")
     return int(head[1:])

@@ -37,7 +37,6 @@ def retry_io_errors(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
 def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
     """The Prefect task of a stage: named alike, retried once on I/O errors, never cached by Prefect."""
     return task(
-        function,
         name=function.__name__,
         task_run_name=f"{function.__name__}-{{iteration}}",
         cache_policy=NO_CACHE,
@@ -46,7 +45,7 @@ def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
         retry_delay_seconds=1,
         retry_condition_fn=retry_io_errors,
         log_prints=False,
-    )
+    )(function)
 
 
 def run_stage(

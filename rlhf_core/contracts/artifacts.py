@@ -132,7 +132,8 @@ def read_manifest(run_dir: Path, stage: str, iteration: int) -> Manifest | None:
         return None
     values = read_json(text, origin=str(path))
     try:
-        manifest = Manifest(**{**values, "artifact": ArtifactRef(**values["artifact"])})
+        fields: dict[str, Any] = {**values, "artifact": ArtifactRef(**values["artifact"])}
+        manifest = Manifest(**fields)
     except (TypeError, KeyError) as error:
         raise IntegrityError(f"{path} is not a stage manifest: {error}") from None
     expected = (stage, iteration, artifact_path(iteration, stage))
@@ -291,7 +292,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename inside it survives a power cut."""
+    """Sync a folder to disk, so that a rename inside it survives a power cut."""
     _sync_file(path)
 
 

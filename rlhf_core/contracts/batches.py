@@ -151,7 +151,9 @@ class Rollouts:
         values, values_mask = pad_lists(table["values"], torch.float32)
         support_tokens = cast("list[Any]", table["support_tokens"].to_pylist())
         support_lens = cast("list[Any]", table["support_lens"].to_pylist())
-        supports = [Support(torch.tensor(t), torch.tensor(n)) for t, n in zip(support_tokens, support_lens, strict=True)]
+        supports = [
+            Support(torch.tensor(t), torch.tensor(n)) for t, n in zip(support_tokens, support_lens, strict=True)
+        ]
         return cls(
             sample_ids=cast("list[str]", table["sample_id"].to_pylist()),
             prompt_rows=torch.tensor([row_of[i] for i in ids], dtype=torch.int64),

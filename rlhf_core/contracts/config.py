@@ -21,33 +21,31 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """Base of all sections: unknown keys, wrong types, NaN and infinity are refused."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class PromptsConfig(Section):
     """Where prompts come from, and how many are drawn."""
 
     source: str = Field(
-        "",
+        default="",
         description="JSONL, CSV, Parquet or Arrow file; or a `datasets` folder or hub id",
     )
-    column: str = Field("prompt", description="column of texts, or of chat messages [{role, content}, ...]")
+    column: str = Field(default="prompt", description="column of texts, or of chat messages [{role, content}, ...]")
     from_preferences: bool = Field(
-        False, description="take the prompt as the shared beginning of `chosen` and `rejected`"
+        default=False, description="take the prompt as the shared beginning of `chosen` and `rejected`"
     )
-    subset: str | None = Field(None, description="configuration name of a hub dataset")
-    split: str = Field("train", description="split of a `datasets` source")
-    batch_size: Positive = Field(64, description="responses an iteration = prompts x samples_per_prompt")
-    samples_per_prompt: Positive = Field(1, description="responses generated for each prompt (k)")
+    subset: str | None = Field(default=None, description="configuration name of a hub dataset")
+    split: str = Field(default="train", description="split of a `datasets` source")
+    batch_size: Positive = Field(default=64, description="responses an iteration = prompts x samples_per_prompt")
+    samples_per_prompt: Positive = Field(default=1, description="responses generated for each prompt (k)")
     max_len: Positive | None = Field(
-        None, description="longest prompt in tokens; null: context length - max_new_tokens"
+        default=None, description="longest prompt in tokens; null: context length - max_new_tokens"
     )
     over_long: Literal["refuse", "truncate_left", "drop"] = Field(
-        "refuse", description="what happens to a prompt longer than max_len"
+        default="refuse", description="what happens to a prompt longer than max_len"
     )
-    shuffle: bool = Field(True, description="a new order each epoch, from the run's seed")
+    shuffle: bool = Field(default=True, description="a new order each epoch, from the run's seed")
 
     @property
     def num_prompts(self) -> int:
@@ -68,10 +66,10 @@ class CriticConfig(Section):
     """The value function V."""
 
     kind: Literal["shared", "separate"] = Field(
-        "separate", description="shared: a head on the policy's trunk; separate: a model of its own"
+        default="separate", description="shared: a head on the policy's trunk; separate: a model of its own"
     )
     init: Literal["zero", "policy", "reward"] = Field(
-        "policy",
+        default="policy",
         description="start of a separate critic: the policy's trunk, the first reward model, "
         "or zero (random trunk); the head starts at zero unless it comes with the reward model",
     )
@@ -80,12 +78,12 @@ class CriticConfig(Section):
 class PolicyConfig(Section):
     """The trained policy and its critic."""
 
-    model: str = Field("", description="AutoModelForCausalLM folder or hub id")
+    model: str = Field(default="", description="AutoModelForCausalLM folder or hub id")
     dtype: Dtype = Field(
-        "float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
+        default="float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
     )
     pad_token: str | None = Field(
-        None, description="token to pad with when the tokenizer has none, or one equal to EOS"
+        default=None, description="token to pad with when the tokenizer has none, or one equal to EOS"
     )
     critic: CriticConfig = CriticConfig()
 
@@ -93,21 +91,21 @@ class PolicyConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference that the KL is measured against."""
 
-    model: str | None = Field(None, description="folder or hub id; null: the initial policy")
-    dtype: Dtype | None = Field(None, description="null: policy.dtype")
-    batch_size: Positive = Field(64, description="responses read at a time, sorted by length")
+    model: str | None = Field(default=None, description="folder or hub id; null: the initial policy")
+    dtype: Dtype | None = Field(default=None, description="null: policy.dtype")
+    batch_size: Positive = Field(default=64, description="responses read at a time, sorted by length")
 
 
 class ModelReward(Section):
     """A reward model: one logit, read at the last token of prompt + response."""
 
     kind: Literal["model"] = "model"
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="null: rewardN")
-    model: str = Field("", description="AutoModelForSequenceClassification folder or hub id")
-    weight: float = Field(1.0, description="factor in the weighted sum")
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="null: rewardN")
+    model: str = Field(default="", description="AutoModelForSequenceClassification folder or hub id")
+    weight: float = Field(default=1.0, description="factor in the weighted sum")
     dtype: Dtype = "float32"
-    batch_size: Positive = Field(64, description="responses scored at a time")
-    max_len: Positive | None = Field(None, description="tokens read; null: the model's context length")
+    batch_size: Positive = Field(default=64, description="responses scored at a time")
+    max_len: Positive | None = Field(default=None, description="tokens read; null: the model's context length")
 
 
 class RewardConfig(Section):
@@ -131,14 +129,14 @@ class RewardConfig(Section):
 class GenerationConfig(Section):
     """How responses are sampled."""
 
-    max_new_tokens: Positive = Field(64, description="length limit of a response, in tokens")
-    temperature: PositiveFloat = Field(1.0, description="divides the logits in all three log-probs")
+    max_new_tokens: Positive = Field(default=64, description="length limit of a response, in tokens")
+    temperature: PositiveFloat = Field(default=1.0, description="divides the logits in all three log-probs")
     top_k: Positive | None = Field(
-        None, description="keep the k likeliest tokens; the support is stored and shared by all log-probs"
+        default=None, description="keep the k likeliest tokens; the support is stored and shared by all log-probs"
     )
-    top_p: Fraction = Field(1.0, description="keep the smallest set of tokens with this much probability")
-    stop: list[str] = Field([], description="a response ends once its text contains one of these")
-    batch_size: Positive | None = Field(None, description="responses decoded at a time; null: all")
+    top_p: Fraction = Field(default=1.0, description="keep the smallest set of tokens with this much probability")
+    stop: list[str] = Field(default=[], description="a response ends once its text contains one of these")
+    batch_size: Positive | None = Field(default=None, description="responses decoded at a time; null: all")
 
     @field_validator("stop")
     @classmethod
@@ -151,11 +149,11 @@ class GenerationConfig(Section):
 class KLConfig(Section):
     """The KL penalty and the controller of its coefficient β."""
 
-    coef: Annotated[float, Field(ge=0)] = Field(0.15, description="β at the first iteration")
-    controller: Literal["fixed", "adaptive"] = Field("adaptive", description="adaptive: Ziegler et al. 2019")
-    target: PositiveFloat = Field(6.0, description="nats per response, summed over its tokens")
-    horizon: PositiveFloat = Field(10_000.0, description="episodes; smaller moves β faster")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="form of the penalty; k1 and k3 are logged")
+    coef: Annotated[float, Field(ge=0)] = Field(default=0.15, description="β at the first iteration")
+    controller: Literal["fixed", "adaptive"] = Field(default="adaptive", description="adaptive: Ziegler et al. 2019")
+    target: PositiveFloat = Field(default=6.0, description="nats per response, summed over its tokens")
+    horizon: PositiveFloat = Field(default=10_000.0, description="episodes; smaller moves β faster")
+    estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="form of the penalty; k1 and k3 are logged")
 
     @model_validator(mode="after")
     def _beta_can_move(self) -> Self:
@@ -168,65 +166,65 @@ class ShapingConfig(Section):
     """From scores and KL to rewards and advantages."""
 
     level: Literal["token", "sequence"] = Field(
-        "token",
+        default="token",
         description="token: -β·kl on each token, the score on the last; sequence: all of it on the last",
     )
-    estimator: Literal["gae", "value", "reward"] = Field("gae", description="advantage estimator")
-    gamma: Fraction = Field(1.0, description="discount per token")
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(0.95, description="λ of gae")
+    estimator: Literal["gae", "value", "reward"] = Field(default="gae", description="advantage estimator")
+    gamma: Fraction = Field(default=1.0, description="discount per token")
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(default=0.95, description="λ of gae")
     score_normalization: Literal["none", "running", "reference"] = Field(
-        "none",
+        default="none",
         description="running: mean and std so far; reference: of the first batch, sampled from the reference",
     )
-    score_clip: PositiveFloat | None = Field(None, description="bound of |score| after normalisation")
+    score_clip: PositiveFloat | None = Field(default=None, description="bound of |score| after normalisation")
     missing_eos_penalty: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="for a response cut at the length limit"
+        default=None, description="for a response cut at the length limit"
     )
     missing_eos_mode: Literal["subtract", "set"] = Field(
-        "subtract", description="subtract the penalty from the score, or set the score to -penalty"
+        default="subtract", description="subtract the penalty from the score, or set the score to -penalty"
     )
-    length_penalty: Annotated[float, Field(ge=0)] = Field(0.0, description="subtracted per response token")
-    whiten_rewards: bool = Field(False, description="divide rewards by their std, keeping the mean")
-    whiten_advantages: bool = Field(True, description="mean 0, std 1 over the whole batch")
+    length_penalty: Annotated[float, Field(ge=0)] = Field(default=0.0, description="subtracted per response token")
+    whiten_rewards: bool = Field(default=False, description="divide rewards by their std, keeping the mean")
+    whiten_advantages: bool = Field(default=True, description="mean 0, std 1 over the whole batch")
 
 
 class PPOConfig(Section):
     """The clipped-surrogate update."""
 
-    learning_rate: PositiveFloat = Field(1e-5, description="peak learning rate of the policy")
-    critic_learning_rate: PositiveFloat | None = Field(None, description="null: learning_rate")
+    learning_rate: PositiveFloat = Field(default=1e-5, description="peak learning rate of the policy")
+    critic_learning_rate: PositiveFloat | None = Field(default=None, description="null: learning_rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="decay to 0 over num_iterations"
+        default="linear", description="decay to 0 over num_iterations"
     )
-    warmup_iterations: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up")
-    num_ppo_epochs: Positive = Field(4, description="passes over the batch")
-    num_minibatches: Positive = Field(4, description="optimiser steps in a pass")
+    warmup_iterations: Annotated[int, Field(ge=0)] = Field(default=0, description="linear warm-up")
+    num_ppo_epochs: Positive = Field(default=4, description="passes over the batch")
+    num_minibatches: Positive = Field(default=4, description="optimiser steps in a pass")
     micro_batch_size: Positive | None = Field(
-        None, description="responses per forward pass (gradient accumulation); null: the whole minibatch"
+        default=None, description="responses per forward pass (gradient accumulation); null: the whole minibatch"
     )
-    level: Literal["token", "sequence"] = Field("token", description="one ratio per token, or per response")
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="ε (below 1)")
-    clip_range_high: PositiveFloat | None = Field(None, description="ε above 1; null: clip_range")
-    value_clip_range: PositiveFloat | None = Field(0.2, description="null: no value clipping")
-    vf_coef: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of the value loss")
-    entropy_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the entropy bonus")
-    max_grad_norm: PositiveFloat | None = Field(1.0, description="gradient clipping; null: off")
+    level: Literal["token", "sequence"] = Field(default="token", description="one ratio per token, or per response")
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="ε (below 1)")
+    clip_range_high: PositiveFloat | None = Field(default=None, description="ε above 1; null: clip_range")
+    value_clip_range: PositiveFloat | None = Field(default=0.2, description="null: no value clipping")
+    vf_coef: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the value loss")
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the entropy bonus")
+    max_grad_norm: PositiveFloat | None = Field(default=1.0, description="gradient clipping; null: off")
     target_kl: PositiveFloat | None = Field(
-        None, description="skip the remaining epochs once KL to the behaviour policy (per token) exceeds this"
+        default=None, description="skip the remaining epochs once KL to the behaviour policy (per token) exceeds this"
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_eps: PositiveFloat = Field(1e-5, description="PyTorch's 1e-8 makes first steps far too large")
+    adam_eps: PositiveFloat = Field(default=1e-5, description="PyTorch's 1e-8 makes first steps far too large")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_skipped_steps: Positive = Field(3, description="non-finite steps in a row that stop the run")
+    max_skipped_steps: Positive = Field(default=3, description="non-finite steps in a row that stop the run")
 
 
 class CheckpointConfig(Section):
     """When the policy, critic and optimizer are saved."""
 
-    every: Positive = Field(10, description="iterations; the last iteration is always saved")
-    keep_last: Positive = Field(2, description="newest checkpoints kept")
-    keep_best: bool = Field(True, description="also keep the one with the highest objective/rlhf_reward")
+    every: Positive = Field(default=10, description="iterations; the last iteration is always saved")
+    keep_last: Positive = Field(default=2, description="newest checkpoints kept")
+    keep_best: bool = Field(default=True, description="also keep the one with the highest objective/rlhf_reward")
 
 
 class TrackingConfig(Section):
@@ -234,32 +232,32 @@ class TrackingConfig(Section):
 
     enabled: bool = True
     uri: str | None = Field(
-        None, description="null: MLFLOW_TRACKING_URI, else sqlite mlflow.db beside the run folder"
+        default=None, description="null: MLFLOW_TRACKING_URI, else sqlite mlflow.db beside the run folder"
     )
-    experiment: str = Field("rlhf-flow", min_length=1)
-    run_name: str | None = Field(None, description="null: the name of the run folder")
+    experiment: str = Field(default="rlhf-flow", min_length=1)
+    run_name: str | None = Field(default=None, description="null: the name of the run folder")
     registered_model: str = Field(
-        "rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"
+        default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"
     )
 
 
 class RunConfig(Section):
     """Everything a run is made of."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="every draw derives from it")
-    num_iterations: Positive = Field(100, description="sample, score, update: once each")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, then mps, then cpu")
-    num_threads: Positive | None = Field(None, description="CPU threads; null: the cores at hand")
-    prompts: PromptsConfig = PromptsConfig()  # pyright: ignore[reportCallIssue]
-    policy: PolicyConfig = PolicyConfig()  # pyright: ignore[reportCallIssue]
-    reference: ReferenceConfig = ReferenceConfig()  # pyright: ignore[reportCallIssue]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="every draw derives from it")
+    num_iterations: Positive = Field(default=100, description="sample, score, update: once each")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: cuda, then mps, then cpu")
+    num_threads: Positive | None = Field(default=None, description="CPU threads; null: the cores at hand")
+    prompts: PromptsConfig = PromptsConfig()
+    policy: PolicyConfig = PolicyConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
-    generation: GenerationConfig = GenerationConfig()  # pyright: ignore[reportCallIssue]
-    kl: KLConfig = KLConfig()  # pyright: ignore[reportCallIssue]
-    shaping: ShapingConfig = ShapingConfig()  # pyright: ignore[reportCallIssue]
-    ppo: PPOConfig = PPOConfig()  # pyright: ignore[reportCallIssue]
-    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
-    tracking: TrackingConfig = TrackingConfig()  # pyright: ignore[reportCallIssue]
+    generation: GenerationConfig = GenerationConfig()
+    kl: KLConfig = KLConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    ppo: PPOConfig = PPOConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def reference_model(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 
 from rlhf_core.contracts.config import ModelReward, RunConfig
@@ -60,20 +60,20 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     yaml = YAML(typ="safe", pure=True)
     try:
         depth = 0
-        for event in cast("Iterator[Any]", yaml.parse(text)):  # pyright: ignore[reportUnknownMemberType]
+        for event in cast("Iterator[Any]", yaml.parse(text)):
             if isinstance(event, AliasEvent):
                 raise UserError(f"{origin} uses a YAML alias (*name), which is not accepted; write the value out")
             depth += type(event).__name__.endswith("StartEvent")
             depth -= type(event).__name__.endswith("EndEvent")
             if depth > MAX_DEPTH:
                 raise UserError(f"{origin} is nested more than {MAX_DEPTH} levels deep")
-        return cast("Any", YAML(typ="safe", pure=True).load(text))  # pyright: ignore[reportUnknownMemberType]
+        return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = (error.problem or "not valid YAML").split("\n")[0].strip()
         raise UserError(f"{origin} is not valid YAML{place}: {problem}") from None
-    except (ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{origin} is not valid YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -170,7 +170,10 @@ def _sentence(detail: ErrorDetails) -> list[str]:
     where = ".".join(str(part) for part in detail["loc"])
     kind, value = detail["type"], detail["input"]
     if kind == "value_error":  # our own validators already name field, value and remedy
-        return [s if "." in s.split(" ")[0] else f"{where}: {s}" for s in str(detail["ctx"]["error"]).split("\n")]
+        return [
+            s if "." in s.split(" ")[0] else f"{where}: {s}"
+            for s in str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n")
+        ]
     if kind == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
@@ -184,7 +187,7 @@ def _sentence(detail: ErrorDetails) -> list[str]:
 def _known_keys(loc: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in loc:
-        if isinstance(part, int) or part == "model" and model is RunConfig:
+        if isinstance(part, int):
             continue
         field = model.model_fields.get(part)
         if field is None:

@@ -51,7 +51,7 @@ class LoopState:
     def from_json(cls, values: Mapping[str, Any]) -> LoopState:
         """From :meth:`to_json`. Raises IntegrityError for anything else."""
         try:
-            parts = {"cursor": Cursor(**values["cursor"]), "moments": ScoreMoments(**values["moments"])}
+            parts: dict[str, Any] = {"cursor": Cursor(**values["cursor"]), "moments": ScoreMoments(**values["moments"])}
             return cls(**{**values, **parts})
         except (TypeError, KeyError) as error:
             raise IntegrityError(f"not a loop state: {error}") from None

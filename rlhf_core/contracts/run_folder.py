@@ -66,7 +66,9 @@ class RunFolder:
     def num_finished(self) -> int:
         """Iterations whose update is committed."""
         folder = self.path / "iterations"
-        names = sorted((p.name for p in folder.iterdir() if p.name.isdecimal()), reverse=True) if folder.is_dir() else []
+        names = (
+            sorted((p.name for p in folder.iterdir() if p.name.isdecimal()), reverse=True) if folder.is_dir() else []
+        )
         for name in names:
             if self.manifest("ppo_update", int(name)) is not None:
                 return int(name) + 1

@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to go on, as safetensors and JSON, in one commit.
 
-    checkpoints/000010/policy/               loads with AutoModelForCausalLM.from_pretrained; tokenizer beside it
-    checkpoints/000010/critic/               critic.safetensors (+ config.json of a separate trunk)
-    checkpoints/000010/optimizer.safetensors exp_avg, exp_avg_sq and step of every parameter
-    checkpoints/000010/state.json            the loop state: iteration, β, cursor, moments, episodes
-    checkpoints/000010/manifest.json         sha256 of each file above
+checkpoints/000010/policy/               loads with AutoModelForCausalLM.from_pretrained; tokenizer beside it
+checkpoints/000010/critic/               critic.safetensors (+ config.json of a separate trunk)
+checkpoints/000010/optimizer.safetensors exp_avg, exp_avg_sq and step of every parameter
+checkpoints/000010/state.json            the loop state: iteration, β, cursor, moments, episodes
+checkpoints/000010/manifest.json         sha256 of each file above
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tupl
     check_folder(path)
     state = LoopState.from_json(read_json((path / "state.json").read_bytes(), origin=str(path / "state.json")))
     policy = LanguageModel.load(str(path / "policy"), dtype=config.policy.dtype, device=device, trainable=True)
-    critic = _load_critic(path / "critic", policy, config, device) if config.uses_critic else None
+    critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
     actor_critic = ActorCritic(policy, critic)
     trainer = Trainer(actor_critic, new_optimizer(actor_critic, config), state.iteration)
     _restore_optimizer(trainer, load_file(path / "optimizer.safetensors"))
     return trainer, state
 
 
-def _load_critic(path: Path, policy: LanguageModel, config: RunConfig, device: torch.device) -> Critic:
+def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
     from transformers import AutoConfig, AutoModel
 
     tensors = load_file(path / "critic.safetensors")

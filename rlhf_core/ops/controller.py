@@ -25,9 +25,7 @@ def next_state(
     """
     kl_coef = state.kl_coef
     if config.controller == "adaptive":
-        kl_coef = adaptive_kl_coef(
-            kl_coef, kl, target=config.target, horizon=config.horizon, num_samples=num_samples
-        )
+        kl_coef = adaptive_kl_coef(kl_coef, kl, target=config.target, horizon=config.horizon, num_samples=num_samples)
     return LoopState(
         iteration=state.iteration + 1,
         kl_coef=kl_coef,

@@ -47,7 +47,7 @@ def token_logprobs(
     support_NV: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """log π(token) and the entropy of π at each position, chunk by chunk over positions.
+    """Log-probs of the given tokens, log π(token), and the entropy of π there, chunk by chunk over positions.
 
         log π(y) = z_y - log Σ_v e^{z_v};    H = -Σ_v π(v) log π(v);    z = softcap(scale · (W h + b)) / T
 
@@ -68,7 +68,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     rows = max(1, chunk_elements // projection.weight_VD.shape[0])
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _TokenLogprobs.apply(  # pyright: ignore[reportReturnType, reportUnknownMemberType, reportUnknownVariableType]
+        return _TokenLogprobs.apply(
             hidden_ND,
             projection.weight_VD,
             projection.bias_V,
@@ -84,7 +84,7 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     """Forward keeps log-softmax only when it fits one chunk; otherwise backward computes it again.
 
-        d log π(y) / d z_v = [v = y] - π(v);      d H / d z_v = -π(v) (log π(v) + H)
+    d log π(y) / d z_v = [v = y] - π(v);      d H / d z_v = -π(v) (log π(v) + H)
     """
 
     @staticmethod
@@ -161,9 +161,7 @@ def _rows(support_NV: Tensor | None, part: slice) -> Tensor | None:
     return None if support_NV is None else support_NV[part]
 
 
-def _log_softmax(
-    projection: Projection, hidden_nD: Tensor, support_nV: Tensor | None, temperature: float
-) -> Tensor:
+def _log_softmax(projection: Projection, hidden_nD: Tensor, support_nV: Tensor | None, temperature: float) -> Tensor:
     z_nV = projection.logits(hidden_nD, temperature)
     if support_nV is not None:
         z_nV = z_nV.masked_fill(~support_nV, -torch.inf)

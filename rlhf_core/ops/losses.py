@@ -12,7 +12,7 @@ from rlhf_core.ops.kl import MAX_LOG_RATIO
 
 
 def log_ratio(logprobs_BR: Tensor, old_logprobs_BR: Tensor, mask_BR: Tensor, *, level: str) -> Tensor:
-    """log ρ of the updated policy to the behaviour policy.
+    """Log-ratio log ρ of the updated policy to the behaviour policy.
 
         token:  log ρ_t = log π(y_t) - log π_old(y_t);    sequence:  log ρ = Σ_t log ρ_t
 

@@ -171,22 +171,22 @@ def _loss(
             now.values_BR, batch.old_values_BR, batch.returns_BR, value_clip_range=config.value_clip_range
         )
         value_loss = masked_sum(errors_BR, mask_BR) / num_tokens
-        value_clip_fraction = float((value_clipped_BR & mask_BR).sum()) / num_tokens
+        value_clip_fraction = int((value_clipped_BR & mask_BR).sum()) / num_tokens
     loss = policy_loss + config.vf_coef * value_loss
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy
     with torch.no_grad():
         statistics = {
-            "loss": float(loss),
-            "policy_loss": float(policy_loss),
-            "value_loss": float(value_loss),
-            "entropy": float(entropy),
-            "approx_kl": float(masked_sum(approx_kl(ratios), mask)) / count,
-            "clip_fraction": float((is_clipped & mask).sum()) / count,
+            "loss": loss.item(),
+            "policy_loss": policy_loss.item(),
+            "value_loss": value_loss.item(),
+            "entropy": entropy.item(),
+            "approx_kl": masked_sum(approx_kl(ratios), mask).item() / count,
+            "clip_fraction": int((is_clipped & mask).sum()) / count,
             "value_clip_fraction": value_clip_fraction,
-            "ratio_mean": float(masked_sum(ratios.exp(), mask)) / count,
+            "ratio_mean": masked_sum(ratios.exp(), mask).item() / count,
         }
-        worst = float(torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max())
+        worst = torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max().item()
     return loss, statistics, worst
 
 

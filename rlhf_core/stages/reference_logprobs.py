@@ -19,7 +19,7 @@ def reference_logprobs(
     *,
     temperature: float,
 ) -> StageResult[ReferenceLogprobs]:
-    """log π_ref of every response token, at the temperature and on the support it was sampled from.
+    """Log-probs log π_ref of every response token, at the temperature and on the support it was sampled from.
 
     Args:
         reference: π_ref, frozen.

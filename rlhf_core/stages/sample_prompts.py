@@ -51,7 +51,7 @@ def sample_prompts(
         if len(chosen) == wanted:
             break
         if size - position < wanted - len(chosen):
-            epoch, position, chosen = epoch + 1, 0, []
+            epoch, position, dropped, chosen = epoch + 1, 0, 0, []
             order = _epoch_order(size, epoch, seed, shuffle=config.shuffle)
             if size < wanted:
                 break

@@ -27,9 +27,10 @@ def score_rewards(
     Raises: NumericalError if a score is not finite, naming component and samples.
     Source: Ziegler et al. 2019, section 2; the weighted sum is ours.
     """
+    texts, ids = list(prompts.texts), list(rollouts.sample_ids)
     conversations = [
         Conversation(
-            prompt_text=prompts.texts[row],
+            prompt_text=texts[row],
             response_text=text,
             messages=prompts.messages[row],
             policy_tokens=torch.cat([prompts.tokens_QP[row][prompts.mask_QP[row]], tokens[mask]]).tolist(),
@@ -42,7 +43,7 @@ def score_rewards(
     for column, name in enumerate(config.names):
         bad = (~torch.isfinite(components_BC[:, column])).nonzero()[:, 0].tolist()
         if bad:
-            shown = ", ".join(rollouts.sample_ids[row] for row in bad[:3]) + (" …" if len(bad) > 3 else "")
+            shown = ", ".join(ids[row] for row in bad[:3]) + (" …" if len(bad) > 3 else "")
             raise NumericalError(
                 f"reward component {name} gave {float(components_BC[bad[0], column])} for {len(bad)} of "
                 f"{len(conversations)} samples ({shown}); a score must be finite: check the model's weights and dtype"

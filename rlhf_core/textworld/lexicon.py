@@ -12,9 +12,7 @@ SINGULAR: Final = {"s": "s", "es": "es", "ies": "ies", "is": "is", "its": "its"}
 PLURAL: Final = {"s": "", "es": "", "ies": "y", "is": "are", "its": "their"}
 
 GENRES: Final = tuple(
-    "western,heist movie,ghost story,space opera,courtroom drama,road movie,spy thriller,musical,family film,"
-    "zombie comedy,war film,first feature,sequel,remake,love story,biopic,monster movie,slasher,fairy tale,"
-    "sports movie,holiday film,disaster movie,puppet film,silent film".split(",")
+    ["western", "heist movie", "ghost story", "space opera", "courtroom drama", "road movie", "spy thriller", "musical", "family film", "zombie comedy", "war film", "first feature", "sequel", "remake", "love story", "biopic", "monster movie", "slasher", "fairy tale", "sports movie", "holiday film", "disaster movie", "puppet film", "silent film"]
 )
 
 # What stands before the subject of a prompt; "{genre}" stands for each of GENRES in turn.

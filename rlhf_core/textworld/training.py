@@ -243,9 +243,7 @@ def _batches(
         yield from batches
 
 
-def _fit(
-    model: nn.Module, loss: Callable[[], Tensor], *, num_steps: int, lr: float, on_step: Progress
-) -> None:
+def _fit(model: nn.Module, loss: Callable[[], Tensor], *, num_steps: int, lr: float, on_step: Progress) -> None:
     """AdamW under a cosine with a short warm-up. In evaluation mode: with dropout at 0 it is the same, and faster."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     num_warmup = max(1, num_steps // 20)

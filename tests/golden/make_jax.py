@@ -1,6 +1,6 @@
 """Golden numbers of DeepMind's rlax (GAE, clipped surrogate with its gradient) and optax (schedules).
 
-    python tests/golden/make_jax.py
+python tests/golden/make_jax.py
 """
 # pyright: reportMissingImports=false
 # (jax, rlax and optax are installed in the golden environment alone)

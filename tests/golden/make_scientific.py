@@ -1,6 +1,6 @@
-"""Golden numbers of scipy (log-softmax, entropy, KL, inverse CDF) and scikit-learn (running moments, explained variance).
+"""Golden numbers of scipy (log-softmax, entropy, KL, inverse CDF) and scikit-learn (moments, explained variance).
 
-    python tests/golden/make_scientific.py
+python tests/golden/make_scientific.py
 """
 # pyright: reportMissingImports=false
 # (scikit-learn is installed in the golden environment alone)
@@ -54,12 +54,13 @@ def main() -> None:
     scaler, running = StandardScaler(), []
     for batch in batches:
         scaler.partial_fit(batch[:, None])
-        count, mean, variance = int(scaler.n_samples_seen_), float(scaler.mean_[0]), float(scaler.var_[0])
+        mean, variance = (float(np.asarray(x).item()) for x in (scaler.mean_, scaler.var_))
+        count = int(scaler.n_samples_seen_)
         running.append({"count": count, "mean": mean, "m2": variance * count})
     cases["moments"] = {
         "batches": [batch.tolist() for batch in batches],
         "running": running,
-        "normalized_last": scaler.transform(batches[-1][:, None])[:, 0].tolist(),
+        "normalized_last": np.ravel(scaler.transform(batches[-1][:, None])).tolist(),
     }
 
     values, returns = np.round(rng.normal(size=20), 3), np.round(rng.normal(size=20), 3)

@@ -1,6 +1,6 @@
 """Golden supports of transformers' TopKLogitsWarper and TopPLogitsWarper, top-k applied first as its generate() does.
 
-    python tests/golden/make_transformers.py
+python tests/golden/make_transformers.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
             warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             warpers.append(TopPLogitsWarper(top_p))
-        kept = torch.isfinite(warpers(torch.zeros(6, 1, dtype=torch.long), logits.clone()))
+        kept = torch.isfinite(warpers(torch.LongTensor([[0]] * 6), logits.clone()))
         supports.append({"top_k": top_k, "top_p": top_p, "support": kept.tolist()})
     write("transformers", ["transformers", "torch"], {"logits": logits.tolist(), "supports": supports})
 

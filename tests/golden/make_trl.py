@@ -43,7 +43,7 @@ def adaptive_controller(old_trl: Path) -> type:
     source = (old_trl / "trl" / "trainer" / "utils.py").read_text()
     node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "AdaptiveKLController")
     names: dict[str, Any] = {"np": np}
-    exec(ast.get_source_segment(source, node), names)
+    exec(ast.unparse(node), names)
     return names["AdaptiveKLController"]
 
 
@@ -137,11 +137,7 @@ def main() -> None:
         "mb_logprobs": logprobs * mask,
         "new_logprobs": (logprobs + draw(3, R, scale=0.3)) * mask,
     }
-    inputs = {
-        key: value.tolist()
-        for key, value in names.items()
-        if key.startswith(("mb_", "vpred", "new_"))
-    }
+    inputs = {key: value.tolist() for key, value in names.items() if key.startswith(("mb_", "vpred", "new_"))}
     names = execute("vpredclipped = torch.clamp(", ")", names)
     names = execute("vf_losses1 = ", "pg_loss = ", names)
     names = execute("approxkl = 0.5", "approxkl = 0.5", names)
@@ -156,7 +152,8 @@ def main() -> None:
         "vf_clipped": vf_clipped.tolist(),
         "vf_clipfrac": names["vf_clipfrac"].item(),
     }
-    assert 0 < pg_clipped.sum() < mask.sum() and 0 < vf_clipped.sum() < mask.sum()
+    assert 0 < pg_clipped.sum() < mask.sum()
+    assert 0 < vf_clipped.sum() < mask.sum()
 
     logits, tokens = draw(6, 11, scale=2.0), torch.tensor([0, 3, 10, 5, 5, 7])
     cases["token_logprobs"] = {

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_core.ops.advantages import gae, reward_only, value_baseline
 from tolerances import EXACT, F32_OP, F32_SUM, F64_OP
 from torch import Tensor
 from torch.testing import assert_close
+
+from rlhf_core.ops.advantages import gae, reward_only, value_baseline
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
@@ -35,11 +36,10 @@ def draw(seed: int, shape: torch.Size, dtype: torch.dtype = torch.float64) -> Te
 
 def loop_gae(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
     """Schulman et al. 2016, eq. 16, forwards as the paper writes it: A_t = Σ_l (γλ)^l δ_{t+l}, V = 0 at the end."""
-    ahead = [*values[1:], 0.0]
+    ahead = [*values, 0.0][1:]
     deltas = [r + gamma * v_next - v for r, v, v_next in zip(rewards, values, ahead, strict=True)]
     return [
-        math.fsum((gamma * gae_lambda) ** i * delta for i, delta in enumerate(deltas[t:]))
-        for t in range(len(deltas))
+        math.fsum((gamma * gae_lambda) ** i * delta for i, delta in enumerate(deltas[t:])) for t in range(len(deltas))
     ]
 
 
@@ -88,9 +88,7 @@ def test_gae_golden_trl(name: str) -> None:
     rewards_BR, values_BR, expected_BR, expected_returns_BR = (
         torch.tensor(case[key], dtype=torch.float64) for key in ("rewards", "values", "advantages", "returns")
     )
-    advantages_BR, returns_BR = gae(
-        rewards_BR, values_BR, mask_BR, gamma=case["gamma"], gae_lambda=case["gae_lambda"]
-    )
+    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, gamma=case["gamma"], gae_lambda=case["gae_lambda"])
     assert_close(advantages_BR, expected_BR, **F64_OP)
     assert_close(returns_BR, expected_returns_BR, **F64_OP)
 
@@ -148,9 +146,7 @@ def test_the_order_of_responses_is_irrelevant(lengths: list[int], seed: int, gam
     rewards_BR, values_BR = draw(seed, mask_BR.shape), draw(seed + 1, mask_BR.shape)
     order_B = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     straight_BR, _ = gae(rewards_BR, values_BR, mask_BR, gamma=gamma, gae_lambda=gae_lambda)
-    permuted_BR, _ = gae(
-        rewards_BR[order_B], values_BR[order_B], mask_BR[order_B], gamma=gamma, gae_lambda=gae_lambda
-    )
+    permuted_BR, _ = gae(rewards_BR[order_B], values_BR[order_B], mask_BR[order_B], gamma=gamma, gae_lambda=gae_lambda)
     assert_close(permuted_BR, straight_BR[order_B], **EXACT)
 
 

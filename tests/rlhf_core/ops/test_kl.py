@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_core.ops.kl import MAX_LOG_RATIO, adaptive_kl_coef, token_kl
 from tolerances import EXACT, F32_OP, F64_OP
 from torch import Tensor
 from torch.testing import assert_close
+
+from rlhf_core.ops.kl import MAX_LOG_RATIO, adaptive_kl_coef, token_kl
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
@@ -130,7 +131,7 @@ def test_k3_of_an_impossible_token_stays_finite() -> None:
     everything = torch.ones(1, 2, dtype=torch.bool)
     kl_BR = token_kl(torch.tensor([[-200.0, 0.0]]), torch.tensor([[0.0, -200.0]]), everything, estimator="k3")
     assert torch.isfinite(kl_BR).all()
-    assert kl_BR[0, 0] > 0.99 * math.exp(MAX_LOG_RATIO)
+    assert_close(kl_BR[0, 0].item(), math.exp(MAX_LOG_RATIO), **F32_OP)
     # k1 is not clamped: the penalty of such a token is what it is
     k1_BR = token_kl(torch.tensor([[-200.0, 0.0]]), torch.tensor([[0.0, -200.0]]), everything, estimator="k1")
     assert_close(k1_BR, torch.tensor([[-200.0, 200.0]]), **EXACT)
@@ -187,8 +188,9 @@ def test_adaptive_coefficient_is_bounded_and_rises_with_the_kl(
     )
     step = 0.2 * num_samples / horizon
     assert 0 < low <= high
-    assert kl_coef * (1 - step) * (1 - 1e-12) <= low
-    assert high <= kl_coef * (1 + step) * (1 + 1e-12)
+    slack = F64_OP["rtol"]
+    assert kl_coef * (1 - step) * (1 - slack) <= low
+    assert high <= kl_coef * (1 + step) * (1 + slack)
     assert (low <= kl_coef) if min(kl, other_kl) <= target else (low >= kl_coef)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_core.ops.masking import MIN_STD, last_real, masked_mean, masked_std, masked_sum, whiten
 from tolerances import EXACT, F32_OP, F32_SUM, F64_OP
 from torch import Tensor
 from torch.testing import assert_close
+
+from rlhf_core.ops.masking import MIN_STD, last_real, masked_mean, masked_std, masked_sum, whiten
 
 TRL = json.loads((Path(__file__).parents[2] / "golden" / "trl.json").read_text())["cases"]
 EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
@@ -26,7 +27,9 @@ def right_padded(lengths: list[int], width: int = 6) -> Tensor:
     return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
 
 
-def draw(seed: int, mask_BR: Tensor, *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def draw(
+    seed: int, mask_BR: Tensor, *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (mean + std * torch.randn(mask_BR.shape, generator=generator, dtype=torch.float64)).to(dtype)
 

@@ -10,6 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import EXACT, F32_OP, F64_OP
+from torch import Tensor
+from torch.testing import assert_close
+
 from rlhf_core.contracts.loop_state import ScoreMoments
 from rlhf_core.ops.rewards import (
     normalize_scores,
@@ -18,9 +22,6 @@ from rlhf_core.ops.rewards import (
     update_moments,
     weighted_sum,
 )
-from tolerances import EXACT, F32_OP, F64_OP
-from torch import Tensor
-from torch.testing import assert_close
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
@@ -114,9 +115,7 @@ def test_normalized_scores_have_mean_0_and_std_1(scores: list[float], spread: fl
 
 def test_weighted_sum_by_hand() -> None:
     # 2 · 1 - 0.5 · 4 = 0;  2 · 3 - 0.5 · (-2) = 7
-    assert_close(
-        weighted_sum(torch.tensor([[1.0, 4.0], [3.0, -2.0]]), [2.0, -0.5]), torch.tensor([0.0, 7.0]), **EXACT
-    )
+    assert_close(weighted_sum(torch.tensor([[1.0, 4.0], [3.0, -2.0]]), [2.0, -0.5]), torch.tensor([0.0, 7.0]), **EXACT)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,17 +138,13 @@ def test_weighted_sum_refuses_a_wrong_number_of_weights() -> None:
 def test_missing_eos_by_hand(mode: str, expected: list[float]) -> None:
     # the second did not end: 1 - 1.5 = -0.5, or -1.5 whatever the score
     score_B, ended_B = torch.tensor([2.0, 1.0]), torch.tensor([True, False])
-    assert_close(
-        penalize_missing_eos(score_B, ended_B, penalty=1.5, mode=mode), torch.tensor(expected), **EXACT
-    )
+    assert_close(penalize_missing_eos(score_B, ended_B, penalty=1.5, mode=mode), torch.tensor(expected), **EXACT)
 
 
 def test_missing_eos_golden_trl() -> None:
     case = TRL["missing_eos"]
     score_B = torch.tensor(case["scores"], dtype=torch.float64)
-    penalised_B = penalize_missing_eos(
-        score_B, torch.tensor(case["ended"]), penalty=case["penalty"], mode="subtract"
-    )
+    penalised_B = penalize_missing_eos(score_B, torch.tensor(case["ended"]), penalty=case["penalty"], mode="subtract")
     assert_close(penalised_B, torch.tensor(case["penalised"], dtype=torch.float64), **F64_OP)
 
 
@@ -202,9 +197,7 @@ def loop_rewards(
 )
 def test_shaped_rewards_by_hand(level: str, expected: list[list[float]]) -> None:
     kl_BR = torch.tensor([[1.0, 2.0, -1.0], [4.0, math.nan, math.nan]])
-    rewards_BR = shaped_rewards(
-        torch.tensor([10.0, -3.0]), kl_BR, right_padded([3, 1], 3), kl_coef=0.5, level=level
-    )
+    rewards_BR = shaped_rewards(torch.tensor([10.0, -3.0]), kl_BR, right_padded([3, 1], 3), kl_coef=0.5, level=level)
     assert_close(rewards_BR, torch.tensor(expected), **F32_OP)
 
 
@@ -221,7 +214,9 @@ def test_shaped_rewards_agree_with_a_loop(seed: int, level: str, dtype: torch.dt
 
 def test_shaped_rewards_golden_trl() -> None:
     case = TRL["shaped_rewards_full_length"]
-    score_B, kl_BR, expected_BR = (torch.tensor(case[name], dtype=torch.float64) for name in ("scores", "kl", "rewards"))
+    score_B, kl_BR, expected_BR = (
+        torch.tensor(case[name], dtype=torch.float64) for name in ("scores", "kl", "rewards")
+    )
     everything_BR = torch.ones_like(kl_BR, dtype=torch.bool)
     rewards_BR = shaped_rewards(score_B, kl_BR, everything_BR, kl_coef=case["kl_coef"], level="token")
     assert_close(rewards_BR, expected_BR, **F64_OP)

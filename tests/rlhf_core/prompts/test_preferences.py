@@ -183,9 +183,7 @@ def test_pair_without_a_prompt(chosen: Any, rejected: Any, sentence: str) -> Non
 
 def load(path: Path, rows: list[dict[str, Any]], **knobs: Any) -> PromptSet:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_prompt_set(
-        PromptsConfig(source=str(path), from_preferences=True, **knobs)  # pyright: ignore[reportCallIssue]
-    )
+    return load_prompt_set(PromptsConfig(source=str(path), from_preferences=True, **knobs))
 
 
 def test_each_prompt_once_in_the_order_of_its_first_pair(tmp_path: Path) -> None:
@@ -221,9 +219,7 @@ def test_pairs_of_parquet_in_any_order_of_columns(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"rejected": ["a c"], "n": [1], "chosen": ["a b"]}), tmp_path / "p.parquet")
-    config = PromptsConfig(  # pyright: ignore[reportCallIssue]
-        source=str(tmp_path / "p.parquet"), from_preferences=True
-    )
+    config = PromptsConfig(source=str(tmp_path / "p.parquet"), from_preferences=True)
 
     assert list(load_prompt_set(config).entries) == ["a"]
 

@@ -114,7 +114,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(source: Path | str, **knobs: Any) -> PromptSet:
-    return load_prompt_set(PromptsConfig(source=str(source), **knobs))  # pyright: ignore[reportCallIssue]
+    return load_prompt_set(PromptsConfig(source=str(source), **knobs))
 
 
 def problems(source: Path | str, **knobs: Any) -> list[str]:
@@ -182,11 +182,15 @@ def test_jsonl_may_have_empty_lines_a_byte_order_mark_and_line_separators(tmp_pa
 
 def test_csv_may_have_empty_lines_a_byte_order_mark_and_long_cells(tmp_path: Path) -> None:
     long = "x" * 200_000
-    before = csv.field_size_limit()
-    path = written(tmp_path / "p.csv", f'\ufeffid,prompt\r\n\r\n1,"a\r\nb"\r\n2,{long}\r\n')
+    path = written(tmp_path / "p.csv", f'\ufeffprompt,id\r\n\r\n"a\r\nb",1\r\n{long},2\r\n')
+    limit = csv.field_size_limit(12_345)
 
     assert list(load(path).entries) == ["a\r\nb", long]
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit(limit) == 12_345
+
+
+def test_json_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    assert list(load(written(tmp_path / "p.json", '\ufeff[{"prompt": "x"}]')).entries) == ["x"]
 
 
 def test_a_folder_named_key_value_adds_no_column(tmp_path: Path) -> None:
@@ -207,6 +211,7 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_relative_folder_named_like_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder_of_jsonl(tmp_path / "json", [{"prompt": "x"}])
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a file that nobody named"}])
     monkeypatch.chdir(tmp_path)
 
     assert list(load("json").entries) == ["x"]
@@ -338,6 +343,18 @@ def test_arrow_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
     assert "not UTF-8 text" in problem or "Invalid UTF8" in problem
 
 
+def test_arrow_file_with_impossible_values(tmp_path: Path) -> None:
+    offsets, text = pa.array([0, 3, 1], pa.int32()).buffers()[1], pa.py_buffer(b"abc")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
+    table = pa.table({"prompt": column})
+    with pa.OSFile(str(tmp_path / "p.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+    [problem] = problems(tmp_path / "p.arrow")
+
+    assert problem.startswith("prompts.source 'p.arrow' cannot be read: Column 0: ")
+
+
 def test_bad_lines_are_all_named(tmp_path: Path) -> None:
     lines = [
         b'{"prompt": "fine"}',
@@ -428,6 +445,8 @@ def test_row_without_a_prompt_is_named(tmp_path: Path, value: Any, sentence: str
 
 
 def test_rows_are_counted_by_what_the_source_has(tmp_path: Path) -> None:
+    jsonl = written(tmp_path / "p.jsonl", '{"other": "y"}\n{"prompt": "x"}\n')
+    assert problems(jsonl)[0].startswith("prompts.source 'p.jsonl', line 1: prompt is null or missing;")
     jsonl = written(tmp_path / "p.jsonl", '\n{"prompt": "x"}\n\n{"other": "y"}\n')
     assert problems(jsonl)[0].startswith("prompts.source 'p.jsonl', line 4: prompt is null or missing;")
 

@@ -1,0 +1,121 @@
+"""One iteration of the six stages as plain function calls, as a notebook would write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_core.contracts.batches import (
+    Experience,
+    Prompts,
+    ReferenceLogprobs,
+    Rollouts,
+    Scores,
+    StageResult,
+    UpdateStatistics,
+)
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.loop_state import Cursor, ScoreMoments
+from rlhf_core.models.checkpoints import Trainer, new_trainer
+from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.tokenizers import vocabulary_digest
+from rlhf_core.preflight import Plan, preflight
+from rlhf_core.stages.generate import generate
+from rlhf_core.stages.ppo_update import ppo_update
+from rlhf_core.stages.reference_logprobs import reference_logprobs
+from rlhf_core.stages.sample_prompts import sample_prompts
+from rlhf_core.stages.score_rewards import score_rewards
+from rlhf_core.stages.shape_rewards import shape_rewards
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Bench:
+    """A config with its models in memory."""
+
+    config: RunConfig
+    plan: Plan
+    trainer: Trainer
+    reference: LanguageModel
+    rewards: list[RewardModel]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Bench:
+        plan = preflight(config)
+        vocabulary = vocabulary_digest(plan.tokenizer.tokenizer)
+        return cls(
+            config,
+            plan,
+            new_trainer(config, CPU),
+            LanguageModel.load(config.reference_model, dtype="float32", device=CPU, trainable=False),
+            [
+                RewardModel.load(c, field="reward", policy_vocabulary=vocabulary, device=CPU)
+                for c in config.reward.components
+            ],
+        )
+
+    def prompts(self, cursor: Cursor = Cursor()) -> StageResult[Prompts]:
+        return sample_prompts(
+            self.plan.prompt_set,
+            self.plan.tokenizer,
+            self.config.prompts,
+            cursor=cursor,
+            seed=self.config.seed,
+            max_prompt_len=self.plan.max_prompt_len,
+        )
+
+    def rollouts(self, prompts: Prompts, iteration: int = 0) -> StageResult[Rollouts]:
+        return generate(
+            self.trainer.actor_critic,
+            self.plan.tokenizer,
+            prompts,
+            self.config.generation,
+            samples_per_prompt=self.config.prompts.samples_per_prompt,
+            seed=self.config.seed,
+            iteration=iteration,
+        )
+
+    def scores(self, prompts: Prompts, rollouts: Rollouts) -> StageResult[Scores]:
+        return score_rewards(self.rewards, prompts, rollouts, self.config.reward)
+
+    def ref_logprobs(self, prompts: Prompts, rollouts: Rollouts) -> StageResult[ReferenceLogprobs]:
+        return reference_logprobs(
+            self.reference,
+            prompts,
+            rollouts,
+            self.config.reference,
+            temperature=self.config.generation.temperature,
+        )
+
+    def experience(self, rollouts: Rollouts, scores: Scores, reference: ReferenceLogprobs, **changes: Any) -> Any:
+        settings = {"kl_coef": self.config.kl.coef, "moments": ScoreMoments(), "expect_zero_kl": False}
+        return shape_rewards(
+            rollouts, scores, reference, self.config.shaping, self.config.kl, **{**settings, **changes}
+        )
+
+    def update(
+        self, prompts: Prompts, rollouts: Rollouts, experience: Experience, iteration: int = 0
+    ) -> StageResult[UpdateStatistics]:
+        return ppo_update(
+            self.trainer,
+            prompts,
+            rollouts,
+            experience,
+            self.config.ppo,
+            temperature=self.config.generation.temperature,
+            seed=self.config.seed,
+            iteration=iteration,
+            num_iterations=self.config.num_iterations,
+        )
+
+    def until_experience(self) -> tuple[Prompts, Rollouts, Experience]:
+        prompts = self.prompts().batch
+        rollouts = self.rollouts(prompts).batch
+        shaped = self.experience(
+            rollouts, self.scores(prompts, rollouts).batch, self.ref_logprobs(prompts, rollouts).batch
+        )
+        return prompts, rollouts, shaped.batch
