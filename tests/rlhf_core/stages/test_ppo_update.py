@@ -134,9 +134,9 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny_config: Config
 def test_gradients_are_clipped(tiny_config: Configure) -> None:
     settings = ["ppo.num_ppo_epochs=1", "ppo.num_minibatches=1", "shaping.estimator=reward"]
     _, free, step = one_step(tiny_config([*settings, "ppo.max_grad_norm=null"]))
-    _, clipped, _ = one_step(tiny_config([*settings, "ppo.max_grad_norm=0.01"]))
+    _, clipped, _ = one_step(tiny_config([*settings, "ppo.max_grad_norm=0.2"]))
     assert float(free.norm()) == pytest.approx(step["grad_norm"], rel=1e-3)
-    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-2)
+    assert float(clipped.norm()) == pytest.approx(0.2, rel=1e-2)
     assert float(torch.nn.functional.cosine_similarity(clipped, free, dim=0)) > 0.999
 
 
