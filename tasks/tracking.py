@@ -71,6 +71,7 @@ class Tracker:
         self.run, self.prefect_run = run, dict(prefect_run)
         self.run_id: str | None = None
         self._wanted: queue.Queue[int | None] = queue.Queue()
+        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     @property
@@ -99,12 +100,13 @@ class Tracker:
         self._wanted.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
+            self._given_up.set()
             logger.warning("MLflow has not taken everything in %.0f s; `rlhf resume` sends the rest", CLOSE_TIMEOUT_S)
 
     def _work(self) -> None:
         sender: _Sender | None = None
         finished, closing = 0, False
-        while not closing:
+        while not closing and not self._given_up.is_set():
             wanted = self._wanted.get()
             closing = wanted is None
             finished = finished if wanted is None else wanted
@@ -124,13 +126,12 @@ class _Sender:
     """The conversation with one tracker. Every method may raise whatever the tracker raises."""
 
     def __init__(self, run: RunFolder, prefect_run: Mapping[str, str]) -> None:
-        import mlflow
         from mlflow.tracking import MlflowClient
 
         self.run = run
         uri = tracking_uri(run)
         with _store_lock(uri):
-            mlflow.set_tracking_uri(uri)  # a version's source "models:/..." is looked up in the default tracker
+            _make_default(uri)
             self.client: Any = MlflowClient(uri)
             self.run_id = self._open_run(prefect_run)
         self.next = self._arrived()
@@ -274,6 +275,21 @@ class _Sender:
 def _recorded(run: RunFolder) -> dict[str, str] | None:
     path = run.path / "mlflow.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _make_default(uri: str) -> None:
+    """Make a tracker MLflow's default: it looks up a version's source ``models:/...`` there.
+
+    MLflow writes its default into MLFLOW_TRACKING_URI too, where the next run of this process would take it
+    for the user's choice: that is undone.
+    """
+    import mlflow
+
+    chosen = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if chosen is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = chosen
 
 
 @contextlib.contextmanager

@@ -209,8 +209,9 @@ def _subjects() -> Mapping[str, Subject]:
 
 @cache
 def _phrases(kind: str, plural: bool, praise: bool) -> tuple[Mapping[str, float], ...]:
-    """Predicates that fit a subject and praise or pan it, one mapping to valences a form: verbs, bare adjectives,
-    adjectives under an adverb, negated adjectives.
+    """Predicates that praise a subject, or pan it, with their valences; one mapping for each form.
+
+    Forms: verbs, bare adjectives, adjectives under an adverb, negated adjectives.
     """
     agreement = lexicon.PLURAL if plural else lexicon.SINGULAR
     be = agreement["is"]
@@ -255,7 +256,5 @@ def _join(clauses: list[tuple[float, float]], joiner: str, valence: float) -> li
 
 
 def _weigh(clauses: list[tuple[float, float]]) -> float:
-    """Quality: the weighted sum of valences over the root of the total weight, so that more praise is worth more, but
-    less and less.
-    """
+    """Quality: the weighted sum of valences over the root of the weights; more of the same adds less and less."""
     return sum(valence * weight for valence, weight in clauses) / sqrt(sum(weight for _, weight in clauses))

@@ -11,9 +11,11 @@ from typing import Final
 SINGULAR: Final = {"s": "s", "es": "es", "ies": "ies", "is": "is", "its": "its"}
 PLURAL: Final = {"s": "", "es": "", "ies": "y", "is": "are", "its": "their"}
 
-GENRES: Final = tuple(
-    ["western", "heist movie", "ghost story", "space opera", "courtroom drama", "road movie", "spy thriller", "musical", "family film", "zombie comedy", "war film", "first feature", "sequel", "remake", "love story", "biopic", "monster movie", "slasher", "fairy tale", "sports movie", "holiday film", "disaster movie", "puppet film", "silent film"]
-)
+GENRES: Final = (
+    "western,heist movie,ghost story,space opera,courtroom drama,road movie,spy thriller,musical,family film,"
+    "zombie comedy,war film,first feature,sequel,remake,love story,biopic,monster movie,slasher,fairy tale,"
+    "sports movie,holiday film,disaster movie,puppet film,silent film"
+).split(",")
 
 # What stands before the subject of a prompt; "{genre}" stands for each of GENRES in turn.
 FRAMES: Final = (
@@ -202,7 +204,13 @@ PRAISING_ADVERBS: Final = {
     "effortlessly": 1.1,
     "disarmingly": 1.1,
 }
-PANNING_ADVERBS: Final = {"painfully": 1.4, "hopelessly": 1.4, "needlessly": 1.1, "oddly": 0.9, "a little": 0.6}
+PANNING_ADVERBS: Final = {
+    "painfully": 1.4,
+    "hopelessly": 1.4,
+    "needlessly": 1.1,
+    "oddly": 0.9,
+    "a little": 0.6,
+}
 ADVERBS: Final = {"truly": 1.3, "really": 1.2, "simply": 1.1, "rather": 0.8, "mostly": 0.7, "often": 0.8}
 NEGATIONS: Final = {
     "not": -0.5,
@@ -227,7 +235,12 @@ HEDGES: Final = {
 
 # Joiner -> (weight of the clause before it, weight of the clause after it). A contrast puts its weight on what
 # follows ("dull , but lovely" ends well); a concession puts it on what came first ("lovely , though dull").
-AGREEING: Final = {", and": (1.0, 1.0), ", and even": (1.0, 1.1), ", just as": (1.0, 1.0), "; besides ,": (1.0, 0.9)}
+AGREEING: Final = {
+    ", and": (1.0, 1.0),
+    ", and even": (1.0, 1.1),
+    ", just as": (1.0, 1.0),
+    "; besides ,": (1.0, 0.9),
+}
 TURNING: Final = {
     ", but": (0.7, 1.3),
     ", yet": (0.8, 1.2),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -20,18 +20,19 @@ class Recipe:
         num_layers: transformer blocks of both models.
         num_heads: attention heads of a block.
         num_reviews: reviews that the policy is fitted to.
-        num_heldout: reviews, and as many pairs, that neither model is fitted to.
-        num_eval_prompts: openings that no review or pair is written for, save the held-out ones.
+        num_heldout: reviews, and as many pairs, to measure the models on.
+        num_eval_prompts: openings kept for measuring; neither model is fitted to a review that starts with one.
         policy_steps: optimizer steps of the policy.
         policy_batch_size: reviews of a step.
         policy_lr: peak learning rate of the policy.
         num_pairs: preference pairs that the reward model is fitted to.
         spoiled_share: share of the reviews in those pairs that are broken, so that broken texts score low.
+        tie_margin: pairs closer in quality than this are not put to the annotator.
         annotator_sharpness: how well the simulated annotator tells qualities apart.
         reward_steps: optimizer steps of the reward model.
         reward_batch_size: pairs of a step.
         reward_lr: peak learning rate of the reward model.
-        num_policy_samples: responses drawn from the finished policy, to centre the scores and to measure both models.
+        num_policy_samples: responses of the finished policy to centre the scores on, and as many to measure.
     """
 
     vocab_size: int = 1024
@@ -42,25 +43,26 @@ class Recipe:
     num_reviews: int = 16_384
     num_heldout: int = 512
     num_eval_prompts: int = 64
-    policy_steps: int = 400
-    policy_batch_size: int = 64
-    policy_lr: float = 3e-3
-    num_pairs: int = 4_096
-    spoiled_share: float = 0.1
-    annotator_sharpness: float = 4.0
-    reward_steps: int = 100
-    reward_batch_size: int = 32
+    policy_steps: int = 1_200
+    policy_batch_size: int = 16
+    policy_lr: float = 4e-3
+    num_pairs: int = 4_800
+    spoiled_share: float = 0.08
+    tie_margin: float = 0.3
+    annotator_sharpness: float = 3.0
+    reward_steps: int = 300
+    reward_batch_size: int = 16
     reward_lr: float = 1e-3
-    num_policy_samples: int = 512
+    num_policy_samples: int = 256
 
     def __post_init__(self) -> None:
         """Refuse a recipe that makes no world.
 
         Raises: ValueError, naming the field.
         """
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} must be above 0, got {getattr(self, field.name)}")
+        for name, value in asdict(self).items():
+            if not (value > 0 or (value == 0 and name in ("spoiled_share", "tie_margin", "annotator_sharpness"))):
+                raise ValueError(f"{name} is out of range, got {value}")
         if self.vocab_size < 258:
             raise ValueError(f"vocab_size must hold 256 bytes and 2 special tokens, got {self.vocab_size}")
         if self.hidden_size % self.num_heads:

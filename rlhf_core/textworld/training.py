@@ -7,23 +7,27 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from math import cos, pi
 from random import Random
+from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf_core.textworld.grammar import Review, annotator_prefers, sample_review, spoil
+from rlhf_core.textworld.grammar import BROKEN_QUALITY, Review, annotator_prefers, parse, sample_review, spoil
 from rlhf_core.textworld.recipe import Recipe
 
-EOS = "<|endoftext|>"
-PAD = "<|pad|>"
+SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|pad|>")
+EOS, PAD = SPECIAL_TOKENS
+EOS_ID, PAD_ID = 0, 1
+"""Special tokens come first in the vocabulary."""
 
-IGNORED = -100
-"""Label of a padded position; `torch.nn.functional.cross_entropy` skips it."""
+IGNORED: Final = -100
+"""Label of a padded position."""
 
 Tokens = list[int]
 Progress = Callable[[int, int], None]
@@ -43,7 +47,10 @@ def fit_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFa
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=recipe.vocab_size,
+        special_tokens=[*SPECIAL_TOKENS],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -53,6 +60,7 @@ def fit_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFa
         pad_token=PAD,
         padding_side="left",
         model_max_length=recipe.context_len,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -66,9 +74,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review]) -> lis
     Returns: unpadded sequences.
     Raises: ValueError for a sequence longer than the tokenizer's model_max_length.
     """
-    eos = tokenizer.convert_tokens_to_ids(EOS)
-    encoded = tokenizer([review.text for review in reviews])["input_ids"]
-    sequences = [ids + [eos] * review.finished for ids, review in zip(encoded, reviews, strict=True)]
+    sequences = tokenizer([review.text + EOS * review.finished for review in reviews])["input_ids"]
     longest = max(map(len, sequences))
     if longest > tokenizer.model_max_length:
         raise ValueError(f"a review takes {longest} tokens, but context_len is {tokenizer.model_max_length}")
@@ -76,7 +82,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review]) -> lis
 
 
 def fit_policy(
-    sequences: Sequence[Tokens],
+    reviews: Sequence[Review],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     *,
@@ -86,12 +92,12 @@ def fit_policy(
     """A small GPT-2 fitted to the reviews by next-token cross-entropy.
 
     Args:
-        sequences: token ids of reviews, EOS included.
-        tokenizer: of the world; its special tokens are written into the config.
+        reviews: what the policy learns to write.
+        tokenizer: of the world; its special tokens are written into the model's config.
         recipe: sizes, policy_steps, policy_batch_size and policy_lr are read.
         rng: decides the order of the batches; advanced.
         on_step: told of every step.
-    Returns: the policy, in evaluation mode; none of its dropouts is on.
+    Returns: the policy, in evaluation mode.
     """
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -99,19 +105,19 @@ def fit_policy(
         n_embd=recipe.hidden_size,
         n_layer=recipe.num_layers,
         n_head=recipe.num_heads,
+        activation_function="gelu_pytorch_tanh",  # gelu_new, in one kernel
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",  # gelu_new, in one kernel
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=EOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
     )
     policy = GPT2LMHeadModel(config)
-    batches = _batches([(sequence,) for sequence in sequences], recipe.policy_batch_size, rng)
+    batches = _batches([(sequence,) for sequence in encode(tokenizer, reviews)], recipe.policy_batch_size, rng)
     _fit(
         policy,
-        lambda: next_token_loss(policy, [sequence for (sequence,) in next(batches)]),
+        lambda: _next_token_loss(policy, [sequence for (sequence,) in next(batches)]),
         num_steps=recipe.policy_steps,
         lr=recipe.policy_lr,
         on_step=on_step,
@@ -119,18 +125,42 @@ def fit_policy(
     return policy
 
 
-def next_token_loss(policy: GPT2LMHeadModel, sequences: Sequence[Tokens]) -> Tensor:
+def next_token_loss(policy: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review]) -> Tensor:
     """Mean cross-entropy of every token but the first, in nats a token.
 
     Args:
-        policy: a causal language model.
-        sequences: unpadded token ids, at least 2 tokens each.
+        policy: the language model.
+        tokenizer: of the world.
+        reviews: at least one.
     Returns: a scalar.
     """
-    ids_BT = pad(sequences, policy.config.pad_token_id)
-    labels_BT = pad(sequences, IGNORED)
-    logits_BTV = policy(input_ids=ids_BT).logits  # causal attention: no real token sees the padding on its right
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+    return _next_token_loss(policy, encode(tokenizer, reviews))
+
+
+def respond(policy: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[Review]:
+    """Let the policy finish reviews, by plain sampling from PyTorch's global CPU generator.
+
+    Args:
+        policy: the language model, a GPT2LMHeadModel.
+        tokenizer: of the world.
+        prompts: openings; one response each.
+    Returns: reviews, of quality `BROKEN_QUALITY` where the response does not parse.
+    """
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    prompt_len = encoded["input_ids"].shape[1]
+    max_new_tokens = policy.config.n_positions - prompt_len
+    ids_BT = policy.generate(**encoded, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)[:, prompt_len:]
+    responses = [text.strip() for text in tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+    finished = (ids_BT == EOS_ID).any(dim=1).tolist()
+    return [
+        Review(
+            prompt,
+            response,
+            BROKEN_QUALITY if (quality := parse(prompt, response)) is None else quality,
+            ended,
+        )
+        for prompt, response, ended in zip(prompts, responses, finished, strict=True)
+    ]
 
 
 def draw_pairs(rng: Random, prompts: Sequence[str], num: int, recipe: Recipe) -> list[tuple[Review, Review]]:
@@ -140,7 +170,7 @@ def draw_pairs(rng: Random, prompts: Sequence[str], num: int, recipe: Recipe) ->
         rng: source of randomness; advanced.
         prompts: openings to draw from.
         num: how many pairs.
-        recipe: spoiled_share and annotator_sharpness are read.
+        recipe: spoiled_share, tie_margin and annotator_sharpness are read.
     Returns: (chosen, rejected) pairs.
     """
 
@@ -148,10 +178,12 @@ def draw_pairs(rng: Random, prompts: Sequence[str], num: int, recipe: Recipe) ->
         review = sample_review(rng, prompt)
         return spoil(rng, review) if rng.random() < recipe.spoiled_share else review
 
-    pairs = []
-    for _ in range(num):
+    pairs: list[tuple[Review, Review]] = []
+    while len(pairs) < num:
         prompt = rng.choice(prompts)
         first, second = write(prompt), write(prompt)
+        if abs(first.quality - second.quality) < recipe.tie_margin:
+            continue
         preferred = annotator_prefers(rng, first, second, sharpness=recipe.annotator_sharpness)
         pairs.append((first, second) if preferred else (second, first))
     return pairs
@@ -159,7 +191,8 @@ def draw_pairs(rng: Random, prompts: Sequence[str], num: int, recipe: Recipe) ->
 
 def fit_reward(
     policy: GPT2LMHeadModel,
-    pairs: Sequence[tuple[Tokens, Tokens]],
+    pairs: Sequence[tuple[Review, Review]],
+    tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     *,
     rng: Random,
@@ -167,67 +200,84 @@ def fit_reward(
 ) -> GPT2ForSequenceClassification:
     """A reward model on a copy of the policy's trunk, fitted to preferences.
 
-        loss = -log sigmoid(score_chosen - score_rejected)        (Bradley and Terry, 1952; arXiv 2203.02155, eq. 1)
+        loss = -log sigmoid(score_chosen - score_rejected)
 
     Args:
         policy: where the trunk starts from; left as it is.
-        pairs: (chosen, rejected) token ids.
+        pairs: (chosen, rejected) reviews.
+        tokenizer: of the world.
         recipe: reward_steps, reward_batch_size and reward_lr are read.
         rng: decides the order of the batches; advanced.
         on_step: told of every step.
     Returns: the reward model, in evaluation mode.
+    Source: arXiv 2203.02155, eq. 1, with K = 2.
     """
-    config = GPT2Config.from_dict(policy.config.to_dict() | {"num_labels": 1, "architectures": None})
+    config = deepcopy(policy.config)
+    config.num_labels = 1
     reward = GPT2ForSequenceClassification(config)
     reward.transformer.load_state_dict(policy.transformer.state_dict())
     nn.init.zeros_(reward.score.weight)
-    batches = _batches(pairs, recipe.reward_batch_size, rng)
+    chosen, rejected = (encode(tokenizer, side) for side in zip(*pairs, strict=True))
+    batches = _batches(list(zip(chosen, rejected, strict=True)), recipe.reward_batch_size, rng)
 
     def loss() -> Tensor:
-        batch = next(batches)
-        scores = score(reward, [*(chosen for chosen, _ in batch), *(rejected for _, rejected in batch)])
-        chosen, rejected = scores.chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+        chosen, rejected = zip(*next(batches), strict=True)
+        margins = _scores(reward, [*chosen, *rejected]).unflatten(0, (2, -1))
+        return -functional.logsigmoid(margins[0] - margins[1]).mean()
 
     _fit(reward, loss, num_steps=recipe.reward_steps, lr=recipe.reward_lr, on_step=on_step)
     return reward
 
 
-def score(reward: GPT2ForSequenceClassification, sequences: Sequence[Tokens]) -> Tensor:
-    """Scores of the sequences, each read at its last token.
+def scores(
+    reward: GPT2ForSequenceClassification, tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review]
+) -> Tensor:
+    """Score of each review, read at its last token: EOS where it is finished.
 
     Args:
-        reward: a sequence classifier with one label.
-        sequences: unpadded token ids.
+        reward: the reward model.
+        tokenizer: of the world.
+        reviews: at least one.
     Returns: [B] float32.
     """
-    return reward(input_ids=pad(sequences, reward.config.pad_token_id)).logits[:, 0]
+    return _scores(reward, encode(tokenizer, reviews))
 
 
 @torch.no_grad()
-def shift_scores(reward: GPT2ForSequenceClassification, by: float) -> None:
+def shift_scores(reward: GPT2ForSequenceClassification, *, by: float) -> None:
     """Add a constant to every score; mutates the reward model.
 
-    The score head has no bias, but it reads what the last layer norm adds its bias b to, so with head weights w
+    The head w has no bias, but the layer norm in front of it has one, b, and the score is linear in b:
 
         b + by * w / |w|^2    gives    score + by
 
     Args:
-        reward: its final layer norm is changed.
+        reward: the reward model; its last layer norm is changed.
         by: the constant.
     """
     head = reward.score.weight[0]
-    reward.transformer.ln_f.bias += by * head / head.square().sum()
+    reward.transformer.ln_f.bias.add_(by * head / head.square().sum())
 
 
-def pad(sequences: Sequence[Tokens], value: int) -> Tensor:
-    """The sequences as one tensor, padded on the right.
+def _next_token_loss(policy: GPT2LMHeadModel, sequences: Sequence[Tokens]) -> Tensor:
+    """Cross-entropy of unpadded sequences.
 
-    Args:
-        sequences: unpadded token ids, at least one sequence.
-        value: what stands behind the end of a shorter sequence.
-    Returns: [B, T] int64, T the longest.
+    What stands in for padding does not matter: attention is causal, and the labels are ignored there.
     """
+    ids_BT = _pad(sequences, EOS_ID)
+    labels_BT = _pad(sequences, IGNORED)
+    logits_BTV = policy(input_ids=ids_BT).logits
+    return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def _scores(reward: GPT2ForSequenceClassification, sequences: Sequence[Tokens]) -> Tensor:
+    """Scores of unpadded sequences; the model finds each last token by what is not padding."""
+    ids_BT = _pad(sequences, PAD_ID)
+    return reward(input_ids=ids_BT, attention_mask=ids_BT != PAD_ID).logits[:, 0]
+
+
+def _pad(sequences: Sequence[Tokens], value: int) -> Tensor:
+    """The sequences as one [B, T] tensor, the shorter ones followed by the value."""
     longest = max(map(len, sequences))
     return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
 

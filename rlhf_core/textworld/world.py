@@ -4,21 +4,31 @@ A world appears whole or not at all. It is written into a hidden sibling folder,
 `world.json`, which names the recipe and the SHA-256 of every other file, decides whether a folder can be used again.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
+from statistics import mean
 from typing import Final
 
+import torch
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
 from rlhf_core.textworld import training
-from rlhf_core.textworld.grammar import openings, sample_review
+from rlhf_core.textworld.grammar import openings, parse, sample_review
 from rlhf_core.textworld.recipe import Recipe
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with (phase, done, total); the phases are "grammar", "policy", "reward" and "measure", in this order."""
+"""Called with (phase, done, total). The phases are "grammar", "policy", "reward" and "measure", in this order."""
 
 _CONTENTS: Final = {"policy", "reward", "prompts.jsonl", "prompts_eval.jsonl", "world.json"}
 
@@ -80,15 +90,19 @@ def build_text_world(
         shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
         building.mkdir()
         try:
-            metrics = _build(building, seed, recipe, on_progress or (lambda phase, done, total: None))
+            metrics = _build(building, seed, recipe, on_progress or _ignore_progress)
             content = {"digest": digest, "seed": seed, "recipe": asdict(recipe), "metrics": metrics}
-            content["files"] = _file_digests(building)
+            content |= {"files": _file_digests(building)}
             (building / "world.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _sync_tree(building)
             _put_in_place(building, directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return _world(directory, metrics)
+
+
+def _ignore_progress(_phase: str, _done: int, _total: int) -> None:
+    """Nobody watches."""
 
 
 def _build(folder: Path, seed: int, recipe: Recipe, on_progress: OnProgress) -> dict[str, float]:
@@ -108,15 +122,147 @@ def _build(folder: Path, seed: int, recipe: Recipe, on_progress: OnProgress) -> 
         reward = training.fit_reward(policy, pairs, tokenizer, recipe, rng=rng, on_step=partial(on_progress, "reward"))
         on_progress("measure", 0, 1)
         with torch.no_grad():
-            own_reviews = _respond(policy, tokenizer, rng.choices(prompts, k=recipe.num_policy_samples))
-            training.shift_scores(reward, by=-float(training.score(reward, own_reviews, tokenizer).mean()))
+            responses = training.respond(policy, tokenizer, rng.choices(prompts, k=recipe.num_policy_samples))
+            training.shift_scores(reward, by=-training.scores(reward, tokenizer, responses).mean().item())
             metrics = _measure(policy, reward, tokenizer, prompts_eval, recipe, rng)
         on_progress("measure", 1, 1)
 
-    for name, model in (("policy", policy), ("reward", reward)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    with _quiet():
+        for name, model in (("policy", policy), ("reward", reward)):
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
     for name, lines in (("prompts.jsonl", prompts), ("prompts_eval.jsonl", prompts_eval)):
         text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in lines)
         (folder / name).write_text(text, encoding="utf-8")
-    return metrics | {"seconds": time.monotonic() - start}
+    return metrics | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def _measure(
+    policy: GPT2LMHeadModel,
+    reward: GPT2ForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    recipe: Recipe,
+    rng: Random,
+) -> dict[str, float]:
+    """Every metric of `TextWorld` but the seconds, on prompts that neither model was fitted to."""
+    heldout = [sample_review(rng, rng.choice(prompts)) for _ in range(recipe.num_heldout)]
+    pairs = training.draw_pairs(rng, prompts, recipe.num_heldout, replace(recipe, spoiled_share=0.0))
+    chosen, rejected = (training.scores(reward, tokenizer, side) for side in zip(*pairs, strict=True))
+    responses = training.respond(policy, tokenizer, rng.choices(prompts, k=recipe.num_policy_samples))
+    lengths = [len(tokenizer(f" {review.response}")["input_ids"]) + review.finished for review in responses]
+    own = training.scores(reward, tokenizer, responses)
+    qualities = torch.tensor([[review.quality for review in heldout]])
+    return {
+        "heldout_loss": training.next_token_loss(policy, tokenizer, heldout).item(),
+        "reward_pair_accuracy": (chosen > rejected).float().mean().item(),
+        "annotator_accuracy": mean(first.quality > second.quality for first, second in pairs),
+        "reward_quality_correlation": torch.corrcoef(
+            torch.cat([qualities, training.scores(reward, tokenizer, heldout)[None]])
+        )[0, 1].item(),
+        "reward_mean_on_policy": own.mean().item(),
+        "reward_std_on_policy": own.std().item(),
+        "policy_quality": mean(review.quality for review in responses),
+        "policy_grammatical": mean(parse(review.prompt, review.response) is not None for review in responses),
+        "response_len": mean(lengths),
+        "eos_rate": mean(review.finished for review in responses),
+    }
+
+
+def _load(directory: Path, digest: str) -> TextWorld | None:
+    """The world in the directory if it is of this digest and undamaged, else None."""
+    try:
+        content = json.loads((directory / "world.json").read_text(encoding="utf-8"))
+        recorded, metrics = (
+            content["files"],
+            {str(name): float(value) for name, value in content["metrics"].items()},
+        )
+        found = _file_digests(directory)
+        intact = bool(recorded) and all(found.get(name) == sha256 for name, sha256 in recorded.items())
+        return _world(directory, metrics) if intact and content["digest"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no world.json, or no longer one
+        return None
+
+
+def _world(directory: Path, metrics: dict[str, float]) -> TextWorld:
+    """The record of a world that lies in the directory."""
+    return TextWorld(
+        policy=directory / "policy",
+        reward=directory / "reward",
+        prompts=directory / "prompts.jsonl",
+        prompts_eval=directory / "prompts_eval.jsonl",
+        metrics=metrics,
+    )
+
+
+def _file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file below the directory, by relative path, world.json apart."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "world.json")
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raise ValueError for a directory that could not be replaced without losing what is no part of a world."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is not a folder")
+    strangers = sorted(path.name for path in directory.glob("*") if path.name not in _CONTENTS)
+    if strangers:
+        raise ValueError(f"{directory} holds files that are no part of a text world: {', '.join(strangers)}")
+
+
+def _put_in_place(building: Path, directory: Path) -> None:
+    """Rename a finished folder to its name; the one that had the name is removed last."""
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if directory.exists():
+        directory.rename(replaced)
+    building.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Make every file and folder below the directory, and itself, durable."""
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    """Make one file or folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file; the kernel lets go of it when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _torch_seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global CPU generator, which weights and responses are drawn from, and restore it afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for a file of two megabytes."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

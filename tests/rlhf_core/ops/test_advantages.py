@@ -177,6 +177,13 @@ def test_gae_leaves_its_inputs_alone() -> None:
     assert_close((rewards_BR, values_BR), before, **EXACT)
 
 
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="deltas_BR[:, 0] of no tokens")
+def test_responses_without_tokens_have_no_advantages() -> None:
+    none_BR, mask_BR = torch.zeros(2, 0), right_padded([0, 0], 0)
+    advantages_BR, returns_BR = gae(none_BR, none_BR, mask_BR, gamma=1.0, gae_lambda=0.95)
+    assert advantages_BR.shape == returns_BR.shape == (2, 0)
+
+
 def test_one_advantage_a_response_by_hand() -> None:
     # R = 1 + 2 + 4 = 7 less V(x) = 2, the first value: 5;  R = -3 less 0.5: -3.5
     rewards_BR = torch.tensor([[1.0, 2.0, 4.0], [-3.0, math.nan, math.nan]])

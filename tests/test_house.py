@@ -1,0 +1,323 @@
+"""The house keeps its order: the six names, the layers, the documentation, and what is never used.
+
+Everything here is read from the source text: nothing is imported but the contracts.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pydantic import BaseModel
+
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "tasks", "rlhf_core")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+OPS = sorted((ROOT / "rlhf_core" / "ops").glob("*.py"))
+README = ROOT / "README.md"
+MAX_LINES = 400
+MAX_FLOW_LINES = 40
+ROOMS_OF_TESTS = {"golden"}
+"""Folders of tests/ that are no package: numbers from outside, with the scripts that made them."""
+SELF_EVIDENT = {
+    "reward.components.kind",
+    "reward.components.dtype",
+    "ppo.adam_beta1",
+    "ppo.adam_beta2",
+    "ppo.weight_decay",
+    "tracking.enabled",
+    "tracking.experiment",
+}
+"""Knobs whose name and section say all; every other one has a description."""
+METRIC = re.compile(r"[a-z0-9]+/[a-z0-9_<>]+")
+PLAIN_METRICS = {"lr", "episode"}
+"""Names that the field knows without a slash."""
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def public_functions(path: Path) -> dict[str, ast.FunctionDef]:
+    body = parsed(path).body
+    return {f.name: f for f in body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")}
+
+
+def dotted(node: ast.expr) -> str:
+    """``torch.load`` of the expression that says it; empty for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+class TestSixNames:
+    def test_schemas_files_and_modules_mirror_each_other(self) -> None:
+        names = list(STAGES)
+        assert len(names) == 6
+        assert list(FILE_STEMS) == names
+        assert [stem[:3] for stem in FILE_STEMS.values()] == [f"{i:02d}_" for i in range(1, 7)], "in flow order"
+        stages = {path.stem for path in (ROOT / "rlhf_core" / "stages").glob("*.py")} - {"__init__"}
+        assert stages == set(names)
+        assert all((ROOT / "tasks" / f"{name}.py").is_file() for name in names)
+
+    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("room", ["rlhf_core/stages", "tasks"])
+    def test_one_public_function_of_the_same_name(self, room: str, stage: str) -> None:
+        assert list(public_functions(ROOT / room / f"{stage}.py")) == [stage]
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_task_is_made_by_stage_task(self, stage: str) -> None:
+        """Which gives it its name, its retries, and no cache of Prefect's."""
+        function = public_functions(ROOT / "tasks" / f"{stage}.py")[stage]
+        assert [dotted(decorator) for decorator in function.decorator_list] == ["stage_task"]
+
+    def test_the_flow_runs_them_in_order(self) -> None:
+        function = public_functions(ROOT / "flows" / "ppo.py")["train_iteration"]
+        calls = [dotted(node.func).split(".")[0] for node in ast.walk(function) if isinstance(node, ast.Call)]
+        lines = {dotted(n.func).split(".")[0]: n.lineno for n in ast.walk(function) if isinstance(n, ast.Call)}
+        called = [name for name in calls if name in STAGES]
+        assert sorted(called) == sorted(STAGES), "each once"
+        assert sorted(called, key=lines.__getitem__) == list(STAGES)
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_no_column_is_nullable(self, stage: str) -> None:
+        def nullable(field: pa.Field) -> Iterator[str]:
+            if field.nullable:
+                yield field.name
+            kind = field.type
+            children = [kind.value_field] if pa.types.is_list(kind) else list(kind) if pa.types.is_struct(kind) else []
+            for child in children:
+                yield from (f"{field.name}.{name}" for name in nullable(child))
+
+        assert [name for field in STAGES[stage] for name in nullable(field)] == []
+
+
+class TestLayers:
+    def test_import_linter_has_its_contracts(self) -> None:
+        contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        outer, inner = (c for c in contracts if c["type"] == "layers")
+        assert outer["layers"] == list(PACKAGES)
+        order = [layer for layer in inner["layers"] if layer in {"stages", "models", "ops", "contracts"}]
+        assert order == ["stages", "models", "ops", "contracts"]
+        (apart,) = (c for c in contracts if c["type"] == "independence")
+        assert set(apart["modules"]) == {f"rlhf_core.stages.{stage}" for stage in STAGES}
+        forbidden = {
+            source: set(contract["forbidden_modules"])
+            for contract in contracts
+            if contract["type"] == "forbidden"
+            for source in contract["source_modules"]
+        }
+        assert forbidden["rlhf_core"] >= {"prefect", "mlflow"}
+        assert forbidden["rlhf_core.ops"] >= {"pyarrow", "transformers"}
+
+    def test_every_package_is_in_the_inner_layers(self) -> None:
+        contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        (inner,) = (c for c in contracts if c["type"] == "layers" and c.get("containers") == ["rlhf_core"])
+        layered = {name.strip() for layer in inner["layers"] for name in layer.split("|")}
+        rooms = {p.stem for p in (ROOT / "rlhf_core").iterdir() if (p / "__init__.py").is_file() or p.suffix == ".py"}
+        assert rooms - {"__init__"} == layered
+
+    def test_one_file_imports_mlflow(self) -> None:
+        assert [name_of(path) for path in SOURCES if "mlflow" in imports(path)] == ["tasks/tracking.py"]
+
+    def test_flows_import_no_heavy_library(self) -> None:
+        heavy = {"torch", "pyarrow", "transformers", "mlflow"}
+        assert {name_of(p) for p in (ROOT / "flows").rglob("*.py") if imports(p) & heavy} == set()
+
+    def test_a_flow_is_short(self) -> None:
+        functions = public_functions(ROOT / "flows" / "ppo.py").values()
+        assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.lineno > MAX_FLOW_LINES] == []
+
+    def test_tests_mirror_the_packages(self) -> None:
+        tests = ROOT / "tests"
+        strays: list[str] = []
+        for path in tests.rglob("test_*.py"):
+            folder = path.parent.relative_to(tests)
+            if folder != Path() and not (ROOT / folder / "__init__.py").is_file():
+                strays.append(name_of(path))
+        assert strays == []
+        rooms = {p.name for p in tests.iterdir() if p.is_dir() and p.name != "__pycache__"}
+        assert rooms - ROOMS_OF_TESTS <= set(PACKAGES)
+
+    def test_no_room_is_called_utils(self) -> None:
+        names = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+        assert [name_of(p) for p in [*SOURCES, *(ROOT / "tests").rglob("*.py")] if p.name in names] == []
+
+    def test_no_file_is_long(self) -> None:
+        lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+        assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+class TestSafety:
+    """What could run somebody else's code is never used; ``ast`` sees the call, not the word in a comment."""
+
+    MODULES = frozenset({"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"})
+    CALLS = frozenset({"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load", "os.system"})
+
+    @staticmethod
+    def unsafe(tree: ast.Module) -> list[str]:
+        found: list[str] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                found += [m for m in modules if m.split(".")[0] in TestSafety.MODULES]
+                if isinstance(node, ast.ImportFrom):
+                    found += [c for a in node.names if (c := f"{node.module}.{a.name}") in TestSafety.CALLS]
+            elif isinstance(node, ast.Call):
+                name = dotted(node.func)
+                keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+                if name in TestSafety.CALLS:
+                    found.append(name)
+                if name == "YAML" and keywords.get("typ") != "safe":
+                    found.append("YAML that is not safe")
+                found += [f"{k}={keywords[k]}" for k in ("trust_remote_code", "shell") if keywords.get(k)]
+                found += ["use_safetensors=False"] if keywords.get("use_safetensors", True) is False else []
+        return found
+
+    @pytest.mark.parametrize("path", SOURCES, ids=name_of)
+    def test_of_a_file(self, path: Path) -> None:
+        assert self.unsafe(parsed(path)) == []
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "import pickle",
+            "from pickle import loads",
+            "import yaml",
+            "from torch import load",
+            "torch.load(path, weights_only=True)",
+            "eval('1')",
+            "YAML().load(text)",
+            "YAML(typ='unsafe')",
+            "AutoModel.from_pretrained(name, trust_remote_code=True)",
+            "AutoModel.from_pretrained(name, use_safetensors=False)",
+            "subprocess.run(command, shell=True)",
+        ],
+    )
+    def test_it_would_be_seen(self, line: str) -> None:
+        assert self.unsafe(ast.parse(line))
+        assert not self.unsafe(ast.parse("model.eval()\nYAML(typ='safe').load(t)\nf(trust_remote_code=False)\n# eval("))
+
+
+class TestDocumentation:
+    @pytest.mark.parametrize("path", SOURCES, ids=name_of)
+    def test_every_file_says_what_it_is(self, path: Path) -> None:
+        assert ast.get_docstring(parsed(path))
+
+    @pytest.mark.parametrize("path", [p for p in OPS if p.stem != "__init__"], ids=lambda p: p.stem)
+    def test_an_op_has_its_four_sections(self, path: Path) -> None:
+        lacking = {
+            name: missing
+            for name, function in public_functions(path).items()
+            if (missing := [s for s in ("Args:", "Returns:", "Raises:", "Source:") if s not in (ast.get_docstring(function) or "")])
+        }  # fmt: skip
+        assert lacking == {}
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_stage_names_its_arguments_and_results(self, stage: str) -> None:
+        docstring = ast.get_docstring(public_functions(ROOT / "rlhf_core" / "stages" / f"{stage}.py")[stage]) or ""
+        assert all(section in docstring for section in ("Args:", "Returns:"))
+
+    def test_every_knob_is_described(self) -> None:
+        silent = {knob for knob, description in knobs(RunConfig) if not description}
+        assert silent == SELF_EVIDENT
+
+    def test_every_section_of_the_config_is_described(self) -> None:
+        assert [s.__name__ for s in sections(RunConfig) if not s.__doc__ or s.__doc__ == BaseModel.__doc__] == []
+
+
+class TestReadme:
+    @pytest.fixture
+    def readme(self) -> str:
+        assert README.is_file(), "the README is yet to be written"
+        return README.read_text(encoding="utf-8")
+
+    def test_names_the_six_stages_and_their_files(self, readme: str) -> None:
+        assert [name for name in [*STAGES, *FILE_STEMS.values()] if name not in readme] == []
+
+    def test_explains_every_metric(self, readme: str) -> None:
+        assert sorted(metric for metric in metrics() if f"`{metric}`" not in readme) == []
+
+    def test_explains_no_metric_that_is_not_there(self, readme: str) -> None:
+        groups = {metric.split("/")[0] for metric in metrics() if "/" in metric}
+        explained = {m for m in re.findall(r"`([^`\s]+)`", readme) if METRIC.fullmatch(m) and m.split("/")[0] in groups}
+        assert sorted(explained - metrics()) == []
+
+    def test_names_every_room(self, readme: str) -> None:
+        rooms = {p.parent.name for p in SOURCES if p.name == "__init__.py"}
+        assert [room for room in sorted(rooms) if f"{room}/" not in readme] == []
+
+
+def metrics() -> set[str]:
+    """Names of metrics, as string literals of the stages and the tracker; ``f"time/{stage}_s"`` is time/<stage>_s."""
+    found: set[str] = set()
+    for path in [*(ROOT / "rlhf_core" / "stages").glob("*.py"), ROOT / "tasks" / "tracking.py"]:
+        tree = parsed(path)
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            text = ""
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                text = "".join(_piece(part) for part in node.values)
+            if METRIC.fullmatch(text) or text in PLAIN_METRICS:
+                found.add(text)
+    return found
+
+
+def _piece(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    assert isinstance(part, ast.FormattedValue)
+    return f"<{ast.unparse(part.value)}>"
+
+
+def test_metrics_are_found() -> None:
+    known = {"objective/kl", "kl/beta", "policy/clipfrac_avg", "rollout/eos_rate", "time/<stage>_s", "lr", "episode"}
+    assert known <= metrics()
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        for child in _sections_in(field.annotation):
+            yield from sections(child)
+
+
+def knobs(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """(dotted name, description) of every leaf."""
+    for name, field in model.model_fields.items():
+        children = _sections_in(field.annotation)
+        for child in children:
+            yield from knobs(child, f"{prefix}{name}.")
+        if not children:
+            yield f"{prefix}{name}", field.description
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return [a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)]
