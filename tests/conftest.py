@@ -1,5 +1,6 @@
 """What every test shares: a quiet and private environment, a tiny world, and a Prefect server."""
 
+# ruff: noqa: E402 - the environment stands above the imports that read it
 from __future__ import annotations
 
 import atexit
@@ -86,8 +87,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         bos_token_id=eos,
         eos_token_id=eos,
         pad_token_id=pad,
-        num_labels=1,
     )
+    sizes.num_labels = 1
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(SEED)
         policy, reward = GPT2LMHeadModel(sizes), GPT2ForSequenceClassification(sizes)

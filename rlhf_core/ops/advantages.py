@@ -31,11 +31,10 @@ def gae(
     next_values_BR = torch.nn.functional.pad(values_BR[:, 1:], (0, 1))
     deltas_BR = rewards_BR + gamma * next_values_BR - values_BR
     advantages_BR = torch.zeros_like(deltas_BR)
-    running_B = torch.zeros_like(deltas_BR[:, 0])
+    running_B = deltas_BR.new_zeros(len(deltas_BR))
     for t in reversed(range(deltas_BR.shape[1])):
         running_B = deltas_BR[:, t] + gamma * gae_lambda * running_B
         advantages_BR[:, t] = running_B
-    advantages_BR = torch.where(response_mask_BR, advantages_BR, 0.0)
     return advantages_BR, advantages_BR + values_BR
 
 

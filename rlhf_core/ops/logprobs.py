@@ -123,7 +123,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logprobs_N, grad_entropies_N = grads
         projection = Projection(weight_VD, bias_V, scale, softcap)
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias_V = None if bias_V is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias_V)
         for start in range(0, len(tokens_N), rows):
             part = slice(start, start + rows)
@@ -151,9 +151,11 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_z_nV = grad_z_nV.to(hidden_nD.dtype)
             grad_hidden_ND[part] = grad_z_nV @ weight_VD.to(hidden_nD.dtype)
             if grad_weight_VD is not None:
-                grad_weight_VD += (grad_z_nV.T @ hidden_nD).to(weight_VD.dtype)
+                grad_weight_VD += grad_z_nV.T @ hidden_nD
             if grad_bias_V is not None:
                 grad_bias_V += grad_z_nV.sum(dim=0).to(grad_bias_V.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None
 
 

@@ -116,5 +116,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """
     if values.shape != returns.shape:
         raise ValueError(f"shapes differ: {tuple(values.shape)}, {tuple(returns.shape)}")
-    variance = returns.var(correction=0)
-    return torch.where(variance > 0, 1.0 - (returns - values).var(correction=0) / variance, 0.0)
+    exact_returns, exact_values = returns.double(), values.double()
+    variance = exact_returns.var(correction=0)
+    share = 1.0 - (exact_returns - exact_values).var(correction=0) / variance
+    return torch.where(variance > 0, share, 0.0).to(values.dtype)

@@ -68,11 +68,12 @@ def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool) -> tuple[Tensor, bo
     Source: Ziegler et al. 2019, code (``whiten``). Differs: means are over real tokens only, and a constant
         batch is centred instead of being divided by ~0.
     """
-    mean, std = masked_mean(values, mask), masked_std(values, mask)
+    exact = values.double()  # in float32, the rounding of a large constant looks like a spread
+    mean, std = masked_mean(exact, mask), masked_std(exact, mask)
     flat = bool(std < MIN_STD) or int(mask.sum()) < 2
     shift = torch.zeros_like(mean) if keep_mean else mean
     scale = torch.ones_like(std) if flat else std
-    return torch.where(mask, (values - shift) / scale, 0.0), flat
+    return torch.where(mask, (exact - shift) / scale, 0.0).to(values.dtype), flat
 
 
 def last_real(mask_BR: Tensor) -> Tensor:

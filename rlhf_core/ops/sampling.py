@@ -71,10 +71,11 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
         logits_BV = logits_BV.masked_fill(~support_BV, -torch.inf)
     logprobs_BV = logits_BV.log_softmax(dim=1)
     probs_BV = logprobs_BV.exp()
-    cumulative_BV = probs_BV.cumsum(dim=1)
+    wide = torch.float32 if probs_BV.device.type == "mps" else torch.float64  # mps has no float64
+    cumulative_BV = probs_BV.cumsum(dim=1, dtype=wide)
     targets_B1 = uniforms_B.clamp(max=MAX_UNIFORM)[:, None] * cumulative_BV[:, -1:]
     tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-    surprise_BV = logprobs_BV if support_BV is None else logprobs_BV.masked_fill(~support_BV, 0.0)
+    surprise_BV = logprobs_BV.masked_fill(probs_BV == 0, 0.0)  # 0 · -inf is NaN
     return Draw(
         tokens_B=tokens_B1[:, 0],
         logprobs_B=logprobs_BV.gather(1, tokens_B1)[:, 0],

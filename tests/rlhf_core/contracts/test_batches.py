@@ -130,7 +130,9 @@ ROLLOUTS = Rollouts(
     ],
     finish_reasons=["length", "eos", "stop"],
 )
-SCORES = Scores(IDS, ["help", "harm"], torch.tensor([[1.5, -2.0], [0.1, 0.0], [3.0, 4.0]]), torch.tensor([0.5, 0.1, 7.0]))
+SCORES = Scores(
+    IDS, ["help", "harm"], torch.tensor([[1.5, -2.0], [0.1, 0.0], [3.0, 4.0]]), torch.tensor([0.5, 0.1, 7.0])
+)
 REFERENCE = ReferenceLogprobs(IDS, padded([[-0.5, -1.5], [-9.0], [-3.0, -2.0]]), MASK_BR)
 EXPERIENCE = Experience(
     sample_ids=IDS,
@@ -194,9 +196,7 @@ class TestBatches:
         assert_same(Scores.from_table(table), SCORES)
 
     def test_reference_logprobs(self) -> None:
-        assert_same(
-            ReferenceLogprobs.from_table(conform(REFERENCE.to_table(), "reference_logprobs")), REFERENCE
-        )
+        assert_same(ReferenceLogprobs.from_table(conform(REFERENCE.to_table(), "reference_logprobs")), REFERENCE)
 
     def test_experience(self) -> None:
         assert_same(Experience.from_table(conform(EXPERIENCE.to_table(), "shape_rewards")), EXPERIENCE)
@@ -229,5 +229,8 @@ class TestBatches:
     def test_any_shape_of_experience(self, rows: list[list[float]]) -> None:
         values_BR, mask_BR = pad_lists(pa.array(rows, pa.list_(pa.float32())), torch.float32)
         score_B = torch.from_numpy(np.array([row[0] for row in rows], np.float32))
-        batch = Experience([f"s{i}" for i in range(len(rows))], *[score_B] * 7, *[values_BR] * 4, mask_BR)
+        column = {"_B": score_B, "BR": values_BR}
+        tensors = {f.name: column[f.name[-2:]] for f in fields(Experience) if f.name.endswith(("_B", "_BR"))}
+        ids = [f"s{i}" for i in range(len(rows))]
+        batch = Experience(sample_ids=ids, **tensors | {"response_mask_BR": mask_BR})
         assert_same(Experience.from_table(conform(batch.to_table(), "shape_rewards")), batch)

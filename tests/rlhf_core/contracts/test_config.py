@@ -132,11 +132,11 @@ def test_just_inside_a_rule(tree: dict[str, Any]) -> None:
     ("tree", "sentence"),
     [
         ({"ppo": {"learnig_rate": 1e-5}}, "ppo.learnig_rate is not a known key; did you mean learning_rate?"),
-        ({"polcy": {}}, "polcy is not a known key; did you mean policy?"),
+        ({"policies": {}}, "policies is not a known key; did you mean policy?"),
         ({"policy": {"critic": {"knd": "shared"}}}, "policy.critic.knd is not a known key; did you mean kind?"),
         (
-            {"reward": {"components": [{}, {"modle": "r"}]}},
-            "reward.components.1.modle is not a known key; did you mean model?",
+            {"reward": {"components": [{}, {"models": "r"}]}},
+            "reward.components.1.models is not a known key; did you mean model?",
         ),
         ({"checkpoint": {"xyz": 1}}, "checkpoint.xyz is not a known key; known keys: every, keep_last, keep_best"),
     ],

@@ -89,7 +89,7 @@ class TestCreateAndOpen:
 
     def test_no_run(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(UserError, match="is not a run folder: it has no run.json"):
+            with pytest.raises(UserError, match=r"is not a run folder: it has no run\.json"):
                 RunFolder.open(path)
 
     @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ class TestCreateAndOpen:
 
 class TestLock:
     def test_the_second_holder_is_refused_at_once(self, run: RunFolder) -> None:
-        with run.locked(), pytest.raises(RunLockedError, match="another process is working on .*run; wait"), run.locked():
+        with run.locked(), pytest.raises(RunLockedError, match="another process is working on"), run.locked():
             pytest.fail("two hold it")
         with run.locked():
             pass
@@ -200,7 +200,7 @@ class TestWhereTheLoopStands:
     def test_checkpoints(self, run: RunFolder) -> None:
         assert run.checkpoints() == []
         for iteration in (20, 10):
-            write_folder(run.checkpoint_path(iteration), lambda folder: (folder / "state.json").write_bytes(b"{}") and None)
+            write_folder(run.checkpoint_path(iteration), lambda folder: (folder / "state.json").touch())
         (run.path / "checkpoints" / "000030").mkdir()  # no manifest
         (run.path / "checkpoints" / ".000040.removed").mkdir()
         assert run.checkpoints() == [10, 20]
