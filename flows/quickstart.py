@@ -18,8 +18,8 @@ SETTINGS = {
     "prompts": {"batch_size": 64},
     "generation": {"max_new_tokens": 32},
     "policy": {"critic": {"kind": "shared"}},
-    "kl": {"coef": 0.1, "controller": "adaptive", "target": 4.0, "horizon": 300},
-    "ppo": {"learning_rate": 3e-4, "lr_schedule": "constant", "warmup_iterations": 3},
+    "kl": {"coef": 0.15, "controller": "adaptive", "target": 4.0, "horizon": 200},
+    "ppo": {"learning_rate": 3e-4, "lr_schedule": "linear", "warmup_iterations": 3},
     "checkpoint": {"every": 20},
 }
 """What the quickstart sets; everything else is the default."""

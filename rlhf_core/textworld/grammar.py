@@ -25,6 +25,7 @@ BROKEN_QUALITY: Final = -1.5
 """Quality of a text that is no review: about that of the worst pan."""
 
 _JOINERS: Final = lexicon.AGREEING | lexicon.TURNING
+_VERDICT_WEIGHT: Final = 0.6
 _HEDGES: Final = {f", {hedge}": factor for hedge, factor in lexicon.HEDGES.items()}
 _VERDICTS: Final = {f". {verdict}": valence for verdict, valence in lexicon.VERDICTS.items()}
 
@@ -86,7 +87,7 @@ def sample_review(rng: Random, opening: str, *, max_clauses: int = 3) -> Review:
     if not 1 <= max_clauses <= 3:
         raise ValueError(f"max_clauses must be 1, 2 or 3, got {max_clauses}")
 
-    mood = rng.uniform(0.1, 0.9)
+    mood = rng.uniform(0.25, 0.75)
     said = {subject}
     pieces, valence = _sample_predicate(rng, subject, praise=rng.random() < mood)
     clauses = [(valence, 1.0)]
@@ -102,7 +103,7 @@ def sample_review(rng: Random, opening: str, *, max_clauses: int = 3) -> Review:
         praise = _weigh(clauses) > 0
         verdict = rng.choice([v for v, valence in _VERDICTS.items() if (valence > 0) == praise])
         pieces.append(verdict)
-        clauses.append((_VERDICTS[verdict], 1.0))
+        clauses.append((_VERDICTS[verdict], _VERDICT_WEIGHT))
     return Review(opening, " ".join([*pieces, "."]), _weigh(clauses))
 
 
@@ -168,7 +169,7 @@ def parse(prompt: str, response: str) -> float | None:
         joiner = rest.take(_JOINERS)
         if joiner is None:
             if verdict := rest.take(_VERDICTS):
-                clauses.append((_VERDICTS[verdict], 1.0))
+                clauses.append((_VERDICTS[verdict], _VERDICT_WEIGHT))
             return _weigh(clauses) if rest.take({".": None}) and rest.ended else None
         subject = _subjects().get(rest.take(_subjects()) or "")
     return None
@@ -216,11 +217,12 @@ def _phrases(kind: str, plural: bool, praise: bool) -> tuple[Mapping[str, float]
     agreement = lexicon.PLURAL if plural else lexicon.SINGULAR
     be = agreement["is"]
     adverbs = lexicon.ADVERBS | (lexicon.PRAISING_ADVERBS if praise else lexicon.PANNING_ADVERBS)
+    verbs = lexicon.VERBS["any"] | lexicon.VERBS[kind]
     adjectives = lexicon.ADJECTIVES["any"] | lexicon.ADJECTIVES[kind]
     fitting = {adjective: valence for adjective, valence in adjectives.items() if (valence > 0) == praise}
     opposite = {adjective: valence for adjective, valence in adjectives.items() if (valence > 0) != praise}
     return (
-        {v.format_map(agreement): valence for v, valence in lexicon.VERBS[kind].items() if (valence > 0) == praise},
+        {v.format_map(agreement): valence for v, valence in verbs.items() if (valence > 0) == praise},
         {f"{be} {a}": valence for a, valence in fitting.items()},
         {f"{be} {adverb} {a}": f * valence for adverb, f in adverbs.items() for a, valence in fitting.items()},
         {f"{be} {no} {a}": f * valence for no, f in lexicon.NEGATIONS.items() for a, valence in opposite.items()},
@@ -240,7 +242,7 @@ def _predicates(kind: str, plural: bool) -> Mapping[str, float]:
 
 def _sample_predicate(rng: Random, subject: Subject, *, praise: bool) -> tuple[list[str], float]:
     """A predicate for the subject, as pieces of text, and its valence."""
-    form = rng.choices(_phrases(subject.kind, subject.plural, praise), (45, 18, 22, 15))[0]
+    form = rng.choices(_phrases(subject.kind, subject.plural, praise), (45, 15, 24, 16))[0]
     phrase, valence = rng.choice(tuple(form.items()))
     if rng.random() < 0.9:
         return [phrase], valence

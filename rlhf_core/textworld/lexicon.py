@@ -15,7 +15,7 @@ GENRES: Final = (
     "western,heist movie,ghost story,space opera,courtroom drama,road movie,spy thriller,musical,family film,"
     "zombie comedy,war film,first feature,sequel,remake,love story,biopic,monster movie,slasher,fairy tale,"
     "sports movie,holiday film,disaster movie,puppet film,silent film"
-).split(",")
+).split(",")  # noqa: SIM905
 
 # What stands before the subject of a prompt; "{genre}" stands for each of GENRES in turn.
 FRAMES: Final = (
@@ -75,6 +75,20 @@ SUBJECTS: Final = {
 }
 
 VERBS: Final = {
+    "any": {
+        "deserve{s} an award": 1.0,
+        "steal{s} the film": 0.9,
+        "hold{s} up": 0.4,
+        "do{es} the job": 0.3,
+        "get{s} by": 0.2,
+        "pass{es} the time": 0.2,
+        "miss{es} a beat or two": -0.2,
+        "need{s} a polish": -0.3,
+        "come{s} and go{es}": -0.3,
+        "lose{s} steam": -0.4,
+        "leave{s} you cold": -0.7,
+        "ruin{s} the mood": -0.9,
+    },
     "people": {
         "light{s} up every scene": 0.9,
         "carr{ies} the whole picture": 0.8,
@@ -165,7 +179,6 @@ ADJECTIVES: Final = {
         "wonderful": 1.0,
         "superb": 1.0,
         "delightful": 0.9,
-        "remarkable": 0.9,
         "lovely": 0.8,
         "charming": 0.8,
         "memorable": 0.8,
@@ -175,6 +188,7 @@ ADJECTIVES: Final = {
         "pleasant": 0.5,
         "solid": 0.4,
         "decent": 0.3,
+        "passable": 0.1,
         "dreadful": -1.0,
         "awful": -1.0,
         "lifeless": -0.9,
@@ -184,10 +198,10 @@ ADJECTIVES: Final = {
         "flat": -0.7,
         "tired": -0.6,
         "forgettable": -0.6,
-        "careless": -0.6,
         "thin": -0.5,
         "uneven": -0.4,
         "ordinary": -0.3,
+        "unremarkable": -0.2,
     },
     "people": {"magnetic": 1.0, "warm": 0.7, "wooden": -0.8, "miscast": -0.7},
     "words": {"witty": 0.9, "sharp": 0.7, "contrived": -0.7, "predictable": -0.6},

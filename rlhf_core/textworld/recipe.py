@@ -37,15 +37,15 @@ class Recipe:
 
     vocab_size: int = 1024
     context_len: int = 64
-    hidden_size: int = 128
+    hidden_size: int = 96
     num_layers: int = 2
     num_heads: int = 4
     num_reviews: int = 16_384
     num_heldout: int = 512
     num_eval_prompts: int = 64
-    policy_steps: int = 1_200
+    policy_steps: int = 2_000
     policy_batch_size: int = 16
-    policy_lr: float = 4e-3
+    policy_lr: float = 5e-3
     num_pairs: int = 4_800
     spoiled_share: float = 0.08
     tie_margin: float = 0.3

@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from math import cos, pi
+from math import cos, pi, sqrt
 from random import Random
 from typing import Any, Final
 
@@ -106,6 +106,7 @@ def fit_policy(
         n_layer=recipe.num_layers,
         n_head=recipe.num_heads,
         activation_function="gelu_pytorch_tanh",  # gelu_new, in one kernel
+        initializer_range=0.02 * sqrt(768 / recipe.hidden_size),  # GPT-2's 0.02, at its width of 768
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -210,13 +211,13 @@ def fit_reward(
         rng: decides the order of the batches; advanced.
         on_step: told of every step.
     Returns: the reward model, in evaluation mode.
-    Source: arXiv 2203.02155, eq. 1, with K = 2.
+    Source: arXiv 2203.02155, eq. 1, with K = 2; the head starts as in arXiv 2009.01325, large enough not to bind.
     """
     config = deepcopy(policy.config)
     config.num_labels = 1
     reward = GPT2ForSequenceClassification(config)
     reward.transformer.load_state_dict(policy.transformer.state_dict())
-    nn.init.zeros_(reward.score.weight)
+    nn.init.normal_(reward.score.weight, std=1 / sqrt(recipe.hidden_size + 1))
     chosen, rejected = (encode(tokenizer, side) for side in zip(*pairs, strict=True))
     batches = _batches(list(zip(chosen, rejected, strict=True)), recipe.reward_batch_size, rng)
 

@@ -393,6 +393,15 @@ class TestResume:
         assert "models" not in err, "only the difference"
         assert shell.content() == before
 
+    def test_the_difference_is_printed_as_it_is(self, shell: Shell, run: Path) -> None:
+        """Not as rich's markup."""
+        record = json.loads((run / "run.json").read_text())
+        record["identity"]["device"] = "[/bold] card"
+        (run / "run.json").write_text(json.dumps(record))
+        with pytest.raises(SystemExit):
+            main(["resume", "run"])
+        assert "\n  device: [/bold] card -> cpu\n" in shell.capsys.readouterr().err
+
     def test_prompts_that_are_gone(self, shell: Shell, run: Path) -> None:
         (shell.folder / "prompts.jsonl").unlink()
         says(shell.refused("resume", "run"), Mistake("prompts.source", "prompts.jsonl'", "does not exist"))
