@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RlhfError as error:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         for line in str(error).splitlines():
-            errors.print(line if line.startswith(" ") else f"[red]error:[/] {escape(line)}")
+            errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
         raise SystemExit(EXIT_MISTAKE) from None
 
 

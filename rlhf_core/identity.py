@@ -20,6 +20,7 @@ from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
 from rlhf_core.prompts.sources import PromptSet
 
+DECIDING_ROOMS = ("contracts", "ops", "models", "prompts", "stages")
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
 
 
@@ -63,9 +64,10 @@ def identity_drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 @functools.cache
 def source_digest() -> str:
-    """sha256 over the source of ``rlhf_core``, the part that decides numbers."""
+    """sha256 over the source of the rooms that decide numbers."""
     root = Path(__file__).parent
-    return digest_json({str(p.relative_to(root)): hash_file(p) for p in sorted(root.rglob("*.py"))})
+    files = [file for room in DECIDING_ROOMS for file in sorted((root / room).rglob("*.py"))]
+    return digest_json({str(file.relative_to(root)): hash_file(file) for file in files})
 
 
 @functools.cache

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.artifacts import Manifest, read_artifact, read_json
-from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 
@@ -43,7 +44,7 @@ def stage_rows(run: RunFolder, iteration: int) -> list[Row]:
             "stage": stage,
             "file": manifest.artifact.path,
             "rows": manifest.artifact.rows,
-            "bytes": (run.path / manifest.artifact.path).stat().st_size,
+            "bytes": _size(run.path / manifest.artifact.path),
             "sha256": manifest.artifact.sha256,
             "seconds": manifest.timing["total_s"],
         }
@@ -75,6 +76,8 @@ def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
     """
     iteration = _iteration_of(sample_id)
     manifests = _manifests(run, iteration)
+    if "generate" not in manifests:
+        raise UserError(f"--sample {sample_id}: generate of iteration {iteration} is not committed yet")
     joined: Row = {}
     for stage in ("generate", "score_rewards", "reference_logprobs", "shape_rewards"):
         if stage in manifests:
@@ -114,6 +117,12 @@ def latest_iteration(run: RunFolder) -> int:
     if finished == 0:
         raise UserError(f"{run.path} has no committed stage yet")
     return finished - 1
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing, though its stage is committed")
+    return path.stat().st_size
 
 
 def _manifests(run: RunFolder, iteration: int) -> dict[str, Manifest]:

@@ -31,6 +31,7 @@ from rlhf_core.stages.score_rewards import score_rewards
 from rlhf_core.stages.shape_rewards import shape_rewards
 
 CPU = torch.device("cpu")
+START = Cursor()
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Bench:
             ],
         )
 
-    def prompts(self, cursor: Cursor = Cursor()) -> StageResult[Prompts]:
+    def prompts(self, cursor: Cursor = START) -> StageResult[Prompts]:
         return sample_prompts(
             self.plan.prompt_set,
             self.plan.tokenizer,

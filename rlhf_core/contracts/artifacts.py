@@ -163,7 +163,7 @@ def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         table.validate(full=True)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is not a valid Arrow file: {error}") from None
     expected = STAGES[ref.stage]
     if not table.schema.equals(expected):
@@ -178,11 +178,25 @@ def conform(table: pa.Table, stage: str) -> pa.Table:
     """The table with exactly the stage's schema. Raises ValueError with both schemas if it does not fit."""
     expected = STAGES[stage]
     try:
-        return table.select(expected.names).cast(expected).combine_chunks()
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        fitted = table.select(expected.names).cast(expected).combine_chunks()
+        for name, column in zip(fitted.column_names, fitted.columns, strict=True):
+            _refuse_nulls(column.combine_chunks(), name)
+        return fitted
+    except (pa.ArrowException, KeyError, ValueError) as error:
         raise ValueError(
             f"{stage} wrote a table that is not its schema: {error}\nexpected:\n{expected}\nfound:\n{table.schema}"
         ) from None
+
+
+def _refuse_nulls(array: pa.Array, name: str) -> None:
+    """Raise ValueError for a null at any depth: ``cast`` sees only those of whole columns."""
+    if array.null_count:
+        raise ValueError(f"{name} holds {array.null_count} nulls")
+    if isinstance(array, pa.ListArray):
+        _refuse_nulls(array.flatten(), f"an item of {name}")
+    elif isinstance(array, pa.StructArray):
+        for field, child in zip(array.type, array.flatten(), strict=True):
+            _refuse_nulls(child, f"{name}.{field.name}")
 
 
 def encode_table(table: pa.Table, provenance: Mapping[str, str]) -> bytes:
@@ -266,7 +280,10 @@ def check_folder(path: Path) -> dict[str, str]:
     manifest = path / "manifest.json"
     if not manifest.is_file():
         raise IntegrityError(f"{path} has no manifest.json: it is not a committed checkpoint")
-    digests = cast("dict[str, str]", read_json(manifest.read_bytes(), origin=str(manifest))["files"])
+    files: Any = read_json(manifest.read_bytes(), origin=str(manifest)).get("files")
+    if not isinstance(files, dict):
+        raise IntegrityError(f"{manifest} is not the manifest of a checkpoint")
+    digests = cast("dict[str, str]", files)
     for name, expected in digests.items():
         file = path / name
         if not file.is_file():

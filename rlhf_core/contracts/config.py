@@ -8,14 +8,23 @@ model stand in :mod:`rlhf_core.preflight`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _expand_home(name: str) -> str:
+    return str(Path(name).expanduser()) if name.startswith("~/") else name
+
+
+ModelName = Annotated[str, AfterValidator(_expand_home)]
+"""Folder or hub id."""
 
 
 class Section(BaseModel):
@@ -78,7 +87,7 @@ class CriticConfig(Section):
 class PolicyConfig(Section):
     """The trained policy and its critic."""
 
-    model: str = Field(default="", description="AutoModelForCausalLM folder or hub id")
+    model: ModelName = Field(default="", description="AutoModelForCausalLM folder or hub id")
     dtype: Dtype = Field(
         default="float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
     )
@@ -91,7 +100,7 @@ class PolicyConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference that the KL is measured against."""
 
-    model: str | None = Field(default=None, description="folder or hub id; null: the initial policy")
+    model: ModelName | None = Field(default=None, description="folder or hub id; null: the initial policy")
     dtype: Dtype | None = Field(default=None, description="null: policy.dtype")
     batch_size: Positive = Field(default=64, description="responses read at a time, sorted by length")
 
@@ -101,7 +110,7 @@ class ModelReward(Section):
 
     kind: Literal["model"] = "model"
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="null: rewardN")
-    model: str = Field(default="", description="AutoModelForSequenceClassification folder or hub id")
+    model: ModelName = Field(default="", description="AutoModelForSequenceClassification folder or hub id")
     weight: float = Field(default=1.0, description="factor in the weighted sum")
     dtype: Dtype = "float32"
     batch_size: Positive = Field(default=64, description="responses scored at a time")
@@ -224,7 +233,9 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(default=10, description="iterations; the last iteration is always saved")
     keep_last: Positive = Field(default=2, description="newest checkpoints kept")
-    keep_best: bool = Field(default=True, description="also keep the one with the highest objective/rlhf_reward")
+    keep_best: bool = Field(
+        default=True, description="also keep the best one: mean score - coef x KL since the one before"
+    )
 
 
 class TrackingConfig(Section):

@@ -6,6 +6,7 @@ above 1 MiB are refused here. Every problem of a config is reported at once, by 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import io
@@ -17,6 +18,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 
@@ -25,6 +27,15 @@ from rlhf_core.contracts.errors import UserError
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20
+
+
+class _PlainConstructor(SafeConstructor):
+    """JSON's types alone: a date stays text; binary, set and omap are refused."""
+
+
+_PlainConstructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+for _kind in ("binary", "set", "omap", "pairs"):
+    _PlainConstructor.add_constructor(f"tag:yaml.org,2002:{_kind}", SafeConstructor.construct_undefined)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -46,9 +57,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Validate a plain tree, with overrides applied. Raises UserError with every problem."""
-    values = cast("dict[str, Any]", json.loads(json.dumps(tree)))
+    values = cast("dict[str, Any]", copy.deepcopy(tree))
     for override in overrides:
         _apply_override(values, override)
+    try:
+        values = cast("dict[str, Any]", json.loads(json.dumps(values)))  # joins the surrogate pairs that YAML leaves
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config holds what is not plain JSON: {error}") from None
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -67,13 +83,15 @@ def parse_yaml(text: str, *, origin: str) -> Any:
             depth -= type(event).__name__.endswith("EndEvent")
             if depth > MAX_DEPTH:
                 raise UserError(f"{origin} is nested more than {MAX_DEPTH} levels deep")
-        return YAML(typ="safe", pure=True).load(text)
+        loader = YAML(typ="safe", pure=True)
+        loader.Constructor = _PlainConstructor
+        return loader.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = (error.problem or "not valid YAML").split("\n")[0].strip()
         raise UserError(f"{origin} is not valid YAML{place}: {problem}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{origin} is not valid YAML: {str(error).splitlines()[0]}") from None
 
 

@@ -38,9 +38,12 @@ class RunFolder:
     def create(cls, path: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunFolder:
         """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
         check_vacant(path)
+        run = cls(path, config, dict(identity))
         record = {"config": config.model_dump(), "identity": dict(identity)}
-        write_file(path / "run.json", canonical_json(record) + b"\n")
-        return cls(path, config, dict(identity))
+        with run.locked():
+            check_vacant(path)  # of two that begin at once, the second sees the first
+            write_file(path / "run.json", canonical_json(record) + b"\n")
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -112,5 +115,5 @@ def check_vacant(path: Path) -> None:
     """Raise UserError unless a new run may begin in this folder."""
     if (path / "run.json").exists():
         raise UserError(f"--run-dir {path} already holds a run; continue it with `rlhf resume {path}`")
-    if path.exists() and (not path.is_dir() or any(p.name != "lock" for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(p.name != "lock" and p.suffix != ".tmp" for p in path.iterdir())):
         raise UserError(f"--run-dir {path} is not an empty folder; choose a new one")

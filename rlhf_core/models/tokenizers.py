@@ -37,10 +37,15 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{field} {name!r} has no tokenizer that loads: {reason}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up one without a vocabulary
+        raise UserError(
+            f"{field} {name!r} has no tokenizer that reads text; save one beside the model (tokenizer.json)"
+        )
+    return tokenizer
 
 
 def load_policy_tokenizer(name: str, pad_token: str | None) -> PolicyTokenizer:

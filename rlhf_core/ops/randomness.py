@@ -14,6 +14,7 @@ def seeded_generator(seed: int, *purpose: str | int) -> np.random.Generator:
         seed: the run's seed.
         purpose: what the draw is for, e.g. ``("generate", iteration, prompt_id, sample_index)``.
     Returns: a Philox generator; equal arguments give equal draws on every platform.
+    Raises: nothing.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
     """
     name = "\x1f".join([str(seed), *map(str, purpose)])

@@ -229,13 +229,16 @@ def _set_learning_rate(trainer: Trainer, config: PPOConfig, iteration: int, num_
 
 def _epoch_kl(steps: list[Record], epoch: int) -> float:
     """Mean approximate KL to the behaviour policy over an epoch's tokens."""
-    mine = [step for step in steps if step["epoch"] == epoch]
-    return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / sum(step["num_tokens"] for step in mine)
+    mine = [step for step in steps if step["epoch"] == epoch and not step["skipped"]]
+    num_tokens = sum(step["num_tokens"] for step in mine)
+    return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / max(num_tokens, 1)
 
 
 def _metrics(steps: list[Record], config: PPOConfig) -> dict[str, float]:
+    taken = [step for step in steps if not step["skipped"]]  # a skipped one has numbers that are not finite
+
     def mean(name: str) -> float:
-        return sum(float(step[name]) for step in steps) / len(steps)
+        return sum(float(step[name]) for step in taken) / max(len(taken), 1)
 
     return {
         "loss/policy_avg": mean("policy_loss"),
@@ -245,7 +248,7 @@ def _metrics(steps: list[Record], config: PPOConfig) -> dict[str, float]:
         "val/clipfrac_avg": mean("value_clip_fraction"),
         "val/ratio": mean("ratio_mean"),
         "policy/grad_norm": mean("grad_norm"),
-        "policy/last_approxkl": float(steps[-1]["approx_kl"]),
+        "policy/last_approxkl": float(taken[-1]["approx_kl"]) if taken else 0.0,
         "lr": float(steps[-1]["learning_rate"]),
         "guard/skipped_steps": float(sum(bool(step["skipped"]) for step in steps)),
         "guard/first_max_abs_log_ratio": float(steps[0]["max_abs_log_ratio"]),

@@ -11,11 +11,11 @@ from typing import Final
 SINGULAR: Final = {"s": "s", "es": "es", "ies": "ies", "is": "is", "its": "its"}
 PLURAL: Final = {"s": "", "es": "", "ies": "y", "is": "are", "its": "their"}
 
-GENRES: Final = (
+GENRES: Final = (  # noqa: SIM905 - two dozen names read better in running text
     "western,heist movie,ghost story,space opera,courtroom drama,road movie,spy thriller,musical,family film,"
     "zombie comedy,war film,first feature,sequel,remake,love story,biopic,monster movie,slasher,fairy tale,"
     "sports movie,holiday film,disaster movie,puppet film,silent film"
-).split(",")  # noqa: SIM905
+).split(",")
 
 # What stands before the subject of a prompt; "{genre}" stands for each of GENRES in turn.
 FRAMES: Final = (
@@ -100,9 +100,7 @@ VERBS: Final = {
         "sleepwalk{s} through it all": -0.8,
         "never find{s} a pulse": -0.8,
         "mistake{s} shouting for feeling": -0.9,
-        "seem{s} lost": -0.6,
         "recite{s} every line": -0.6,
-        "strain{s} for laughs": -0.6,
         "look{s} bored": -0.7,
     },
     "words": {
@@ -112,9 +110,7 @@ VERBS: Final = {
         "sing{s}": 1.0,
         "earn{s} {its} tears": 0.9,
         "say{s} something true": 0.8,
-        "find{s} fresh angles": 0.6,
         "creak{s}": -0.6,
-        "collapse{s} halfway": -0.8,
         "go{es} nowhere": -0.9,
         "borrow{s} from better films": -0.7,
         "explain{s} far too much": -0.6,
@@ -128,10 +124,8 @@ VERBS: Final = {
         "build{s} with real patience": 0.7,
         "pay{s} off beautifully": 1.0,
         "never waste{s} a minute": 0.9,
-        "keep{s} {its} nerve": 0.6,
         "leave{s} you breathless": 1.0,
         "drag{s}": -0.7,
-        "stall{s}": -0.6,
         "wander{s} off": -0.6,
         "test{s} your patience": -0.8,
         "outstay{s} {its} welcome": -0.7,
@@ -146,11 +140,9 @@ VERBS: Final = {
         "fill{s} the frame with wonder": 1.0,
         "look{s} like a painting": 0.9,
         "turn{s} rain into poetry": 1.0,
-        "show{s} real care": 0.6,
         "look{s} cheap": -0.8,
         "hurt{s} the eyes": -0.9,
         "belong{s} on television": -0.6,
-        "distract{s} from the story": -0.6,
         "show{s} every seam": -0.6,
         "drown{s} in gray": -0.7,
         "scream{s} for attention": -0.7,
@@ -168,9 +160,7 @@ VERBS: Final = {
         "grate{s}": -0.7,
         "telegraph{s} every scare": -0.6,
         "beg{s} for tears": -0.7,
-        "loop{s} without end": -0.7,
         "sound{s} half asleep": -0.6,
-        "feel{s} secondhand": -0.6,
     },
 }
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from statistics import mean
+from statistics import fmean
 from typing import Final
 
 import torch
@@ -45,8 +45,8 @@ class TextWorld:
         metrics: heldout_loss (policy, nats a token, unseen reviews of unseen openings), reward_pair_accuracy (unseen
             pairs, against the annotator), annotator_accuracy (the annotator against the true quality: the most that
             can be asked of a model), reward_quality_correlation, and on the policy's own responses to unseen openings
-            reward_mean_on_policy, reward_std_on_policy, policy_grammatical, policy_quality, response_len, eos_rate;
-            seconds, the time to build.
+            reward_mean_on_policy, reward_std_on_policy, policy_grammatical (share that parses), policy_quality (the
+            true one), response_len (tokens, EOS included), eos_rate; and seconds, the time to build.
     """
 
     policy: Path
@@ -61,8 +61,8 @@ def build_text_world(
 ) -> TextWorld:
     """The text world in a folder, built first where there is none, or another, or a damaged one.
 
-    The same seed, recipe and thread count give the same files on the same machine. PyTorch's random state is left as
-    it was found. Processes that ask for the same folder wait for the one that builds it.
+    The same seed and recipe give the same files on the same machine, whatever the number of threads; PyTorch's random
+    state and thread count are left as they were found. Processes that ask for one folder wait for the first of them.
 
     Args:
         directory: the world's own folder; missing parents are made. An older world in it is replaced, but only once
@@ -116,7 +116,7 @@ def _build(folder: Path, seed: int, recipe: Recipe, on_progress: OnProgress) -> 
     reviews = [sample_review(rng, rng.choice(prompts)) for _ in range(recipe.num_reviews)]
     tokenizer = training.fit_tokenizer([review.text for review in reviews], recipe)
     on_progress("grammar", 1, 1)
-    with _torch_seeded(seed):
+    with _reproducible_torch(seed):
         policy = training.fit_policy(reviews, tokenizer, recipe, rng=rng, on_step=partial(on_progress, "policy"))
         pairs = training.draw_pairs(rng, prompts, recipe.num_pairs, recipe)
         reward = training.fit_reward(policy, pairs, tokenizer, recipe, rng=rng, on_step=partial(on_progress, "reward"))
@@ -156,16 +156,16 @@ def _measure(
     return {
         "heldout_loss": training.next_token_loss(policy, tokenizer, heldout).item(),
         "reward_pair_accuracy": (chosen > rejected).float().mean().item(),
-        "annotator_accuracy": mean(first.quality > second.quality for first, second in pairs),
+        "annotator_accuracy": fmean(first.quality > second.quality for first, second in pairs),
         "reward_quality_correlation": torch.corrcoef(
             torch.cat([qualities, training.scores(reward, tokenizer, heldout)[None]])
         )[0, 1].item(),
         "reward_mean_on_policy": own.mean().item(),
         "reward_std_on_policy": own.std().item(),
-        "policy_quality": mean(review.quality for review in responses),
-        "policy_grammatical": mean(parse(review.prompt, review.response) is not None for review in responses),
-        "response_len": mean(lengths),
-        "eos_rate": mean(review.finished for review in responses),
+        "policy_quality": fmean(review.quality for review in responses),
+        "policy_grammatical": fmean(parse(review.prompt, review.response) is not None for review in responses),
+        "response_len": fmean(lengths),
+        "eos_rate": fmean(review.finished for review in responses),
     }
 
 
@@ -246,13 +246,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _torch_seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's global CPU generator, which weights and responses are drawn from, and restore it afterwards."""
-    state = torch.get_rng_state()
+def _reproducible_torch(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global CPU generator, compute on one thread, and restore both afterwards.
+
+    On matrices this small a second thread gains little, loses much where the machine is busy, and would change the last
+    bits of the weights.
+    """
+    state, num_threads = torch.get_rng_state(), torch.get_num_threads()
     torch.default_generator.manual_seed(seed)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(num_threads)
         torch.set_rng_state(state)
 
 

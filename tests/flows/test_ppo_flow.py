@@ -265,5 +265,3 @@ def test_the_flow_form_refuses_bad_values() -> None:
     assert "RunConfig" in schema["definitions"]
     with pytest.raises(ParameterTypeError, match=r"kl\.target"):
         train.validate_parameters({"config": {"kl": {"target": -1.0}}})
-
-

@@ -82,14 +82,13 @@ def test_a_checkpoint_from_the_registry_generates_text(tracked: Path, tmp_path: 
     assert client.get_model_version_by_alias("rlhf-policy", "best").version in {v.version for v in versions}
     mlflow.set_tracking_uri(f"sqlite:///{tracked.parent / 'mlflow.db'}")
     folder = mlflow.artifacts.download_artifacts("models:/rlhf-policy@newest", dst_path=str(tmp_path))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("The film", return_tensors="pt").input_ids
     assert len(tokenizer.decode(model.generate(prompt, max_new_tokens=8)[0])) > len("The film")
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracker_run_and_sends_nothing_twice(
-    tracked: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_goes_on_in_the_same_tracker_run_and_sends_nothing_twice(tracked: Path, tmp_path: Path) -> None:
     from flows.ppo import resume
 
     folder = shutil.copytree(tracked.parent, tmp_path / "copy")

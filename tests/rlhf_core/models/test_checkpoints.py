@@ -56,10 +56,8 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
 def test_the_policy_folder_loads_plainly_and_speaks(tiny: Any, tiny_config: Configure, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_checkpoint(
-        tmp_path / "c", new_trainer(tiny_config(), CPU), load_tokenizer(str(tiny.policy), field="x"), STATE
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "policy")
+    save_checkpoint(tmp_path / "c", new_trainer(tiny_config(), CPU), load_tokenizer(str(tiny.policy), field="x"), STATE)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "policy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c" / "policy")
     ids = tokenizer("The film", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
@@ -70,7 +68,8 @@ def test_a_critic_from_the_reward_model_starts_as_the_reward_model(tiny_config: 
 
     config = tiny_config(["policy.critic.init=reward"])
     critic = new_trainer(config, CPU).actor_critic.critic
-    assert critic is not None and critic.trunk is not None
+    assert critic is not None
+    assert critic.trunk is not None
     reward = AutoModelForSequenceClassification.from_pretrained(config.reward.components[0].model).eval()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

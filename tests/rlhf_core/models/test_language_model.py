@@ -15,14 +15,20 @@ from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.sequences import Sequences, by_length
 
 CPU = torch.device("cpu")
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 97}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+}
 
 
 def architectures() -> dict[str, Any]:
     """Tiny random configs of the families that people train, special logit scalings among them."""
     import transformers as t
 
-    grouped = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16}
+    grouped: dict[str, Any] = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16}
     return {
         "gpt2": t.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=97),
         "llama": t.LlamaConfig(**grouped),

@@ -50,7 +50,7 @@ def test_scores_are_those_of_single_unpadded_rows(tiny: Any) -> None:
 def test_a_text_that_ends_with_the_pad_token_is_read_to_its_end(tiny: Any) -> None:
     """transformers looks for the last token that is not PAD; here the last real token is known."""
     model = load(tiny.reward, shares_vocabulary=True)
-    pad = int(model.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+    pad = int(model.tokenizer.pad_token_id)
     with_pad, without = model.score([conversation([5, 6, pad]), conversation([5, 6])]).tolist()
     assert abs(with_pad - without) > 1e-3
 
@@ -59,7 +59,7 @@ def test_another_vocabulary_reads_text(tiny: Any) -> None:
     model = load(tiny.reward, shares_vocabulary=False)
     ids = model.tokenizer("The film was slow")["input_ids"]
     score = model.score([conversation([1, 2, 3])])
-    torch.testing.assert_close(score, torch.tensor([own_score(tiny.reward, ids)]), **F32_MODEL)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(score, torch.tensor([own_score(tiny.reward, ids)]), **F32_MODEL)
 
 
 def test_a_chat_goes_through_the_reward_models_own_template(tiny: Any, tmp_path: Path) -> None:
@@ -69,14 +69,20 @@ def test_a_chat_goes_through_the_reward_models_own_template(tiny: Any, tmp_path:
     model = load(folder, shares_vocabulary=False)
     chat = Conversation("ignored", "good", [{"role": "user", "content": "well?"}], [])
     ids = model.tokenizer("<user>well?<assistant>good")["input_ids"]
-    torch.testing.assert_close(model.score([chat]), torch.tensor([own_score(folder, ids)]), **F32_MODEL)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(model.score([chat]), torch.tensor([own_score(folder, ids)]), **F32_MODEL)
 
 
 def test_an_encoder_with_an_attention_mask(tmp_path: Path, tiny: Any) -> None:
     from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
     config = DistilBertConfig(
-        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=300, max_position_embeddings=64, num_labels=1
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=64,
+        vocab_size=300,
+        max_position_embeddings=64,
+        num_labels=1,  # pyright: ignore[reportCallIssue]
     )
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -98,7 +104,7 @@ def test_more_than_one_logit_is_refused(tiny: Any, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     GPT2ForSequenceClassification(
-        GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300, num_labels=2)
+        GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300, num_labels=2)  # pyright: ignore[reportCallIssue]
     ).save_pretrained(tmp_path)
     load_tokenizer(str(tiny.reward), field="x").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"reward\.components\.0\.model .* has 2 logits"):

@@ -39,7 +39,8 @@ def test_values_of_a_separate_critic_are_those_of_a_full_pass(tiny_config: Confi
     bench = Bench.of(tiny_config(["policy.critic.init=reward"]))
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
-    assert rollouts.values_BR is not None and bench.trainer.actor_critic.critic is not None
+    assert rollouts.values_BR is not None
+    assert bench.trainer.actor_critic.critic is not None
     with torch.no_grad():
         for row in range(len(rollouts.texts)):
             one = Sequences.build(prompts, rollouts).rows(torch.tensor([row]))
@@ -56,7 +57,8 @@ def test_values_of_a_shared_head_are_those_of_a_full_pass(tiny_config: Configure
         prompts = bench.prompts().batch
         rollouts = bench.rollouts(prompts).batch
         now = bench.trainer.actor_critic.evaluate(Sequences.build(prompts, rollouts), 1.0, with_values=True)
-    assert rollouts.values_BR is not None and now.values_BR is not None
+    assert rollouts.values_BR is not None
+    assert now.values_BR is not None
     assert rollouts.values_BR.abs().max() > 0.1
     torch.testing.assert_close(rollouts.values_BR, now.values_BR, **F32_MODEL)
 
@@ -72,7 +74,7 @@ def test_metrics_are_worked_out_from_the_rollouts(tiny_config: Configure) -> Non
     result = bench.rollouts(bench.prompts().batch)
     lengths = [int(n) for n in result.batch.response_mask_BR.sum(dim=1)]
     assert result.metrics["rollout/response_len"] == sum(lengths) / 32
-    assert result.metrics["rollout/eos_rate"] == result.batch.finish_reasons.count("eos") / 32  # pyright: ignore[reportAttributeAccessIssue]
+    assert result.metrics["rollout/eos_rate"] == result.batch.finish_reasons.count("eos") / 32
     assert result.metrics["rollout/truncated_rate"] == 1 - result.metrics["rollout/eos_rate"]
     assert 0 < result.metrics["rollout/eos_rate"] < 1
 

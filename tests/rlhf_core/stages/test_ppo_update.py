@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,21 +25,20 @@ def weights(bench: Bench) -> torch.Tensor:
 
 
 def one_step(config: RunConfig) -> tuple[Bench, torch.Tensor, dict[str, float]]:
-    """A bench after a single optimiser step by plain gradient descent, and how far it moved."""
-    bench = Bench.of(config)
+    """A bench after a single optimiser step by plain gradient descent of rate 1, and how far it moved."""
+    rate = config.ppo.model_copy(update={"learning_rate": 1.0, "critic_learning_rate": 1.0})
+    bench = Bench.of(config.model_copy(update={"ppo": rate}))
     batch = bench.until_experience()
     parameters = [p for _, p in bench.trainer.actor_critic.named_parameters()]
-    bench.trainer.optimizer = torch.optim.SGD(parameters, lr=1e-3)  # pyright: ignore[reportAttributeAccessIssue]
+    bench.trainer.optimizer = torch.optim.SGD(parameters, lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
     before = weights(bench)
     result = bench.update(*batch)
-    return bench, (weights(bench) - before) / config.ppo.learning_rate, dict(result.batch.steps[0])
+    return bench, weights(bench) - before, dict(result.batch.steps[0])
 
 
 @pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS.keys())
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_gradient_does_not_depend_on_micro_batches(
-    critic: list[str], level: str, tiny_config: Configure
-) -> None:
+def test_the_gradient_does_not_depend_on_micro_batches(critic: list[str], level: str, tiny_config: Configure) -> None:
     if level == "sequence" and critic != CRITICS["none"]:
         critic = [*critic, "shaping.estimator=value"]
     one = ["ppo.num_ppo_epochs=1", "ppo.num_minibatches=1", "ppo.max_grad_norm=null", f"ppo.level={level}", *critic]
@@ -127,6 +127,8 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny_config: Config
     one_bad[0, 0] = torch.nan
     result = bench.update(prompts, rollouts, replace(experience, advantages_BR=one_bad))
     assert sorted(bool(s["skipped"]) for s in result.batch.steps) == [False, True]
+    assert all(map(math.isfinite, result.metrics.values())), "a manifest holds no NaN"
+    assert result.metrics["guard/skipped_steps"] == 1
     assert bench.trainer.digest() != before
     assert torch.isfinite(weights(bench)).all()
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
-from iteration import Bench
+from iteration import START, Bench
 
+from rlhf_core.contracts.batches import Prompts, StageResult
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor
@@ -29,7 +31,7 @@ def epoch_of(bench: Bench, batches: int) -> tuple[list[list[int]], Cursor]:
 def test_an_epoch_shows_every_prompt_once_then_another_order(tiny_config: Configure) -> None:
     bench = Bench.of(tiny_config())
     rows, cursor = epoch_of(bench, 10)
-    first, second = sum(rows[:5], []), sum(rows[5:], [])
+    first, second = list(chain(*rows[:5])), list(chain(*rows[5:]))
     assert sorted(first) == sorted(second) == list(range(40))
     assert first != second
     assert cursor == Cursor(epoch=1, position=40)
@@ -68,7 +70,7 @@ def uneven(tmp_path: Path) -> Path:
     return source
 
 
-def sample(config: RunConfig, cursor: Cursor = Cursor()):
+def sample(config: RunConfig, cursor: Cursor = START) -> StageResult[Prompts]:
     return sample_prompts(
         load_prompt_set(config.prompts),
         load_policy_tokenizer(config.policy.model, None),

@@ -14,10 +14,7 @@ Configure = Callable[..., RunConfig]
 
 
 def test_the_score_is_the_weighted_sum_and_raw_values_are_kept(tiny_config: Configure) -> None:
-    config = tiny_config(
-        ["reward.components.0.weight=2.0", "reward.components.1={kind: model, name: other, weight: -0.5}"]
-    )
-    model = config.reward.components[0].model
+    model = tiny_config().reward.components[0].model
     bench = Bench.of(
         tiny_config(
             [
@@ -40,7 +37,7 @@ def test_what_was_sampled_is_what_is_scored_eos_included(tiny_config: Configure)
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
     scores = bench.scores(prompts, rollouts).batch
-    row = rollouts.finish_reasons.index("eos")  # pyright: ignore[reportAttributeAccessIssue]
+    row = rollouts.finish_reasons.index("eos")
     ids = torch.cat(
         [prompts.tokens_QP[row][prompts.mask_QP[row]], rollouts.tokens_BR[row][rollouts.response_mask_BR[row]]]
     )
@@ -58,7 +55,10 @@ def test_a_nan_score_is_refused_with_component_and_samples(tiny_config: Configur
         bench.scores(prompts, rollouts)
 
 
-@pytest.mark.parametrize("sampling", [[], ["generation.temperature=0.7"], ["generation.top_k=7"], ["generation.top_p=0.6"]])  # fmt: skip
+SAMPLING = [[], ["generation.temperature=0.7"], ["generation.top_k=7"], ["generation.top_p=0.6"]]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_reference_and_behaviour_agree_where_they_are_the_same_model(
     sampling: list[str], tiny_config: Configure
 ) -> None:
