@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -13,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 BARS = "▁▂▃▄▅▆▇█"
+WIDEST = 9
+"""Columns that fit side by side in a terminal."""
 EDGE = 5
 """Iterations averaged at the beginning and at the end."""
 
@@ -95,14 +98,28 @@ def print_result(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Rows as a table: numbers to the right and short, long values cut."""
-    table = Table(title=title, title_justify="left", header_style="bold", expand=False)
+    """Rows as a table: numbers to the right and short, long texts cut, lists as their length (x their mean)."""
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for name in rows[0] if rows else ():
         is_number = isinstance(rows[0][name], int | float)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table
+
+
+def print_records(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Rows as a table where they are narrow, else one after the other, a line a column."""
+    if not rows or len(rows[0]) <= WIDEST:
+        console.print(table_of(rows, title))
+        return
+    console.print(title, style="italic")
+    for row in rows:
+        console.print()
+        for name, value in row.items():
+            console.print(Text.assemble((f"{name:17}", "bold"), _cell(value)))
 
 
 def next_commands(run_dir: str, tracking_uri: str) -> Text:
@@ -162,6 +179,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        return f"{len(value)} x {_cell(sum(value) / len(value))}" if isinstance(value[0], float) else f"{len(value)}"
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from flows.display import table_of
+from flows.display import print_records, table_of
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import (
@@ -38,7 +38,7 @@ def show_run(
         return
     if stage is not None:
         where = latest_iteration(run) if iteration is None else iteration
-        console.print(table_of(artifact_rows(run, where, stage, limit), f"{stage}, iteration {where}"))
+        print_records(console, artifact_rows(run, where, stage, limit), f"{stage}, iteration {where}")
         return
     if iteration is not None:
         rows = [{**row, "sha256": row["sha256"][:12]} for row in stage_rows(run, iteration)]

@@ -10,6 +10,7 @@ from rlhf_core.contracts.artifacts import Manifest, read_artifact, read_json
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.models.tokenizers import load_tokenizer
 
 Row = dict[str, Any]
 
@@ -97,7 +98,8 @@ def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
     columns: Mapping[str, Sequence[Any]] = {
         name: joined[column] for name, column in per_token.items() if joined.get(column)
     }
-    tokens = [{name: values[t] for name, values in columns.items()} for t in range(len(joined["response_tokens"]))]
+    texts = _token_texts(run, joined["response_tokens"])
+    tokens = [{"text": texts[t]} | {name: values[t] for name, values in columns.items()} for t in range(len(texts))]
     facts = {"prompt": prompt["prompt_text"], "response": joined["response_text"]}
     facts |= {k: joined[k] for k in ("finish_reason", "score", "kl", "rlhf_reward") if k in joined}
     return facts, tokens
@@ -107,6 +109,15 @@ def before_and_after(run: RunFolder) -> list[Row]:
     """Responses to the same prompts before and after training; empty until the run is finished."""
     path = run.path / "before_after.json"
     return read_json(path.read_bytes(), origin=str(path))["samples"] if path.is_file() else []
+
+
+def _token_texts(run: RunFolder, token_ids: list[int]) -> list[str]:
+    """Text of each token; "?" where the policy's tokenizer is not at hand."""
+    try:
+        tokenizer = load_tokenizer(run.config.policy.model, field="policy.model")
+    except UserError:
+        return ["?"] * len(token_ids)
+    return [repr(tokenizer.decode([token_id]))[1:-1] for token_id in token_ids]
 
 
 def latest_iteration(run: RunFolder) -> int:

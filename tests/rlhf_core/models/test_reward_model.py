@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def test_scores_are_those_of_single_unpadded_rows(tiny: Any) -> None:
 def test_a_text_that_ends_with_the_pad_token_is_read_to_its_end(tiny: Any) -> None:
     """transformers looks for the last token that is not PAD; here the last real token is known."""
     model = load(tiny.reward, shares_vocabulary=True)
-    pad = int(model.tokenizer.pad_token_id)
-    with_pad, without = model.score([conversation([5, 6, pad]), conversation([5, 6])]).tolist()
+    pad = model.tokenizer.convert_tokens_to_ids("<|pad|>")
+    with_pad, without = model.score([conversation([5, 6, cast("int", pad)]), conversation([5, 6])]).tolist()
     assert abs(with_pad - without) > 1e-3
 
 

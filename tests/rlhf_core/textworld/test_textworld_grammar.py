@@ -77,7 +77,7 @@ def test_every_review_parses_to_its_quality(reviews: list[Review]) -> None:
         # the same in the other order: 0.7 * 0.9 - 1.3 * 0.8 over sqrt(2)
         ("for a western , the songs", "soar , but the plot is dull .", -0.28991378),
         # a concession: 1.2 * 0.9 - 0.7 * 0.8 over sqrt(1.9)
-        ("to be fair , the songs", "soar , though the plot is dull .", 0.37724766),
+        ("to be fair , the songs", "soar , though the plot is dull .", 0.37724765),
         # agreement, and a verdict of weight 0.6: (0.9 + 0.8 + 0.6 * 1.0) / sqrt(2.6)
         ("the songs", "soar , and the costumes glow . worth every penny .", 1.42639945),
     ],
@@ -131,7 +131,8 @@ def test_a_phrase_has_one_meaning_and_fits_the_reader() -> None:
         for plural in (False, True):
             forms = [form for praise in (True, False) for form in grammar._phrases(kind, plural, praise)]
             assert sum(map(len, forms)) == len(grammar._predicates(kind, plural)), "no phrase in two forms"
-            assert 0.0 not in grammar._predicates(kind, plural).values()
+            assert all(valence > 0 for form in forms[:4] for valence in form.values()), "praise"
+            assert all(valence < 0 for form in forms[4:] for valence in form.values()), "pans"
             assert not any("{" in phrase for phrase in grammar._predicates(kind, plural))
             assert max(len(p.split()) for p in grammar._predicates(kind, plural)) <= grammar._Reader.MOST_WORDS
     assert max(len(verdict.split()) for verdict in lexicon.VERDICTS) < grammar._Reader.MOST_WORDS

@@ -17,7 +17,7 @@ import torch
 from tolerances import EXACT, F32_SUM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_core.textworld import Recipe, TextWorld, build_text_world
+from rlhf_core.textworld import Recipe, TextWorld, build_text_world, training
 from rlhf_core.textworld.grammar import Review, openings, parse
 
 TINY = Recipe(
@@ -140,10 +140,16 @@ def test_good_reviews_score_above_bad_and_broken_ones(world: TextWorld) -> None:
     assert good > score("the songs are superb ,") + 0.5
 
 
+def test_the_mean_score_of_the_policy_is_subtracted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shifts: list[float] = []
+    monkeypatch.setattr(training, "scores", lambda _reward, _tokenizer, reviews: torch.linspace(2, 4, len(reviews)))
+    monkeypatch.setattr(training, "shift_scores", lambda _reward, *, by: shifts.append(by))
+    build_text_world(tmp_path / "world", recipe=TRIFLE)
+    assert shifts == [-3.0]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_a_score(world: TextWorld, side: str) -> None:
-    from rlhf_core.textworld.training import scores
-
     tokenizer = AutoTokenizer.from_pretrained(world.reward)
     reward: Any = AutoModelForSequenceClassification.from_pretrained(world.reward)
     reviews = [Review("the songs", "soar .", 0.0), Review("for a western , the plot", "is dull , but", 0.0, False)]
@@ -152,7 +158,7 @@ def test_padding_does_not_change_a_score(world: TextWorld, side: str) -> None:
         padded = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
         positions = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
         expected = torch.stack([reward(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
-        torch.testing.assert_close(scores(reward, tokenizer, reviews), expected, **F32_SUM)
+        torch.testing.assert_close(training.scores(reward, tokenizer, reviews), expected, **F32_SUM)
         torch.testing.assert_close(reward(**padded, position_ids=positions).logits[:, 0], expected, **F32_SUM)
 
 
@@ -245,12 +251,12 @@ def test_a_build_that_fails_leaves_the_old_world(folder: Path) -> None:
     build_text_world(folder, recipe=TRIFLE, on_progress=unwatched)
 
 
-def test_what_a_killed_build_left_is_swept_away(tmp_path: Path) -> None:
+def test_what_a_killed_build_left_is_swept_away(folder: Path) -> None:
     for name in (".world.building", ".world.replaced"):
-        (tmp_path / name / "policy").mkdir(parents=True)
-        (tmp_path / name / "policy" / "model.safetensors").write_text("half a model")
-    build_text_world(tmp_path / "world", recipe=TRIFLE)
-    assert nothing_left_beside(tmp_path / "world")
+        (folder.parent / name / "policy").mkdir(parents=True)
+        (folder.parent / name / "policy" / "model.safetensors").write_text("half a model")
+    build_text_world(folder, recipe=TRIFLE, seed=1)
+    assert nothing_left_beside(folder)
 
 
 def test_a_second_process_waits_and_uses_what_the_first_has_built(folder: Path, tmp_path: Path) -> None:
@@ -324,12 +330,12 @@ def test_the_digest_is_of_recipe_and_seed() -> None:
 
 
 def test_responses_of_the_policy_are_measured_as_reviews(world: TextWorld) -> None:
-    from rlhf_core.textworld.training import respond
-
     tokenizer = AutoTokenizer.from_pretrained(world.policy)
     policy: Any = AutoModelForCausalLM.from_pretrained(world.policy)
     with torch.no_grad():
-        reviews = respond(policy, tokenizer, ["the songs", "for a courtroom drama , the supporting players"] * 8)
+        reviews = training.respond(
+            policy, tokenizer, ["the songs", "for a courtroom drama , the supporting players"] * 8
+        )
     assert all(review.response == review.response.strip() for review in reviews)
     assert not any("<|" in review.response for review in reviews)
     for review in reviews:
