@@ -18,7 +18,7 @@ SETTINGS = {
     "prompts": {"batch_size": 64},
     "generation": {"max_new_tokens": 32},
     "policy": {"critic": {"kind": "shared"}},
-    "kl": {"coef": 0.15, "controller": "adaptive", "target": 4.0, "horizon": 200},
+    "kl": {"coef": 0.3, "controller": "adaptive", "target": 4.0, "horizon": 120},
     "ppo": {"learning_rate": 3e-4, "lr_schedule": "linear", "warmup_iterations": 3},
     "checkpoint": {"every": 20},
 }

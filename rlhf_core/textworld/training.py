@@ -1,7 +1,7 @@
 """Tokenizer, policy and reward model of the text world, each fitted from scratch in seconds.
 
-Nothing here reads or writes files, and every draw comes from a generator that the caller passes. Weights start from
-PyTorch's global CPU generator; the caller seeds it, and restores it (`rlhf_core.textworld.world`).
+Nothing here reads or writes files. Reviews, pairs and batches are drawn from a generator that the caller passes; first
+weights and responses from PyTorch's global CPU generator, which the caller seeds and restores (`world.py`).
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -45,11 +45,10 @@ def fit_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFa
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
         special_tokens=[*SPECIAL_TOKENS],
-        initial_alphabet=alphabet,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
@@ -73,7 +72,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review]) -> lis
         reviews: one sequence each, in this order.
     Returns: unpadded sequences; the rare one that is longer than the tokenizer's model_max_length loses its end.
     """
-    return tokenizer([review.text + EOS * review.finished for review in reviews], truncation=True)["input_ids"]
+    texts = [review.text + EOS * review.finished for review in reviews]
+    return [ids[: tokenizer.model_max_length] for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
 
 def fit_policy(

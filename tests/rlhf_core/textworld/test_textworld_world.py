@@ -82,6 +82,9 @@ def test_tokenizer_loads_and_loses_nothing(world: TextWorld) -> None:
         assert set(tokenizer("the songs")) == {"input_ids", "attention_mask"}
         for text in ("for a western , the songs soar .", "Caps, digits 42,\n\ttabs  and … ünïcödé 🎬"):
             assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    saved = json.loads((world.policy / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["truncation"] is None, "no trace of its use"
+    assert saved["padding"] is None
     assert (world.policy / "tokenizer.json").read_bytes() == (world.reward / "tokenizer.json").read_bytes()
 
 
