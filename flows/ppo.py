@@ -74,7 +74,7 @@ def iterate(run_dir: str) -> str:
             write_report(run_dir)
         finally:
             tracker.close()
-        link_to_tracker(tracker.page)
+        link_to_tracker(tracker.page, tracker.uri, tracker.run_id)
     return run_dir
 
 

@@ -40,7 +40,7 @@ def shape_rewards(
             config.kl,
             kl_coef=state.kl_coef,
             moments=state.moments,
-            expect_zero_kl=iteration == 0 and config.starts_at_reference and config.is_float32,
+            zero_kl_in=config.coarsest_dtype if iteration == 0 and config.starts_at_reference else None,
         ),
         Experience.to_table,
     )

@@ -69,6 +69,7 @@ class Tracker:
 
     def __init__(self, run: RunFolder, prefect_run: Mapping[str, str]) -> None:
         self.run, self.prefect_run = run, dict(prefect_run)
+        self.uri = tracking_uri(run)
         self.run_id: str | None = None
         self._wanted: queue.Queue[int | None] = queue.Queue()
         self._given_up = threading.Event()
@@ -77,11 +78,10 @@ class Tracker:
     @property
     def page(self) -> str | None:
         """Address of the run in the MLflow UI, where the tracker is a server."""
-        uri = tracking_uri(self.run)
         recorded = _recorded(self.run)
-        if not uri.startswith("http") or recorded is None:
+        if not self.uri.startswith("http") or recorded is None:
             return None
-        return f"{uri}/#/experiments/{recorded['experiment_id']}/runs/{recorded['run_id']}"
+        return f"{self.uri}/#/experiments/{recorded['experiment_id']}/runs/{recorded['run_id']}"
 
     def start(self) -> None:
         """Begin sending; earlier iterations that have not arrived go first."""

@@ -93,7 +93,7 @@ class Bench:
         )
 
     def experience(self, rollouts: Rollouts, scores: Scores, reference: ReferenceLogprobs, **changes: Any) -> Any:
-        settings = {"kl_coef": self.config.kl.coef, "moments": ScoreMoments(), "expect_zero_kl": False}
+        settings = {"kl_coef": self.config.kl.coef, "moments": ScoreMoments(), "zero_kl_in": None}
         return shape_rewards(
             rollouts, scores, reference, self.config.shaping, self.config.kl, **{**settings, **changes}
         )

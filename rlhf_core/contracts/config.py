@@ -281,9 +281,9 @@ class RunConfig(Section):
         return self.reference_model == self.policy.model
 
     @property
-    def is_float32(self) -> bool:
-        """Whether policy and reference compute in float32, where log-probs agree to 1e-4 a token."""
-        return self.policy.dtype == "float32" and (self.reference.dtype or "float32") == "float32"
+    def coarsest_dtype(self) -> Dtype:
+        """The less exact of the compute types of policy and reference."""
+        return "bfloat16" if "bfloat16" in (self.policy.dtype, self.reference.dtype) else "float32"
 
     @property
     def uses_critic(self) -> bool:

@@ -247,7 +247,7 @@ def test_what_the_tree_derives() -> None:
     assert config.reference_model == "p"
     assert config.starts_at_reference
     other = build_config({"policy": {"model": "p"}, "reference": {"model": "r", "dtype": "bfloat16"}})
-    assert (other.reference_model, other.starts_at_reference, other.is_float32) == ("r", False, False)
-    assert config.is_float32
+    assert (other.reference_model, other.starts_at_reference, other.coarsest_dtype) == ("r", False, "bfloat16")
+    assert config.coarsest_dtype == "float32"
     estimators = {e: build_config({"shaping": {"estimator": e}}).uses_critic for e in ("gae", "value", "reward")}
     assert estimators == {"gae": True, "value": True, "reward": False}

@@ -132,7 +132,7 @@ def test_a_constant_batch_is_centred_and_counted(tiny_config: Configure) -> None
 
 def test_kl_must_be_zero_where_policy_and_reference_are_the_same(tiny_config: Configure) -> None:
     with pytest.raises(NumericalError, match=r"KL must be 0 at iteration 0.* differs by 1 nats; likely cause"):
-        shape(tiny_config, [], expect_zero_kl=True)
+        shape(tiny_config, [], zero_kl_in="float32")
 
 
 def test_an_infinite_log_prob_is_named(tiny_config: Configure) -> None:
