@@ -243,7 +243,7 @@ def write_file(path: Path, data: bytes) -> str:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -262,16 +262,16 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> dict[str, str]:
         digests: dict[str, str] = {}
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             digests[str(file.relative_to(temporary))] = hash_file(file)
-            _sync_file(file)
+            sync(file)
         write_file(temporary / "manifest.json", canonical_json({"files": digests}) + b"\n")
         for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
-            sync_folder(folder)
+            sync(folder)
         temporary.chmod(0o755)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     return digests
 
 
@@ -298,7 +298,7 @@ def remove_folder(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.replace(doomed)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -308,12 +308,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(path: Path) -> None:
-    """Sync a folder to disk, so that a rename inside it survives a power cut."""
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names inside a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,9 +5,7 @@ A world appears whole or not at all. It is written into a hidden sibling folder,
 """
 
 import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ import torch
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from rlhf_core.contracts.artifacts import hash_file, sync
 from rlhf_core.textworld import training
 from rlhf_core.textworld.grammar import openings, parse, sample_review
 from rlhf_core.textworld.recipe import Recipe
@@ -198,7 +197,7 @@ def _world(directory: Path, metrics: dict[str, float]) -> TextWorld:
 def _file_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of each file below the directory, by relative path, world.json apart."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "world.json")
-    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(directory).as_posix(): hash_file(path) for path in files}
 
 
 def _refuse_strangers(directory: Path) -> None:
@@ -217,24 +216,15 @@ def _put_in_place(building: Path, directory: Path) -> None:
     if directory.exists():
         directory.rename(replaced)
     building.rename(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync_tree(directory: Path) -> None:
     """Make every file and folder below the directory, and itself, durable."""
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Make one file or folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from iteration import START, Bench
@@ -103,6 +105,24 @@ def test_over_long_prompts_are_truncated_left_dropped_or_refused_and_counted(
 
     with pytest.raises(UserError, match=r"prompt 4 \(from 0\).* set prompts.over_long"):
         sample(configured("refuse", 12))
+
+
+def test_a_chat_goes_through_the_policys_template_once(tiny_config: Configure, tiny: Any, tmp_path: Path) -> None:
+    """Its special tokens come from the template alone, and the messages are kept for reward models."""
+    policy = shutil.copytree(tiny.policy, tmp_path / "policy")
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|pad|>{% endfor %}<assistant>"
+    (policy / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    chats = [[{"role": "user", "content": f"The film was {word}?"}] for word in ("slow", "bright")]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    overrides = [f"policy.model={policy}", f"prompts.source={source}", "prompts.column=messages"]
+    config = tiny_config([*overrides, "prompts.batch_size=2", "prompts.shuffle=false"])
+    prompts = sample(config).batch
+    assert list(prompts.texts) == [f"<user>The film was {word}?<|pad|><assistant>" for word in ("slow", "bright")]
+    assert [list(messages) for messages in prompts.messages] == chats
+    tokens = prompts.tokens_QP[0][prompts.mask_QP[0]].tolist()
+    assert tokens == load_policy_tokenizer(str(policy), None).tokenizer(prompts.texts[0])["input_ids"]
 
 
 def test_too_few_usable_prompts_is_one_sentence(uneven: Path, tiny_config: Configure) -> None:
