@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -94,7 +96,10 @@ def print_result(
         console.print(_first_to_last(rows, kl_target))
     if samples:
         console.print(_before_and_after(samples))
-    console.print(Panel(next_commands(run_dir, tracking_uri), title="Next", title_align="left", expand=False))
+    console.print("Next", style="italic")
+    for what, command in next_commands(run_dir, tracking_uri).items():
+        console.print(f"[bold]{what}[/]:", highlight=False)
+        console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
@@ -122,18 +127,25 @@ def print_records(console: Console, rows: Sequence[Mapping[str, Any]], title: st
             console.print(Text.assemble((f"{name:17}", "bold"), _cell(value)))
 
 
-def next_commands(run_dir: str, tracking_uri: str) -> Text:
-    """The commands that open MLflow and the artifacts."""
-    where = tracking_uri if tracking_uri.startswith("http") else None
-    mlflow = where or f"mlflow server --backend-store-uri {tracking_uri} --host 127.0.0.1 --port 5000"
+def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
+    """What to do next -> the command that does it, to be copied as it is."""
     artifact = f"{run_dir}/iterations/000000/05_experience.arrow"
-    lines = [
-        ("compare runs in MLflow", mlflow),
-        ("look into the run", f"rlhf inspect {run_dir}"),
-        ("open an artifact", f"python -c \"import polars; print(polars.read_ipc('{artifact}'))\""),
-        ("the picture", f"{run_dir}/report.png"),
-    ]
-    return Text("\n").join(Text.assemble((f"{what:24}", "bold"), command) for what, command in lines)
+    server = f"{_command('mlflow')} server --backend-store-uri {tracking_uri} --host 127.0.0.1 --port 5000"
+    return {
+        "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else server,
+        "look into the run": f"{_command('rlhf')} inspect {run_dir}",
+        "open an artifact": f"{_command('python')} -c \"import pandas; print(pandas.read_feather('{artifact}'))\"",
+        "see the picture": f"{run_dir}/report.png",
+    }
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here: by its name where that finds it, else by its path."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found and Path(found).parent == own.parent:
+        return name
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def _first_to_last(rows: Sequence[Mapping[str, Any]], kl_target: float | None) -> Table:

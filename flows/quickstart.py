@@ -46,8 +46,11 @@ def quickstart_config(folder: Path, console: Console) -> RunConfig:
             progress.update(phases[phase], completed=done, total=total)
 
         world = prepare_text_world(folder / "world", show)
-    facts = ", ".join(f"{name} {value:.3g}" for name, value in world.metrics.items())
-    console.print(f"text world in {folder / 'world'}: {facts}", highlight=False)
+    console.print(
+        f"text world in {folder / 'world'}: a policy of {world.metrics['heldout_loss']:.2f} nats a token, "
+        f"a reward model right on {world.metrics['reward_pair_accuracy']:.0%} of held-out pairs",
+        highlight=False,
+    )
     paths = {
         "prompts": {**SETTINGS["prompts"], "source": str(world.prompts)},
         "policy": {**SETTINGS["policy"], "model": str(world.policy)},
