@@ -49,13 +49,11 @@ def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
     for stage, manifest in manifests.items():
         metrics |= manifest.metrics
         metrics[f"time/{stage}_s"] = manifest.timing["total_s"]
-    seconds = {stage: manifest.timing["total_s"] for stage, manifest in manifests.items()}
-    tokens = metrics["rollout/num_tokens"]
-    metrics["time/iteration_s"] = sum(seconds.values())
-    metrics["rate/generated_tokens_per_s"] = tokens / max(seconds["generate"], 1e-9)
-    metrics["rate/updated_tokens_per_s"] = (
-        tokens * metrics["update/num_steps"] / run.config.ppo.num_minibatches / max(seconds["ppo_update"], 1e-9)
-    )
+    metrics["time/iteration_s"] = sum(manifest.timing["total_s"] for manifest in manifests.values())
+    epochs = metrics["update/num_steps"] / run.config.ppo.num_minibatches
+    for stage, passes in (("generate", 1), ("score_rewards", 1), ("reference_logprobs", 1), ("ppo_update", epochs)):
+        tokens = passes * metrics["rollout/num_tokens"]
+        metrics[f"rate/{stage}_tokens_per_s"] = tokens / max(metrics[f"time/{stage}_s"], 1e-9)
     return metrics
 
 

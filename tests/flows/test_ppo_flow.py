@@ -136,9 +136,12 @@ def test_the_trace_is_exactly_the_committed_one_on_this_machine(finished: Path) 
 
 
 def processor() -> str:
-    """Vendor and model of the CPU: matrix libraries choose their kernels by it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    """The CPU, exactly: matrix libraries choose their kernels by it."""
+    if not Path("/proc/cpuinfo").exists():
+        return "unknown"
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in first if ": " in line)
+    return ", ".join(facts.get(name, "?") for name in ("vendor_id", "cpu family", "model", "stepping", "cache size"))
 
 
 KILL_AFTER = {
