@@ -197,7 +197,9 @@ def _sentence(detail: ErrorDetails) -> list[str]:
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return [f"{where} is not a known key; {hint}"]
-    shown = "missing" if kind == "missing" else repr(value)
+    shown = "missing" if kind == "missing" else "null" if value is None else repr(value)
+    if kind == "model_type":
+        return [f"{where} is {shown}: it is a section, so a mapping of keys is needed"]
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return [f"{where} is {shown}: {message}"]
 

@@ -193,8 +193,13 @@ def test_wrong_value(knob: str, value: Any, reason: str) -> None:
     for section in reversed(sections):
         tree = {section: tree}
     (sentence,) = problems_of(tree)
-    assert sentence.startswith(f"{knob} is {value!r}: ")
+    assert sentence.startswith(f"{knob} is {'null' if value is None else repr(value)}: ")
     assert reason in sentence
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "null"), (5, "5"), (["a"], "['a']")])
+def test_a_section_that_is_no_mapping(value: Any, shown: str) -> None:
+    assert problems_of({"kl": value}) == [f"kl is {shown}: it is a section, so a mapping of keys is needed"]
 
 
 def test_values_inside_lists() -> None:
