@@ -199,7 +199,7 @@ def test_wrong_value(knob: str, value: Any, reason: str) -> None:
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "null"), (5, "5"), (["a"], "['a']")])
 def test_a_section_that_is_no_mapping(value: Any, shown: str) -> None:
-    assert problems_of({"kl": value}) == [f"kl is {shown}: it is a section, so a mapping of keys is needed"]
+    assert list(problems_of({"kl": value})) == [f"kl is {shown}: it is a section, so a mapping of keys is needed"]
 
 
 def test_values_inside_lists() -> None:
