@@ -26,6 +26,7 @@ def start_run(config: RunConfig, run_dir: str) -> None:
     check_vacant(Path(run_dir))
     plan = preflight(config)
     RunFolder.create(Path(run_dir), config, run_identity(config, plan.prompt_set))
+    resources(run_dir).keep_plan(plan)
 
 
 def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:

@@ -70,6 +70,10 @@ class Resources:
         """The run's plan, with its prompts and tokenizer."""
         return self._once("plan", lambda: preflight(self.run.config))
 
+    def keep_plan(self, plan: Plan) -> None:
+        """Take over the plan of whoever has just checked this run, instead of making it again."""
+        self._kept["plan"] = plan
+
     @property
     def tokenizer(self) -> PolicyTokenizer:
         """The policy's tokenizer."""
