@@ -8,29 +8,13 @@ model stand in :mod:`rlhf_core.preflight`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Dtype = Literal["float32", "bfloat16"]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-def _expand_home(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~/") else name
-
-
-ModelName = Annotated[str, AfterValidator(_expand_home)]
-"""Folder or hub id."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
+from rlhf_core.contracts.reward_config import RewardConfig
+from rlhf_core.contracts.section import Dtype, Fraction, Positive, PositiveFloat, Section
 
 
 class PromptsConfig(Section):
@@ -69,70 +53,6 @@ class PromptsConfig(Section):
                 f"prompts.samples_per_prompt {self.samples_per_prompt}"
             )
         return self
-
-
-class CriticConfig(Section):
-    """The value function V."""
-
-    kind: Literal["shared", "separate"] = Field(
-        default="separate", description="shared: a head on the policy's trunk; separate: a model of its own"
-    )
-    init: Literal["zero", "policy", "reward"] = Field(
-        default="policy",
-        description="start of a separate critic: the policy's trunk, the first reward model, "
-        "or zero (random trunk); the head starts at zero unless it comes with the reward model",
-    )
-
-
-class PolicyConfig(Section):
-    """The trained policy and its critic."""
-
-    model: ModelName = Field(default="", description="AutoModelForCausalLM folder or hub id")
-    dtype: Dtype = Field(
-        default="float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
-    )
-    pad_token: str | None = Field(
-        default=None, description="token to pad with when the tokenizer has none, or one equal to EOS"
-    )
-    critic: CriticConfig = CriticConfig()
-
-
-class ReferenceConfig(Section):
-    """The frozen reference that the KL is measured against."""
-
-    model: ModelName | None = Field(default=None, description="folder or hub id; null: the initial policy")
-    dtype: Dtype | None = Field(default=None, description="null: policy.dtype")
-    batch_size: Positive = Field(default=64, description="responses read at a time, sorted by length")
-
-
-class ModelReward(Section):
-    """A reward model: one logit, read at the last token of prompt + response."""
-
-    kind: Literal["model"] = "model"
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="null: rewardN")
-    model: ModelName = Field(default="", description="AutoModelForSequenceClassification folder or hub id")
-    weight: float = Field(default=1.0, description="factor in the weighted sum")
-    dtype: Dtype = "float32"
-    batch_size: Positive = Field(default=64, description="responses scored at a time")
-    max_len: Positive | None = Field(default=None, description="tokens read; null: the model's context length")
-
-
-class RewardConfig(Section):
-    """The score of a response: a weighted sum of components."""
-
-    components: list[ModelReward] = Field(default=[], description="at least one component")
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
-        names = self.names
-        if len(set(names)) != len(names):
-            raise ValueError(f"reward.components have the same name twice: {', '.join(names)}")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """Name of each component, in order."""
-        return [c.name or f"reward{i}" for i, c in enumerate(self.components)]
 
 
 class GenerationConfig(Section):

@@ -22,8 +22,9 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 
-from rlhf_core.contracts.config import ModelReward, RunConfig
+from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.reward_config import ModelReward
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.batches import Message
-from rlhf_core.contracts.config import ModelReward
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.language_model import DTYPES, load_transformers_model
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, StageResult
-from rlhf_core.contracts.config import ReferenceConfig
+from rlhf_core.contracts.policy_config import ReferenceConfig
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.sequences import Sequences, by_length
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_core.contracts.batches import Prompts, Rollouts, Scores, StageResult
-from rlhf_core.contracts.config import RewardConfig
 from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.contracts.reward_config import RewardConfig
 from rlhf_core.models.reward_model import Conversation, RewardModel
 from rlhf_core.ops.rewards import weighted_sum
 

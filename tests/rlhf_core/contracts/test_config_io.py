@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from rlhf_core.contracts.config import PolicyConfig, RunConfig
+from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import (
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
@@ -28,6 +28,7 @@ from rlhf_core.contracts.config_io import (
     parse_yaml,
 )
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.policy_config import PolicyConfig
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 FULL: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tolerances import F32_MODEL
 
-from rlhf_core.contracts.config import ModelReward
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.reward_model import Conversation, RewardModel
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 
