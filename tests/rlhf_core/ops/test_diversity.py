@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_core.ops.diversity import repetition
+from rlhf_core.ops.diversity import distinct, repetition
 
 
-def measure(*rows: list[int], ngram: int = 2) -> float:
+def padded(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(row) for row in rows)
     tokens = torch.tensor([row + [7] * (width - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    return repetition(tokens, mask, ngram=ngram)
+    return tokens, mask
+
+
+def measure(*rows: list[int], ngram: int = 2) -> float:
+    return repetition(*padded(*rows), ngram=ngram)
 
 
 def test_all_new_is_0_and_a_loop_tends_to_1() -> None:
@@ -30,3 +34,12 @@ def test_longer_ngrams() -> None:
     assert measure([1, 2, 1, 2], ngram=3) == 0.0
     with pytest.raises(ValueError, match="at least 1"):
         measure([1], ngram=0)
+
+
+def test_distinct_counts_over_the_whole_batch() -> None:
+    assert distinct(*padded([1, 2, 3], [1, 2, 3]), ngram=2) == pytest.approx(2 / 4)  # nothing repeats within a row
+    assert distinct(*padded([1, 2, 3], [3, 2, 1]), ngram=2) == 1.0
+    assert distinct(*padded([1, 2, 1], [1]), ngram=1) == pytest.approx(2 / 4)
+    assert distinct(*padded([1], [2]), ngram=2) == 1.0
+    with pytest.raises(ValueError, match="at least 1"):
+        distinct(*padded([1]), ngram=0)
