@@ -34,6 +34,7 @@ def ppo_update(
                 kept.experience(experience),
                 config.ppo,
                 temperature=config.generation.temperature,
+                max_response_len=config.generation.max_new_tokens,
                 seed=config.seed,
                 iteration=iteration,
                 num_iterations=config.num_iterations,

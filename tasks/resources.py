@@ -167,6 +167,7 @@ class Resources:
             self.experience(manifests["shape_rewards"].artifact),
             config.ppo,
             temperature=config.generation.temperature,
+            max_response_len=config.generation.max_new_tokens,
             seed=config.seed,
             iteration=iteration,
             num_iterations=config.num_iterations,

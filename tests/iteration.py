@@ -108,6 +108,7 @@ class Bench:
             experience,
             self.config.ppo,
             temperature=self.config.generation.temperature,
+            max_response_len=self.config.generation.max_new_tokens,
             seed=self.config.seed,
             iteration=iteration,
             num_iterations=self.config.num_iterations,

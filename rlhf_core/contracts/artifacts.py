@@ -293,6 +293,15 @@ def check_folder(path: Path) -> dict[str, str]:
     return digests
 
 
+def write_link(path: Path, target: str) -> None:
+    """Point a symbolic link at a target beside it, durably and atomically: readers find the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+    sync(path.parent)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a committed folder: renamed first, so that no reader meets half of it."""
     doomed = path.with_name(f".{path.name}.removed")

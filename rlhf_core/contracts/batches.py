@@ -8,6 +8,7 @@ Tensors are right-padded; a mask is True on real tokens. Padding exists only her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import IntegrityError
 
 Batch = TypeVar("Batch")
@@ -56,6 +58,8 @@ class Prompts:
     """int64"""
     mask_QP: Tensor
     num_truncated: Sequence[int]
+    columns: Sequence[Mapping[str, Any]]
+    """prompts.columns of each prompt, plain JSON, for reward functions."""
 
     def to_table(self) -> pa.Table:
         """As Arrow, schema SAMPLE_PROMPTS."""
@@ -69,6 +73,7 @@ class Prompts:
                 ),
                 "prompt_tokens": unpad_lists(self.tokens_QP, self.mask_QP, pa.int32()),
                 "num_truncated": pa.array(self.num_truncated, pa.int32()),
+                "columns": pa.array([canonical_json(cells).decode() for cells in self.columns], pa.string()),
             }
         )
 
@@ -83,6 +88,7 @@ class Prompts:
             tokens_QP=tokens,
             mask_QP=mask,
             num_truncated=cast("list[int]", table["num_truncated"].to_pylist()),
+            columns=[json.loads(cells) for cells in cast("list[str]", table["columns"].to_pylist())],
         )
 
 
@@ -176,14 +182,16 @@ class Scores:
     sample_ids: Sequence[str]
     names: Sequence[str]
     components_BC: Tensor
-    """float32 [B, components], raw"""
+    """float32 [B, components], raw; 0 where masked."""
+    components_mask_BC: Tensor
+    """bool: False where a component failed on a response and was dropped."""
     score_B: Tensor
 
     def to_table(self) -> pa.Table:
-        """As Arrow, schema SCORE_REWARDS."""
+        """As Arrow, schema SCORE_REWARDS: a dropped component is not in the list of its response."""
         rows = [
-            [{"name": n, "score": v} for n, v in zip(self.names, row, strict=True)]
-            for row in cast("list[list[float]]", self.components_BC.tolist())
+            [{"name": n, "score": v} for n, v, kept in zip(self.names, values, mask, strict=True) if kept]
+            for values, mask in zip(self.components_BC.tolist(), self.components_mask_BC.tolist(), strict=True)
         ]
         return pa.table(
             {
@@ -195,12 +203,18 @@ class Scores:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Scores:
-        """From Arrow, schema SCORE_REWARDS."""
+        """From Arrow, schema SCORE_REWARDS. Names stand in the order in which they first appear."""
         rows = cast("list[list[dict[str, Any]]]", table["components"].to_pylist())
+        by_name = [{str(c["name"]): float(c["score"]) for c in row} for row in rows]
+        names = list(dict.fromkeys(name for row in by_name for name in row))
+        shape = len(rows), len(names)
         return cls(
             sample_ids=cast("list[str]", table["sample_id"].to_pylist()),
-            names=[str(c["name"]) for c in rows[0]] if rows else [],
-            components_BC=torch.tensor([[float(c["score"]) for c in row] for row in rows]),
+            names=names,
+            components_BC=torch.tensor([[row.get(name, 0.0) for name in names] for row in by_name]).reshape(shape),
+            components_mask_BC=torch.tensor([[n in row for n in names] for row in by_name], dtype=torch.bool).reshape(
+                shape
+            ),
             score_B=_floats(table, "score"),
         )
 

@@ -12,8 +12,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
-from rlhf_core.contracts.reward_config import RewardConfig
+from rlhf_core.contracts.reward_config import GIVEN, RewardConfig
 from rlhf_core.contracts.section import Dtype, Fraction, Positive, PositiveFloat, Section
 
 
@@ -28,6 +29,7 @@ class PromptsConfig(Section):
     from_preferences: bool = Field(
         default=False, description="take the prompt as the shared beginning of `chosen` and `rejected`"
     )
+    columns: list[str] = Field(default=[], description="more columns, which reward functions get by their names")
     subset: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a `datasets` source")
     batch_size: Positive = Field(default=64, description="responses an iteration = prompts x samples_per_prompt")
@@ -44,6 +46,16 @@ class PromptsConfig(Section):
     def num_prompts(self) -> int:
         """Prompts drawn in one iteration."""
         return self.batch_size // self.samples_per_prompt
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_can_be_passed(cls, columns: list[str]) -> list[str]:
+        for name in columns:
+            if name in GIVEN:
+                raise ValueError(f"{name!r} is a name that reward functions have for something else; rename that column")
+            if columns.count(name) > 1:
+                raise ValueError(f"the column {name!r} is named twice")
+        return columns
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
@@ -79,15 +91,25 @@ class KLConfig(Section):
     """The KL penalty and the controller of its coefficient β."""
 
     coef: Annotated[float, Field(ge=0)] = Field(default=0.15, description="β at the first iteration")
-    controller: Literal["fixed", "adaptive"] = Field(default="adaptive", description="adaptive: Ziegler et al. 2019")
+    controller: Literal["fixed", "adaptive", "log_pi"] = Field(
+        default="adaptive", description="adaptive: Ziegler et al. 2019; log_pi: holds the target more tightly"
+    )
     target: PositiveFloat = Field(default=6.0, description="nats per response, summed over its tokens")
-    horizon: PositiveFloat = Field(default=10_000.0, description="episodes; smaller moves β faster")
+    horizon: PositiveFloat = Field(default=10_000.0, description="adaptive: episodes; smaller moves β faster")
+    proportional_gain: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="log_pi: β moves against the climb of log KL, this much"
+    )
+    integral_gain: Annotated[float, Field(ge=0)] = Field(
+        default=0.25, description="log_pi: change of log β an iteration for each unit of log(KL / target), at most 0.2"
+    )
     estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="form of the penalty; k1 and k3 are logged")
 
     @model_validator(mode="after")
     def _beta_can_move(self) -> Self:
-        if self.controller == "adaptive" and self.coef == 0:
-            raise ValueError("kl.coef is 0 and kl.controller is adaptive: β would stay 0; use kl.controller fixed")
+        if self.controller != "fixed" and self.coef == 0:
+            raise ValueError(
+                f"kl.coef is 0 and kl.controller is {self.controller}: β would stay 0; use kl.controller fixed"
+            )
         return self
 
 
@@ -98,7 +120,11 @@ class ShapingConfig(Section):
         default="token",
         description="token: -β·kl on each token, the score on the last; sequence: all of it on the last",
     )
-    estimator: Literal["gae", "value", "reward"] = Field(default="gae", description="advantage estimator")
+    estimator: Literal["gae", "value", "reward", "rloo", "group", "reinforce++"] = Field(
+        default="gae",
+        description="advantage estimator; gae and value have a critic, rloo and group need samples_per_prompt ≥ 2",
+    )
+    group_std: bool = Field(default=True, description="group: divide by the std of the prompt's responses")
     gamma: Fraction = Field(default=1.0, description="discount per token")
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(default=0.95, description="λ of gae")
     score_normalization: Literal["none", "running", "reference"] = Field(
@@ -126,6 +152,9 @@ class PPOConfig(Section):
         default="linear", description="decay to 0 over num_iterations"
     )
     warmup_iterations: Annotated[int, Field(ge=0)] = Field(default=0, description="linear warm-up")
+    critic_warmup_iterations: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="first iterations that train the critic alone"
+    )
     num_ppo_epochs: Positive = Field(default=4, description="passes over the batch")
     num_minibatches: Positive = Field(default=4, description="optimiser steps in a pass")
     micro_batch_size: Positive | None = Field(
@@ -134,9 +163,19 @@ class PPOConfig(Section):
     level: Literal["token", "sequence"] = Field(default="token", description="one ratio per token, or per response")
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="ε (below 1)")
     clip_range_high: PositiveFloat | None = Field(default=None, description="ε above 1; null: clip_range")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="c: bounds the loss at -c·A where A < 0; 3 is usual; null: off"
+    )
     value_clip_range: PositiveFloat | None = Field(default=0.2, description="null: no value clipping")
     vf_coef: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the value loss")
     entropy_coef: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the entropy bonus")
+    kl_loss_coef: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of k3 to the reference in the loss, beside the KL in the reward"
+    )
+    loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
+        default="token_mean",
+        description="mean over tokens; over responses of their token means; or sums divided by max_new_tokens",
+    )
     max_grad_norm: PositiveFloat | None = Field(default=1.0, description="gradient clipping; null: off")
     target_kl: PositiveFloat | None = Field(
         default=None, description="skip the remaining epochs once KL to the behaviour policy (per token) exceeds this"
@@ -179,6 +218,11 @@ class RunConfig(Section):
     num_iterations: Positive = Field(default=100, description="sample, score, update: once each")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: cuda, then mps, then cpu")
     num_threads: Positive | None = Field(default=None, description="CPU threads; null: the cores at hand")
+    frozen_models: Literal["keep", "cpu", "disk"] = Field(
+        default="keep",
+        description="reference and reward models between their stages: keep on the device, move to CPU memory, or "
+        "drop and read from disk again; changes no number",
+    )
     prompts: PromptsConfig = PromptsConfig()
     policy: PolicyConfig = PolicyConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -188,6 +232,7 @@ class RunConfig(Section):
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -196,9 +241,20 @@ class RunConfig(Section):
         return self.reference.model or self.policy.model
 
     @property
+    def reference_adapter(self) -> str | None:
+        """LoRA adapter of the reference."""
+        return self.reference.adapter or (self.policy.adapter if self.reference.model is None else None)
+
+    @property
+    def reference_shares_trunk(self) -> bool:
+        """Whether the reference is the policy's own frozen trunk, with the trained adapter switched off."""
+        same_dtype = self.reference.dtype in (None, self.policy.dtype)
+        return self.policy.uses_lora and self.reference_model == self.policy.model and same_dtype
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether the initial policy is the reference, so that KL is 0 at iteration 0."""
-        return self.reference_model == self.policy.model
+        return self.reference_model == self.policy.model and self.reference_adapter == self.policy.adapter
 
     @property
     def coarsest_dtype(self) -> Dtype:
@@ -221,16 +277,52 @@ class RunConfig(Section):
                 f"kl.horizon {self.kl.horizon:g} is below 0.2 x prompts.batch_size = {0.2 * batch:g}: "
                 "β could turn negative; raise kl.horizon"
             )
-        if self.ppo.level == "sequence" and self.shaping.estimator == "gae":
-            problems.append(
-                "ppo.level is sequence and shaping.estimator is gae: a sequence-level ratio needs one "
-                "advantage per response; use shaping.estimator value or reward"
-            )
+        problems += self._estimator_problems()
         if self.shaping.score_normalization == "reference" and not self.starts_at_reference:
             problems.append(
                 "shaping.score_normalization is reference, but the first batch is sampled from "
-                f"policy.model {self.policy.model!r}, not from reference.model {self.reference.model!r}; use running"
+                f"policy.model {self.policy.model!r}{_with(self.policy.adapter)}, not from reference.model "
+                f"{self.reference_model!r}{_with(self.reference_adapter)}; use running"
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _estimator_problems(self) -> list[str]:
+        problems: list[str] = []
+        estimator, ppo, k = self.shaping.estimator, self.ppo, self.prompts.samples_per_prompt
+        if estimator in ("rloo", "group") and k < 2:
+            problems.append(
+                f"prompts.samples_per_prompt is {k} and shaping.estimator is {estimator}: each response is compared "
+                "with the others to its prompt; use prompts.samples_per_prompt 4, say"
+            )
+        if estimator == "reinforce++" and not self.shaping.whiten_advantages:
+            problems.append(
+                "shaping.whiten_advantages is false and shaping.estimator is reinforce++: the batch is its baseline; "
+                "set shaping.whiten_advantages true"
+            )
+        if ppo.level == "sequence" and estimator in ("gae", "reinforce++"):
+            problems.append(
+                f"ppo.level is sequence and shaping.estimator is {estimator}: a sequence-level ratio needs one "
+                "advantage per response; use shaping.estimator value, reward, rloo or group"
+            )
+        if ppo.level == "sequence" and ppo.loss_aggregation != "token_mean":
+            problems.append(
+                f"ppo.level is sequence and ppo.loss_aggregation is {ppo.loss_aggregation}: a response has one ratio, "
+                "and there are no tokens to aggregate; use ppo.loss_aggregation token_mean"
+            )
+        if ppo.critic_warmup_iterations and not self.uses_critic:
+            problems.append(
+                f"ppo.critic_warmup_iterations is {ppo.critic_warmup_iterations} and shaping.estimator is {estimator}, "
+                "which has no critic; use 0, or shaping.estimator gae or value"
+            )
+        if ppo.critic_warmup_iterations >= self.num_iterations:
+            problems.append(
+                f"ppo.critic_warmup_iterations {ppo.critic_warmup_iterations} leaves none of num_iterations "
+                f"{self.num_iterations} to the policy; use fewer"
+            )
+        return problems
+
+
+def _with(adapter: str | None) -> str:
+    return "" if adapter is None else f" with adapter {adapter!r}"

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from ruamel.yaml.events import AliasEvent
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.reward_config import ModelReward
+from rlhf_core.contracts.reward_config import RewardConfig
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -97,8 +97,8 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Identity of a config: sha256 of its canonical JSON without ``tracking``, which changes no number."""
-    return digest_json(config.model_dump(exclude={"tracking"}))
+    """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
+    return digest_json(config.model_dump(exclude={"tracking", "frozen_models", "guards"}))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -116,7 +116,7 @@ def config_template(config: RunConfig | None = None) -> str:
     out = io.StringIO()
     out.write("# rlhf-flow: every knob, with its default. Lines may be left out.\n")
     shown = config or RunConfig(reward={"components": [{"kind": "model"}]})  # pyright: ignore[reportArgumentType]
-    _write_section(out, shown, indent=0)
+    _write_section(out, shown, indent=0, show_kinds=config is None)
     return out.getvalue()
 
 
@@ -186,7 +186,7 @@ def _sentences(error: ValidationError) -> list[str]:
 
 
 def _sentence(detail: ErrorDetails) -> list[str]:
-    where = ".".join(str(part) for part in detail["loc"])
+    where = ".".join(str(part) for i, part in enumerate(detail["loc"]) if not _is_kind(detail["loc"], i))
     kind, value = detail["type"], detail["input"]
     if kind == "value_error":  # our own validators already name field, value and remedy
         return [
@@ -198,27 +198,47 @@ def _sentence(detail: ErrorDetails) -> list[str]:
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return [f"{where} is not a known key; {hint}"]
+    if kind == "union_tag_invalid":
+        given = "null" if value["kind"] is None else repr(value["kind"])
+        close = difflib.get_close_matches(str(value["kind"]), RewardConfig.KINDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return [f"{where}.kind is {given}, which is no kind of component; known are {_and(RewardConfig.KINDS)}{hint}"]
     shown = "missing" if kind == "missing" else "null" if value is None else repr(value)
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return [f"{where} is {shown}: it is a section, so a mapping of keys is needed"]
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return [f"{where} is {shown}: {message}"]
 
 
+def _is_kind(loc: Sequence[int | str], index: int) -> bool:
+    """Whether pydantic has put the component's kind there: ("reward", "components", 0, "http", "url")."""
+    return index == 3 and tuple(loc[:2]) == ("reward", "components")
+
+
 def _known_keys(loc: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RunConfig
-    for part in loc:
+    for index, part in enumerate(loc):
         if isinstance(part, int):
+            continue
+        if _is_kind(loc, index):
+            model = RewardConfig.KINDS[part]
             continue
         field = model.model_fields.get(part)
         if field is None:
             break
         annotation = field.annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ModelReward
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     return list(model.model_fields)
 
 
-def _write_section(out: io.StringIO, section: BaseModel, indent: int, first: str = "") -> None:
+def _and(names: Iterable[str]) -> str:
+    *some, last = names
+    return f"{', '.join(some)} and {last}"
+
+
+def _write_section(
+    out: io.StringIO, section: BaseModel, indent: int, *, first: str = "", show_kinds: bool = False
+) -> None:
     pad = " " * indent
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -227,16 +247,27 @@ def _write_section(out: io.StringIO, section: BaseModel, indent: int, first: str
         if isinstance(value, BaseModel):
             doc = (type(value).__doc__ or "").split("\n")[0]
             out.write(f"{'' if indent else chr(10)}{lead}{name}:  # {doc}\n")
-            _write_section(out, value, indent + 2)
+            _write_section(out, value, indent + 2, show_kinds=show_kinds)
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             out.write(f"{lead}{name}:{comment}\n")
             for item in cast("list[BaseModel]", value):
                 _write_section(out, item, indent + 4, first=f"{pad}  - ")
+            if show_kinds:
+                _write_other_kinds(out, type(value[0]), pad)
         else:
             choices = _choices(field.annotation)
             comment = f"  # {choices}: {field.description or ''}".rstrip(": ") if choices else comment
             out.write(f"{lead}{name}: {_scalar(value)}{comment}\n")
         assert field.default is not PydanticUndefined, f"{name} has no default"
+
+
+def _write_other_kinds(out: io.StringIO, shown: type[BaseModel], pad: str) -> None:
+    """Components of the kinds that are not shown, commented out."""
+    for kind in RewardConfig.KINDS.values():
+        if kind is not shown:
+            example = io.StringIO()
+            _write_section(example, kind(), indent=2, first="- ")
+            out.write("".join(f"{pad}  # {line}" for line in example.getvalue().splitlines(keepends=True)))
 
 
 def _choices(annotation: Any) -> str:

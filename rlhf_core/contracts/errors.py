@@ -5,7 +5,8 @@
     ├── IntegrityError         an artifact, manifest or checkpoint is missing, foreign or damaged
     ├── DriftError             a resumed run would not be the run that was stopped
     ├── RunLockedError         another process is working on this run folder
-    └── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
+    ├── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
+    └── GuardStopError         a guard rail has stopped the run; everything is on disk; exit code 3
 
 The command line prints the message of any of them without a traceback. ``ValueError`` is kept for a wrong
 argument of a public function, ``assert`` for a programmer's mistake.
@@ -51,3 +52,7 @@ class RunLockedError(RlhfError):
 
 class NumericalError(RlhfError):
     """A number that must not enter the computation; the message names rows and the likely cause."""
+
+
+class GuardStopError(RlhfError):
+    """A guard rail has stopped the run: what it saw, where the last good state is, and how to go on."""

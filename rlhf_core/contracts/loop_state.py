@@ -42,6 +42,8 @@ class LoopState:
     episodes: int = 0
     cursor: Cursor = Cursor()
     moments: ScoreMoments = ScoreMoments()
+    kl_error: float | None = None
+    """Of the iteration before, for the log_pi controller; None before the first, and with the others."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from rlhf_core.contracts.section import Dtype, ModelName, Positive, Section
+from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloat, Section
+
+ALL_LINEAR = "all-linear"
+
+
+def _as_list(names: Any) -> Any:
+    return [names] if isinstance(names, str) else names
 
 
 class CriticConfig(Section):
@@ -22,6 +28,33 @@ class CriticConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """A trained adapter on the frozen trunk, by peft; its dropout is always off."""
+
+    rank: Positive | None = Field(
+        default=None, description="null: no adapter, all weights are trained (but see policy.adapter)"
+    )
+    alpha: PositiveFloat | None = Field(default=None, description="the adapter counts alpha / rank; null: 2 x rank")
+    target_modules: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        default=[ALL_LINEAR],
+        description="names of the layers that get an adapter; all-linear: every linear layer but the output head",
+    )
+    save: Literal["adapter", "merged"] = Field(
+        default="adapter",
+        description="what a checkpoint's policy folder is: the adapter alone, or a whole model with it merged "
+        "in (and the adapter beside it, for the resume)",
+    )
+
+    @model_validator(mode="after")
+    def _targets_make_sense(self) -> Self:
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError(
+                f"policy.lora.target_modules is {self.target_modules}: {ALL_LINEAR} stands alone; name the layers, "
+                f"or use {ALL_LINEAR}"
+            )
+        return self
+
+
 class PolicyConfig(Section):
     """The trained policy and its critic."""
 
@@ -32,12 +65,47 @@ class PolicyConfig(Section):
     pad_token: str | None = Field(
         default=None, description="token to pad with when the tokenizer has none, or one equal to EOS"
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute a layer's activations again in the backward pass instead of keeping them"
+    )
+    adapter: ModelName | None = Field(
+        default=None,
+        description="LoRA adapter of an SFT, folder or hub id: the policy starts as it and trains a copy of it; "
+        "the reference has it too unless reference.model or reference.adapter says otherwise",
+    )
+    lora: LoraConfig = LoraConfig()
     critic: CriticConfig = CriticConfig()
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether an adapter is trained on a frozen trunk, rather than all weights."""
+        return self.lora.rank is not None or self.adapter is not None
+
+    @model_validator(mode="after")
+    def _one_shape_of_adapter(self) -> Self:
+        if self.adapter is not None and self.lora.rank is not None:
+            raise ValueError(
+                f"policy.lora.rank is {self.lora.rank}, but policy.adapter {self.adapter!r} brings a rank of its own; "
+                "set policy.lora.rank null, or merge that adapter into policy.model"
+            )
+        default = LoraConfig()
+        for knob in ("alpha", "target_modules"):
+            value = getattr(self.lora, knob)
+            if self.lora.rank is None and value != getattr(default, knob):
+                why = "there is no adapter" if self.adapter is None else "policy.adapter brings its own"
+                raise ValueError(
+                    f"policy.lora.{knob} is {value}, but policy.lora.rank is null: {why}; set policy.lora.rank, "
+                    f"or leave policy.lora.{knob} out"
+                )
+        return self
 
 
 class ReferenceConfig(Section):
     """The frozen reference that the KL is measured against."""
 
     model: ModelName | None = Field(default=None, description="folder or hub id; null: the initial policy")
+    adapter: ModelName | None = Field(
+        default=None, description="LoRA adapter on it; null: policy.adapter where reference.model is null, else none"
+    )
     dtype: Dtype | None = Field(default=None, description="null: policy.dtype")
     batch_size: Positive = Field(default=64, description="responses read at a time, sorted by length")

@@ -3,6 +3,7 @@
     RUN/run.json                        the config and the identity of the run
     RUN/iterations/000007/01_….arrow    six artifacts, each with its manifest 01_….json
     RUN/checkpoints/000010/             policy/, critic/, optimizer.safetensors, state.json, manifest.json
+    RUN/checkpoints/last_good           link to the newest good one, where a guard has stopped the run
     RUN/lock                            flock: one process at a time
 
 ``checkpoints/000010`` is the state *before* iteration 10, that is after ten updates.
@@ -14,14 +15,15 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf_core.contracts.artifacts import Manifest, read_json, read_manifest, write_file
+from rlhf_core.contracts.artifacts import Manifest, read_json, read_manifest, write_file, write_link
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
+from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.schemas import STAGES
 
@@ -39,10 +41,9 @@ class RunFolder:
         """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
         check_vacant(path)
         run = cls(path, config, dict(identity))
-        record = {"config": config.model_dump(), "identity": dict(identity)}
         with run.locked():
             check_vacant(path)  # of two that begin at once, the second sees the first
-            write_file(path / "run.json", canonical_json(record) + b"\n")
+            run._write_record()
         return run
 
     @classmethod
@@ -95,6 +96,26 @@ class RunFolder:
         folder = self.path / "checkpoints"
         paths = folder.iterdir() if folder.is_dir() else []
         return sorted(int(p.name) for p in paths if p.name.isdecimal() and (p / "manifest.json").is_file())
+
+    @property
+    def last_good(self) -> int | None:
+        """The iteration of the checkpoint that is kept under the alias ``last_good``."""
+        link = self.path / "checkpoints" / "last_good"
+        return int(link.readlink().name) if link.is_symlink() else None
+
+    def keep_as_last_good(self, iteration: int) -> None:
+        """Give a committed checkpoint the alias ``last_good``."""
+        write_link(self.path / "checkpoints" / "last_good", self.checkpoint_path(iteration).name)
+
+    def with_guards(self, guards: GuardsConfig) -> RunFolder:
+        """Record other guards, which decide no number of the run. The caller holds the lock."""
+        run = replace(self, config=self.config.model_copy(update={"guards": guards}))
+        run._write_record()
+        return run
+
+    def _write_record(self) -> None:
+        record = {"config": self.config.model_dump(), "identity": dict(self.identity)}
+        write_file(self.path / "run.json", canonical_json(record) + b"\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

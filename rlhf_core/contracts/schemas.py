@@ -11,7 +11,7 @@ from typing import Final
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -34,6 +34,7 @@ SAMPLE_PROMPTS: Final[pa.Schema] = pa.schema(
         _required("messages", _MESSAGES),  # the conversation; empty for plain text
         _required("prompt_tokens", _TOKENS),
         _required("num_truncated", pa.int32()),  # tokens cut on the left
+        _required("columns", pa.string()),  # the row's prompts.columns, a JSON object
     ]
 )
 """One row a prompt."""
@@ -101,6 +102,7 @@ PPO_UPDATE: Final[pa.Schema] = pa.schema(
         _required("policy_loss", pa.float32()),
         _required("value_loss", pa.float32()),
         _required("entropy", pa.float32()),
+        _required("ref_k3", pa.float32()),  # k3 of the updated policy to the reference, per token
         _required("approx_kl", pa.float32()),  # to the behaviour policy, per token
         _required("clip_fraction", pa.float32()),
         _required("value_clip_fraction", pa.float32()),

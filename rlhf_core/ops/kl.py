@@ -70,3 +70,49 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
         raise ValueError(f"a KL of {kl} must not enter β")
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)
+
+
+def kl_error(kl: float, *, target: float) -> float:
+    """How far the KL is from its target, in log space.
+
+        e = clip(log(max(KL, 0) / target), -1, 1)
+
+    Args:
+        kl: mean KL of an iteration's responses, nats; an estimate of 0 or below counts as far below the target.
+        target: nats, positive.
+    Returns: 0 on target, positive above; at most 1 in size.
+    Raises: ValueError if the target is not positive or the KL is not finite.
+    Source: ours.
+    """
+    if target <= 0:
+        raise ValueError(f"target must be positive, got {target}")
+    if not math.isfinite(kl):
+        raise ValueError(f"a KL of {kl} must not enter β")
+    return min(max(math.log(kl / target), -1.0), 1.0) if kl > 0 else -1.0
+
+
+def log_pi_kl_coef(
+    kl_coef: float, error: float, last_error: float, *, proportional_gain: float, integral_gain: float
+) -> float:
+    """A proportional-integral controller of log β, in velocity form.
+
+        log β <- log β + K_p (e - e_last) + K_i clip(e, -0.2, 0.2)
+
+    β rises while the KL is still climbing towards its target, in proportion to the climb, so that it arrives
+    instead of overshooting; the integral term removes what is left, at Ziegler's bounded pace.
+
+    Args:
+        kl_coef: β of this iteration.
+        error: :func:`kl_error` of this iteration.
+        last_error: of the iteration before; the same value where there is none.
+        proportional_gain: K_p, not negative.
+        integral_gain: K_i, not negative; a change of log β an iteration.
+    Returns: β of the next iteration, always positive.
+    Raises: ValueError for a negative gain.
+    Source: the velocity form of Åström and Hägglund 1995, PID Controllers, section 3.5; the bound on the integral
+        term is Ziegler's (arXiv 1909.08593).
+    """
+    if proportional_gain < 0 or integral_gain < 0:
+        raise ValueError(f"gains must not be negative, got {proportional_gain} and {integral_gain}")
+    bounded = min(max(error, -0.2), 0.2)
+    return kl_coef * math.exp(proportional_gain * (error - last_error) + integral_gain * bounded)

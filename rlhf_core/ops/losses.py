@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.ops.kl import MAX_LOG_RATIO
+from rlhf_core.ops.masking import masked_sum
 
 
 def log_ratio(logprobs_BR: Tensor, old_logprobs_BR: Tensor, mask_BR: Tensor, *, level: str) -> Tensor:
@@ -38,30 +39,44 @@ def log_ratio(logprobs_BR: Tensor, old_logprobs_BR: Tensor, mask_BR: Tensor, *, 
 
 
 def clipped_surrogate(
-    log_ratios: Tensor, advantages: Tensor, *, clip_range: float, clip_range_high: float
+    log_ratios: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, as a loss.
 
-        -min(ρ A, clip(ρ, 1 - clip_range, 1 + clip_range_high) A)
+        L = -min(ρ A, clip(ρ, 1 - clip_range, 1 + clip_range_high) A);    dual clip, A < 0:  min(L, -c A)
 
     Args:
         log_ratios: any shape, float32, with gradient.
         advantages: same shape.
         clip_range: ε below 1, in (0, 1).
         clip_range_high: ε above 1, positive; larger than clip_range is "clip-higher".
-    Returns: (loss, is_clipped), same shape: is_clipped is True where the clipped term is the smaller one,
-        so that the gradient is zero.
+        dual_clip: c above 1: bounds the loss of a bad response that became much likelier; None: unbounded.
+    Returns: (loss, is_clipped), same shape: is_clipped is True where a clipped term decides, so that the gradient
+        is zero.
     Raises: ValueError if shapes differ or a range is out of bounds.
-    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; asymmetric form: DAPO (arXiv 2503.14476), eq. 10.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; asymmetric form: DAPO (arXiv 2503.14476), eq. 10;
+        dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5.
     """
     if log_ratios.shape != advantages.shape:
         raise ValueError(f"shapes differ: {tuple(log_ratios.shape)}, {tuple(advantages.shape)}")
     if not 0 < clip_range < 1 or clip_range_high <= 0:
         raise ValueError(f"clip_range must be in (0, 1) and clip_range_high > 0; got {clip_range}, {clip_range_high}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
     ratios = log_ratios.exp()
     unclipped = -ratios * advantages
     clipped = -ratios.clamp(1.0 - clip_range, 1.0 + clip_range_high) * advantages
-    return torch.maximum(unclipped, clipped), clipped > unclipped
+    loss, is_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
+    if dual_clip is None:
+        return loss, is_clipped
+    bound = -dual_clip * advantages
+    is_bounded = (advantages < 0) & (bound < loss)
+    return torch.where(is_bounded, bound, loss), is_clipped | is_bounded
 
 
 def clipped_value_loss(
@@ -90,6 +105,43 @@ def clipped_value_loss(
     near = values.clamp(old_values - value_clip_range, old_values + value_clip_range)
     clipped = (near - returns) ** 2
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
+
+
+def aggregate(
+    values_BR: Tensor,
+    mask_BR: Tensor,
+    *,
+    aggregation: str,
+    num_tokens: int,
+    num_samples: int,
+    max_response_len: int,
+) -> Tensor:
+    """This micro-batch's share of a mean over an optimiser step.
+
+        token_mean:     Σ_b Σ_t x_bt / num_tokens                    every token weighs the same
+        sequence_mean:  Σ_b (Σ_t x_bt / len_b) / num_samples         every response weighs the same
+        fixed_length:   Σ_b Σ_t x_bt / (num_samples max_response_len)   no division by a sampled length
+
+    Args:
+        values_BR: [B, R] float32, finite where real.
+        mask_BR: [B, R] bool.
+        aggregation: token_mean, sequence_mean or fixed_length.
+        num_tokens: real tokens of the whole optimiser step.
+        num_samples: responses of the whole optimiser step.
+        max_response_len: the length limit of generation, in tokens.
+    Returns: a scalar; the shares of all micro-batches of a step add up to its mean.
+    Raises: ValueError if shapes differ or the aggregation is unknown.
+    Source: token_mean: DAPO (arXiv 2503.14476), eq. 12; sequence_mean: GRPO (arXiv 2402.03300), eq. 3;
+        fixed_length: Dr. GRPO (arXiv 2503.20783), section 3.2.
+    """
+    if aggregation == "token_mean":
+        return masked_sum(values_BR, mask_BR) / num_tokens
+    if aggregation == "sequence_mean":
+        lens_B1 = mask_BR.sum(dim=1, keepdim=True).clamp(min=1)
+        return masked_sum(values_BR / lens_B1, mask_BR) / num_samples
+    if aggregation == "fixed_length":
+        return masked_sum(values_BR, mask_BR) / (num_samples * max_response_len)
+    raise ValueError(f"unknown loss aggregation {aggregation!r}; known: token_mean, sequence_mean, fixed_length")
 
 
 def approx_kl(log_ratios: Tensor) -> Tensor:

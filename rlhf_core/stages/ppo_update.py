@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from rlhf_core.contracts.config import PPOConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.models.sequences import Sequences
-from rlhf_core.ops.losses import approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
+from rlhf_core.ops.kl import token_kl
+from rlhf_core.ops.losses import aggregate, approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
 from rlhf_core.ops.masking import masked_sum
 from rlhf_core.ops.randomness import seeded_generator
 from rlhf_core.ops.schedules import learning_rate_at
@@ -38,6 +40,7 @@ class _Batch:
 
     sequences: Sequences
     old_logprobs_BR: Tensor
+    ref_logprobs_BR: Tensor
     advantages_BR: Tensor
     old_values_BR: Tensor | None
     returns_BR: Tensor | None
@@ -52,10 +55,21 @@ class _Batch:
         return _Batch(
             sequences,
             cut(self.old_logprobs_BR),
+            cut(self.ref_logprobs_BR),
             cut(self.advantages_BR),
             None if self.old_values_BR is None else cut(self.old_values_BR),
             None if self.returns_BR is None else cut(self.returns_BR),
         )
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What an optimiser step needs to know besides the section `ppo`."""
+
+    temperature: float
+    max_response_len: int
+    warming_up: bool
+    """The critic learns alone."""
 
 
 def ppo_update(
@@ -66,6 +80,7 @@ def ppo_update(
     config: PPOConfig,
     *,
     temperature: float,
+    max_response_len: int,
     seed: int,
     iteration: int,
     num_iterations: int,
@@ -73,16 +88,18 @@ def ppo_update(
 ) -> StageResult[UpdateStatistics]:
     """Move policy and critic: ``num_ppo_epochs`` passes in ``num_minibatches`` steps each.
 
-        loss = -L_clip + c_v · L_value - c_H · H, each a mean over the real tokens (or the responses, at
-        sequence level) of the optimiser step, whatever the micro-batches
+        loss = -L_clip + c_v · L_value - c_H · H + c_KL · k3, each a mean over the real tokens (or the responses,
+        at sequence level) of the optimiser step, whatever the micro-batches. While the critic warms up, the
+        policy stays where it is and L_value is all of it.
 
     Args:
         trainer: **mutated**: weights, optimizer moments, number of updates done.
         prompts: of this iteration.
         rollouts: responses, behaviour log-probs and values.
-        experience: advantages and returns.
+        experience: advantages and returns; its token_kl also gives the reference's log-probs.
         config: epochs, minibatches, clipping, learning rate.
         temperature: the one that generated.
+        max_response_len: the length limit of generation, in tokens.
         seed: the run's seed; each epoch's permutation is drawn from (seed, iteration, epoch).
         iteration: from 0.
         num_iterations: of the run, for the learning-rate schedule.
@@ -96,17 +113,19 @@ def ppo_update(
     batch = _Batch(
         Sequences.build(prompts, rollouts).to(device),
         rollouts.logprobs_BR.to(device),
+        (rollouts.logprobs_BR - experience.token_kl_BR).to(device),
         experience.advantages_BR.to(device),
         None if rollouts.values_BR is None else rollouts.values_BR.to(device),
         None if experience.returns_BR is None else experience.returns_BR.to(device),
     )
+    setting = _Setting(temperature, max_response_len, warming_up=iteration < config.critic_warmup_iterations)
     learning_rate = _set_learning_rate(trainer, config, iteration, num_iterations)
     steps: list[Record] = []
     skipped_in_a_row = 0
     for epoch in range(config.num_ppo_epochs):
         order = seeded_generator(seed, "ppo_update", iteration, epoch).permutation(len(batch.sequences))
         for minibatch, index in enumerate(torch.from_numpy(order).chunk(config.num_minibatches)):
-            record = _optimizer_step(trainer, batch.rows(index), config, temperature, is_first=not steps)
+            record = _optimizer_step(trainer, batch.rows(index), config, setting, is_first=not steps)
             place: Record = {"step": len(steps), "epoch": epoch, "minibatch": minibatch, "num_samples": len(index)}
             steps.append(place | record | {"learning_rate": learning_rate})
             skipped_in_a_row = skipped_in_a_row + 1 if record["skipped"] else 0
@@ -124,9 +143,7 @@ def ppo_update(
     return StageResult(UpdateStatistics(steps), _metrics(steps, config))
 
 
-def _optimizer_step(
-    trainer: Trainer, batch: _Batch, config: PPOConfig, temperature: float, *, is_first: bool
-) -> Record:
+def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
     """Accumulate the gradient over micro-batches, check it, clip it, step."""
     rows = len(batch.sequences)
     num_tokens = int(batch.sequences.response_mask_BR.sum())
@@ -134,13 +151,16 @@ def _optimizer_step(
     max_log_ratio = 0.0
     trainer.optimizer.zero_grad(set_to_none=True)
     for index in torch.arange(rows).split(config.micro_batch_size or rows):
-        loss, statistics, worst = _loss(trainer, batch.rows(index), config, temperature, rows, num_tokens)
+        loss, statistics, worst = _loss(trainer, batch.rows(index), config, setting, rows, num_tokens)
         if is_first:
             _check_ratio(worst, trainer.actor_critic.policy.dtype)
         loss.backward()
         max_log_ratio = max(max_log_ratio, worst)
         for name, value in statistics.items():
             sums[name] = sums.get(name, 0.0) + value
+    if setting.warming_up:
+        for _, parameter in trainer.actor_critic.policy_parameters():
+            parameter.grad = None  # AdamW leaves it alone, moments included
     grad_norm, critic_grad_norm = _clip_gradients(trainer, config.max_grad_norm)
     skipped = not all(map(math.isfinite, (sums["loss"], grad_norm, critic_grad_norm)))
     if not skipped:
@@ -150,20 +170,32 @@ def _optimizer_step(
 
 
 def _loss(
-    trainer: Trainer, batch: _Batch, config: PPOConfig, temperature: float, num_samples: int, num_tokens: int
+    trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, num_samples: int, num_tokens: int
 ) -> tuple[Tensor, dict[str, float], float]:
     """This micro-batch's share of the step's loss and statistics, and its largest |log ρ|."""
     mask_BR = batch.sequences.response_mask_BR
-    now = trainer.actor_critic.evaluate(batch.sequences, temperature, with_values=batch.returns_BR is not None)
+    now = trainer.actor_critic.evaluate(batch.sequences, setting.temperature, with_values=batch.returns_BR is not None)
     ratios = log_ratio(now.logprobs_BR, batch.old_logprobs_BR, mask_BR, level=config.level)
     by_token = config.level == "token"
     mask = mask_BR if by_token else torch.ones_like(ratios, dtype=torch.bool)
     advantages = batch.advantages_BR if by_token else batch.advantages_BR[:, 0]
     count = num_tokens if by_token else num_samples
     surrogate, is_clipped = clipped_surrogate(
-        ratios, advantages, clip_range=config.clip_range, clip_range_high=config.clip_range_high or config.clip_range
+        ratios,
+        advantages,
+        clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high or config.clip_range,
+        dual_clip=config.dual_clip,
     )
-    policy_loss = masked_sum(surrogate, mask) / count
+    mean = functools.partial(
+        aggregate,
+        aggregation=config.loss_aggregation,
+        num_tokens=num_tokens,
+        num_samples=num_samples,
+        max_response_len=setting.max_response_len,
+    )
+    policy_loss = mean(surrogate, mask_BR) if by_token else surrogate.sum() / num_samples
+    k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
     entropy = masked_sum(now.entropies_BR, mask_BR) / num_tokens
     value_loss, value_clip_fraction = torch.zeros_like(policy_loss), 0.0
     if now.values_BR is not None and batch.old_values_BR is not None and batch.returns_BR is not None:
@@ -172,15 +204,20 @@ def _loss(
         )
         value_loss = masked_sum(errors_BR, mask_BR) / num_tokens
         value_clip_fraction = int((value_clipped_BR & mask_BR).sum()) / num_tokens
-    loss = policy_loss + config.vf_coef * value_loss
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * entropy
+    loss = config.vf_coef * value_loss
+    if not setting.warming_up:
+        loss = loss + policy_loss
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * mean(now.entropies_BR, mask_BR)
+        if config.kl_loss_coef:
+            loss = loss + config.kl_loss_coef * mean(k3_BR, mask_BR)
     with torch.no_grad():
         statistics = {
             "loss": loss.item(),
             "policy_loss": policy_loss.item(),
             "value_loss": value_loss.item(),
             "entropy": entropy.item(),
+            "ref_k3": masked_sum(k3_BR, mask_BR).item() / num_tokens,
             "approx_kl": masked_sum(approx_kl(ratios), mask).item() / count,
             "clip_fraction": int((is_clipped & mask).sum()) / count,
             "value_clip_fraction": value_clip_fraction,
@@ -243,6 +280,7 @@ def _metrics(steps: list[Record], config: PPOConfig) -> dict[str, float]:
     return {
         "loss/policy_avg": mean("policy_loss"),
         "loss/value_avg": mean("value_loss"),
+        "loss/k3_avg": mean("ref_k3"),
         "policy/approxkl_avg": mean("approx_kl"),
         "policy/clipfrac_avg": mean("clip_fraction"),
         "val/clipfrac_avg": mean("value_clip_fraction"),

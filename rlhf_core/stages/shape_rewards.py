@@ -11,10 +11,18 @@ from rlhf_core.contracts.batches import Experience, ReferenceLogprobs, Rollouts,
 from rlhf_core.contracts.config import KLConfig, ShapingConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.contracts.loop_state import ScoreMoments
-from rlhf_core.ops.advantages import gae, reward_only, value_baseline
+from rlhf_core.ops.advantages import (
+    gae,
+    group_relative,
+    leave_one_out,
+    returns_to_go,
+    reward_only,
+    value_baseline,
+)
+from rlhf_core.ops.correlation import pearson
 from rlhf_core.ops.kl import token_kl
 from rlhf_core.ops.losses import explained_variance
-from rlhf_core.ops.masking import whiten
+from rlhf_core.ops.masking import masked_std, whiten
 from rlhf_core.ops.rewards import normalize_scores, penalize_missing_eos, shaped_rewards, update_moments
 
 ZERO_KL_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
@@ -85,6 +93,7 @@ def shape_rewards(
     )
     _check_finite(experience)
     metrics = _metrics(experience, rollouts, raw_advantages_BR, kl_coef, kl_config) | {"guard/flat_batch": float(flat)}
+    metrics |= _spreads(scores)
     return StageResult(experience, metrics, state={"moments": asdict(moments_now)})
 
 
@@ -113,9 +122,15 @@ def _score_pipeline(
 
 
 def _advantages(rewards_BR: Tensor, rollouts: Rollouts, config: ShapingConfig) -> tuple[Tensor, Tensor | None]:
-    mask_BR = rollouts.response_mask_BR
+    mask_BR, group_B = rollouts.response_mask_BR, rollouts.prompt_rows
     if config.estimator == "reward":
         return reward_only(rewards_BR, mask_BR), None
+    if config.estimator == "rloo":
+        return leave_one_out(rewards_BR, mask_BR, group_B), None
+    if config.estimator == "group":
+        return group_relative(rewards_BR, mask_BR, group_B, divide_by_std=config.group_std), None
+    if config.estimator == "reinforce++":
+        return returns_to_go(rewards_BR, mask_BR, gamma=config.gamma), None
     if rollouts.values_BR is None:
         raise ValueError(f"shaping.estimator {config.estimator} needs values, and the rollouts have none")
     if config.estimator == "value":
@@ -125,7 +140,7 @@ def _advantages(rewards_BR: Tensor, rollouts: Rollouts, config: ShapingConfig) -
 
 def _whiten_advantages(advantages_BR: Tensor, mask_BR: Tensor, estimator: str) -> tuple[Tensor, bool]:
     """Over real tokens where each has its own advantage, over responses where they share one."""
-    if estimator == "gae":
+    if estimator in ("gae", "reinforce++"):
         return whiten(advantages_BR, mask_BR, keep_mean=False)
     whitened_B1, flat = whiten(advantages_BR[:, :1], mask_BR[:, :1], keep_mean=False)
     return torch.where(mask_BR, whitened_B1, 0.0), flat
@@ -165,6 +180,7 @@ def _metrics(
         "objective/scores_std": float(experience.score_B.std(correction=0)),
         "objective/rlhf_reward": float(experience.rlhf_reward_B.mean()),
         "objective/non_score_reward": float((experience.rlhf_reward_B - experience.score_shaped_B).mean()),
+        "rollout/score_length_corr": float(pearson(experience.score_B, mask_BR.sum(dim=1))),
         "advantages/mean": float(advantages_BR[mask_BR].mean()),
         "advantages/std": float(advantages_BR[mask_BR].std(correction=0)),
     }
@@ -173,3 +189,9 @@ def _metrics(
             explained_variance(rollouts.values_BR[mask_BR], experience.returns_BR[mask_BR])
         )
     return metrics
+
+
+def _spreads(scores: Scores) -> dict[str, float]:
+    """Std of each component over the responses that it scored."""
+    columns = zip(scores.names, scores.components_BC.double().unbind(dim=1), scores.components_mask_BC.unbind(dim=1))
+    return {f"spread/{name}": float(masked_std(score_B, mask_B)) for name, score_B, mask_B in columns}

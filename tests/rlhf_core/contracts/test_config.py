@@ -85,7 +85,44 @@ def test_defaults_are_valid_together() -> None:
         (
             {"ppo": {"level": "sequence"}},
             "ppo.level is sequence and shaping.estimator is gae: a sequence-level ratio needs one "
-            "advantage per response; use shaping.estimator value or reward",
+            "advantage per response; use shaping.estimator value, reward, rloo or group",
+        ),
+        (
+            {"ppo": {"level": "sequence", "loss_aggregation": "fixed_length"}, "shaping": {"estimator": "reward"}},
+            "ppo.level is sequence and ppo.loss_aggregation is fixed_length: a response has one ratio, and there are "
+            "no tokens to aggregate; use ppo.loss_aggregation token_mean",
+        ),
+        (
+            {"shaping": {"estimator": "rloo"}},
+            "prompts.samples_per_prompt is 1 and shaping.estimator is rloo: each response is compared with the others "
+            "to its prompt; use prompts.samples_per_prompt 4, say",
+        ),
+        (
+            {"shaping": {"estimator": "group"}},
+            "prompts.samples_per_prompt is 1 and shaping.estimator is group: each response is compared with the "
+            "others to its prompt; use prompts.samples_per_prompt 4, say",
+        ),
+        (
+            {"prompts": {"batch_size": 64, "samples_per_prompt": 3}, "ppo": {"num_minibatches": 1}},
+            "prompts.batch_size 64 is not a multiple of prompts.samples_per_prompt 3",
+        ),
+        (
+            {"shaping": {"estimator": "reinforce++", "whiten_advantages": False}},
+            "shaping.whiten_advantages is false and shaping.estimator is reinforce++: the batch is its baseline; set "
+            "shaping.whiten_advantages true",
+        ),
+        (
+            {"ppo": {"critic_warmup_iterations": 2}, "shaping": {"estimator": "reward"}},
+            "ppo.critic_warmup_iterations is 2 and shaping.estimator is reward, which has no critic; use 0, or "
+            "shaping.estimator gae or value",
+        ),
+        (
+            {"ppo": {"critic_warmup_iterations": 5}, "num_iterations": 5},
+            "ppo.critic_warmup_iterations 5 leaves none of num_iterations 5 to the policy; use fewer",
+        ),
+        (
+            {"kl": {"coef": 0.0, "controller": "log_pi"}},
+            "kl.coef is 0 and kl.controller is log_pi: β would stay 0; use kl.controller fixed",
         ),
         (
             {
@@ -119,6 +156,9 @@ def test_rule_between_knobs(tree: dict[str, Any], sentence: str) -> None:
         {"prompts": {"batch_size": 100}, "kl": {"horizon": 1.0, "controller": "fixed"}},
         {"ppo": {"level": "sequence"}, "shaping": {"estimator": "reward"}},
         {"ppo": {"level": "sequence"}, "shaping": {"estimator": "value"}},
+        {"ppo": {"level": "sequence"}, "shaping": {"estimator": "rloo"}, "prompts": {"samples_per_prompt": 2}},
+        {"shaping": {"estimator": "group", "group_std": False}, "prompts": {"samples_per_prompt": 2}},
+        {"ppo": {"critic_warmup_iterations": 4}, "num_iterations": 5},
         {"shaping": {"score_normalization": "reference"}},
         {"policy": {"model": "p"}, "reference": {"model": "p"}, "shaping": {"score_normalization": "reference"}},
         {"reward": {"components": [{}, {}]}},

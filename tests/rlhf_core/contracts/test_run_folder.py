@@ -218,6 +218,7 @@ class TestLoopState:
             "episodes": 0,
             "cursor": {"epoch": 0, "position": 0},
             "moments": {"count": 0, "mean": 0.0, "m2": 0.0},
+            "kl_error": None,
         }
 
     @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from tolerances import EXACT, F32_OP, F32_SUM, F64_OP
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_core.ops.advantages import gae, reward_only, value_baseline
+from rlhf_core.ops.advantages import (
+    gae,
+    group_relative,
+    leave_one_out,
+    returns_to_go,
+    reward_only,
+    value_baseline,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
@@ -244,3 +251,79 @@ def test_bad_shapes_and_masks_are_refused() -> None:
         reward_only(zeros, mask_BR[:1])
     with pytest.raises(ValueError, match="bool"):
         reward_only(zeros, mask_BR.float())
+
+
+# --- critic-free estimators
+
+ROWS = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
+REWARDS = torch.tensor([[1.0, 0.0, 2.0], [1.0, math.nan, math.inf], [0.5, -0.5, math.nan], [2.0, 2.0, 2.0]])
+PROMPT = torch.tensor([7, 3, 7, 3])  # totals 3, 1, 0, 6: prompt 7 has 3 and 0, prompt 3 has 1 and 6
+
+
+def everywhere(per_response: list[float]) -> Tensor:
+    return torch.where(ROWS, torch.tensor(per_response)[:, None], 0.0)
+
+
+def test_leave_one_out_by_hand() -> None:
+    # with two responses, each is compared with the other: 3 - 0, 1 - 6, 0 - 3, 6 - 1
+    assert_close(leave_one_out(REWARDS, ROWS, PROMPT), everywhere([3.0, -5.0, -3.0, 5.0]), **EXACT)
+
+
+def test_group_relative_by_hand() -> None:
+    # means 1.5 and 3.5; sample std of {3, 0} is 3 / sqrt 2, of {1, 6} it is 5 / sqrt 2
+    plain = everywhere([1.5, -2.5, -1.5, 2.5])
+    assert_close(group_relative(REWARDS, ROWS, PROMPT, divide_by_std=False), plain, **EXACT)
+    half = math.sqrt(0.5)
+    scaled = everywhere([half, -half, -half, half])
+    assert_close(group_relative(REWARDS, ROWS, PROMPT, divide_by_std=True), scaled, **F32_OP)
+
+
+def test_a_group_of_equal_rewards_is_not_divided_by_nothing() -> None:
+    same = torch.full((4, 3), 0.1)
+    full = torch.ones(4, 3, dtype=torch.bool)
+    assert group_relative(same, full, torch.tensor([0, 0, 1, 1]), divide_by_std=True).abs().max() == 0.0
+    assert leave_one_out(same, full, torch.tensor([0, 0, 1, 1])).abs().max() == 0.0
+
+
+def test_returns_to_go_by_hand() -> None:
+    expected = torch.tensor([[1.5, 1.0, 2.0], [1.0, 0.0, 0.0], [0.25, -0.5, 0.0], [3.5, 3.0, 2.0]])
+    assert_close(returns_to_go(REWARDS, ROWS, gamma=0.5), expected, **EXACT)
+
+
+@EXAMPLES
+@given(seed=SEEDS, prompts=st.integers(1, 4), k=st.integers(2, 5), garbage=GARBAGE)
+def test_group_estimators_agree_with_a_loop(seed: int, prompts: int, k: int, garbage: float) -> None:
+    """In any order of the rows, whatever stands in the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_BR = right_padded(torch.randint(1, 7, (prompts * k,), generator=generator).tolist())
+    rewards_BR = torch.where(mask_BR, draw(seed, mask_BR.shape), garbage)
+    order = torch.randperm(prompts * k, generator=generator)
+    group_B = torch.arange(prompts).repeat_interleave(k)[order]
+    totals = [math.fsum(r[m].tolist()) for r, m in zip(rewards_BR, mask_BR, strict=True)]
+    for row, total in enumerate(totals):
+        others = [t for i, t in enumerate(totals) if group_B[i] == group_B[row] and i != row]
+        group = [*others, total]
+        mean = math.fsum(group) / k
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in group) / (k - 1))
+        expected = {
+            "rloo": total - math.fsum(others) / (k - 1),
+            "mean": total - mean,
+            "std": (total - mean) / std,
+        }
+        found = {
+            "rloo": leave_one_out(rewards_BR, mask_BR, group_B),
+            "mean": group_relative(rewards_BR, mask_BR, group_B, divide_by_std=False),
+            "std": group_relative(rewards_BR, mask_BR, group_B, divide_by_std=True),
+        }
+        for name, value in expected.items():
+            real = found[name][row][mask_BR[row]].double()
+            assert_close(real, torch.full_like(real, value), **F32_OP)
+            assert not found[name][row][~mask_BR[row]].any()
+
+
+def test_a_single_response_and_wrong_shapes_are_refused() -> None:
+    for estimate in (leave_one_out, lambda *a: group_relative(*a, divide_by_std=True)):
+        with pytest.raises(ValueError, match="single response"):
+            estimate(REWARDS, ROWS, torch.tensor([0, 0, 1, 2]))
+        with pytest.raises(ValueError, match="shapes differ"):
+            estimate(REWARDS, ROWS, torch.tensor([0, 0]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from rlhf_core.contracts.config import KLConfig
@@ -34,6 +37,56 @@ def test_an_adaptive_beta_follows_the_kl(kl: float, expected: float) -> None:
     assert step(KLConfig(controller="adaptive", target=6.0, horizon=1000.0), kl).kl_coef == pytest.approx(expected)
 
 
+def pi(kl: float, last_error: float | None) -> LoopState:
+    config = KLConfig(controller="log_pi", target=6.0, proportional_gain=0.5, integral_gain=0.3)
+    before = replace(BEFORE, kl_error=last_error)
+    return next_state(before, config, kl=kl, num_samples=50, cursor=AFTER_PROMPTS, moments=AFTER_SCORES)
+
+
+def test_log_pi_by_hand() -> None:
+    first = pi(6.0 * math.e**0.1, None)  # no error before: the integral term alone
+    assert first.kl_coef == pytest.approx(0.2 * math.exp(0.3 * 0.1))
+    assert first.kl_error == pytest.approx(0.1)
+    climbing = pi(6.0 * math.e**-0.1, -0.5)  # below the target, but climbing fast: β rises
+    assert climbing.kl_coef == pytest.approx(0.2 * math.exp(0.5 * 0.4 - 0.3 * 0.1))
+    assert pi(6.0, 0.0).kl_coef == pytest.approx(0.2)
+
+
+def test_log_pi_bounds_what_it_integrates_and_a_kl_below_zero() -> None:
+    far = pi(600.0, 1.0)
+    assert far.kl_error == 1.0
+    assert far.kl_coef == pytest.approx(0.2 * math.exp(0.3 * 0.2))
+    for kl in (0.0, -0.5):
+        assert pi(kl, -1.0).kl_error == -1.0
+        assert pi(kl, -1.0).kl_coef == pytest.approx(0.2 * math.exp(-0.3 * 0.2))
+
+
+def test_the_error_is_kept_by_its_controller_alone() -> None:
+    assert step(KLConfig(controller="adaptive"), 3.0).kl_error is None
+    assert step(KLConfig(controller="fixed"), 3.0).kl_error is None
+
+
+def settle(controller: KLConfig, steps: int = 400) -> list[float]:
+    """KL of a plant of the usual kind: log KL creeps towards log(1 / β), and β starts ten times too small."""
+    state, log_kl, path = replace(BEFORE, kl_coef=1 / 60), math.log(0.05), []
+    for _ in range(steps):
+        log_kl += 0.1 * (math.log(1 / state.kl_coef) - log_kl)
+        path.append(math.exp(log_kl))
+        state = next_state(state, controller, kl=path[-1], num_samples=50, cursor=AFTER_PROMPTS, moments=AFTER_SCORES)
+    return path
+
+
+def test_log_pi_overshoots_less_and_settles_sooner_than_zieglers() -> None:
+    paths = [settle(KLConfig(controller=name, target=6.0, horizon=1000.0)) for name in ("adaptive", "log_pi")]
+    overshoot = [max(path) / 6.0 for path in paths]
+    settled = [max((i for i, kl in enumerate(path) if abs(kl / 6.0 - 1) > 0.05), default=0) for path in paths]
+    assert overshoot[1] < 0.5 * overshoot[0]
+    assert settled[1] < settled[0] / 2
+    assert paths[1][-1] == pytest.approx(6.0, rel=0.01)
+
+
 def test_a_kl_that_is_not_finite_never_enters_beta() -> None:
     with pytest.raises(ValueError, match="must not enter"):
         step(KLConfig(controller="adaptive"), float("nan"))
+    with pytest.raises(ValueError, match="must not enter"):
+        pi(math.inf, None)

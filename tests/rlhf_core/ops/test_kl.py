@@ -14,7 +14,7 @@ from tolerances import EXACT, F32_OP, F64_OP
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_core.ops.kl import MAX_LOG_RATIO, adaptive_kl_coef, token_kl
+from rlhf_core.ops.kl import MAX_LOG_RATIO, adaptive_kl_coef, kl_error, log_pi_kl_coef, token_kl
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
@@ -207,3 +207,21 @@ def test_adaptive_coefficient_is_bounded_and_rises_with_the_kl(
 def test_adaptive_coefficient_refuses(kl: float, target: float, horizon: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adaptive_kl_coef(0.15, kl, target=target, horizon=horizon, num_samples=512)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(6.0, 0.0), (6.0 * math.e**0.5, 0.5), (3.0, -math.log(2)), (60.0, 1.0), (0.01, -1.0), (-3.0, -1.0)],
+)
+def test_kl_error_by_hand(kl: float, expected: float) -> None:
+    assert kl_error(kl, target=6.0) == pytest.approx(expected)
+
+
+def test_controllers_of_the_log_refuse_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="target must be positive"):
+        kl_error(1.0, target=0.0)
+    with pytest.raises(ValueError, match="must not enter"):
+        kl_error(math.nan, target=6.0)
+    for gains in ((-0.1, 0.1), (0.1, -0.1)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            log_pi_kl_coef(0.1, 0.0, 0.0, proportional_gain=gains[0], integral_gain=gains[1])

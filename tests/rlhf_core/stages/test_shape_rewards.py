@@ -75,6 +75,46 @@ def test_one_advantage_a_response(estimator: str, expected: list[float], level: 
     torch.testing.assert_close(experience.advantages_BR, torch.where(MASK, torch.tensor(expected)[:, None], 0.0))
 
 
+def of_one_prompt(tiny_config: Configure, overrides: list[str]):
+    """The three responses as answers to the same prompt; their R are 1.5, -0.875 and 1."""
+    rollouts, scores, reference = three()
+    bench = Bench.of(tiny_config([*PLAIN, "prompts.batch_size=6", "prompts.samples_per_prompt=3", *overrides]))
+    same = replace(rollouts, prompt_rows=torch.zeros(3, dtype=torch.int64), values_BR=None)
+    return bench.experience(same, scores, reference)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["shaping.estimator=rloo"], [1.5 - 0.0625, -0.875 - 1.25, 1.0 - 0.3125]),
+        (["shaping.estimator=group", "shaping.group_std=false"], [1.5 - 1.625 / 3, -0.875 - 1.625 / 3, 1 - 1.625 / 3]),
+        (["shaping.estimator=group"], [0.76539, -1.13145, 0.36606]),  # those by their sample std, 1.25208
+    ],
+)
+def test_comparison_with_the_other_responses(
+    overrides: list[str], expected: list[float], tiny_config: Configure
+) -> None:
+    experience = of_one_prompt(tiny_config, overrides).batch
+    torch.testing.assert_close(
+        experience.advantages_BR, torch.where(MASK, torch.tensor(expected)[:, None], 0.0), atol=2e-5, rtol=0
+    )
+    assert experience.returns_BR is None
+
+
+def test_reinforce_plus_plus_is_the_whitened_return_to_go(tiny_config: Configure) -> None:
+    experience = of_one_prompt(tiny_config, ["shaping.estimator=reinforce++", "shaping.whiten_advantages=true"]).batch
+    to_go = torch.tensor([1.5, 1.75, 1.75, -0.875, -0.75, 1.0])
+    whitened = (to_go - to_go.mean()) / to_go.std(correction=0)
+    torch.testing.assert_close(experience.advantages_BR[MASK], whitened, **F32_OP)
+
+
+def test_a_shared_advantage_is_whitened_over_responses(tiny_config: Configure) -> None:
+    experience = of_one_prompt(tiny_config, ["shaping.estimator=rloo", "shaping.whiten_advantages=true"]).batch
+    plain = torch.tensor([1.4375, -2.125, 0.6875])
+    expected = (plain - plain.mean()) / plain.std(correction=0)
+    torch.testing.assert_close(experience.advantages_BR, torch.where(MASK, expected[:, None], 0.0), **F32_OP)
+
+
 def test_the_penalty_uses_the_configured_estimator_and_both_are_logged(tiny_config: Configure) -> None:
     result = shape(tiny_config, ["kl.estimator=k2"])
     k2 = 0.5 * torch.where(MASK, LOGPROBS - REF, 0.0) ** 2
