@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf_core.contracts.errors import RlhfError
+from rlhf_core.contracts.errors import GuardStopError, RlhfError
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 console = Console()
 EXIT_MISTAKE = 2
+EXIT_GUARD = 3
 EXIT_INTERRUPTED = 130
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
@@ -69,6 +70,12 @@ def resume(
     accept_drift: Annotated[
         bool, typer.Option(help="Go on although machine, libraries, models or prompts differ.")
     ] = False,
+    accept_guards: Annotated[
+        bool, typer.Option(help="Go on although a guard has stopped it, until its number is back within the threshold.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="guards.a.b=c", help="Change a guard; may be repeated.")
+    ] = None,
 ) -> None:
     """Continue a stopped run from its last committed stage."""
     _prepare_environment()
@@ -78,7 +85,7 @@ def resume(
         run_config = check_resumable(str(run), accept_drift=accept_drift)
     from flows.ppo import resume as resume_flow
 
-    watch_run(run, run_config, lambda: resume_flow(str(run), accept_drift))
+    watch_run(run, run_config, lambda: resume_flow(str(run), accept_drift, accept_guards, set_))
 
 
 @app.command()
@@ -93,6 +100,40 @@ def inspect(
     from flows.inspect import show_run
 
     show_run(console, run, iteration=iteration, stage=stage, sample=sample, limit=limit)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder; or a model, with --config.")],
+    prompts: Annotated[
+        str | None, typer.Option(help="Held-out prompts: a file, folder or hub id; default: the run's own.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Their column; default: the run's.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="Of a run: newest, best, all, or an iteration.")] = "newest",
+    num_prompts: Annotated[int, typer.Option(help="At most so many prompts, drawn by the seed.")] = 64,
+    samples: Annotated[int, typer.Option(help="Responses of the policy to each prompt.")] = 32,
+    frontier_samples: Annotated[
+        int, typer.Option(help="Responses of the reference to each prompt: more reach a higher KL.")
+    ] = 1024,
+    config: Annotated[Path | None, typer.Option(help="For a bare model: the config of its training.")] = None,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: in the run.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the evaluation's draws.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure a policy against its reference: score, KL, win rate, and the share of what is attainable."""
+    _prepare_environment()
+    from flows.evaluation_display import evaluate_and_show
+    from rlhf_core.evaluation.request import Request, request_config
+
+    request = Request(
+        target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out and str(out)
+    )
+    try:
+        evaluate_and_show(console, request, request_config(target, config, set_ or []), as_json=as_json)
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped[/]; the same command goes on from the samples that are there")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command("config")
@@ -147,14 +188,14 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a deliberate error is printed in one sentence each, with exit code 2."""
+    """Entry point: a deliberate error is printed in one sentence each, with exit code 2, or 3 if a guard stopped."""
     try:
         app(arguments)
     except RlhfError as error:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         for line in str(error).splitlines():
             errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
-        raise SystemExit(EXIT_MISTAKE) from None
+        raise SystemExit(EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE) from None
 
 
 def _prepare_environment() -> None:

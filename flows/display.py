@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
@@ -72,6 +73,27 @@ class TerminalWatcher:
                 f"length {metrics['rollout/response_len']:5.1f}  {metrics['time/iteration_s']:.2f} s",
                 highlight=False,
             )
+
+    def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
+        """Print what the guards have seen, above the bar."""
+        self._print_guards(sentences)
+
+    def decide(self, sentences: Sequence[str]) -> bool | None:
+        """Ask whoever sits at the terminal; None where nobody does."""
+        if not (self.console.is_terminal and sys.stdin.isatty()):
+            return None
+        self._live.stop()
+        self._print_guards(sentences)
+        try:
+            return Confirm.ask("Go on?", console=self.console, default=False)
+        except EOFError:
+            return False
+        finally:
+            self._live.start()
+
+    def _print_guards(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            self.console.print(Text.assemble(("guard: ", "yellow"), sentence))
 
     def _render(self) -> Group:
         if not self.history:
@@ -134,6 +156,7 @@ def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
     return {
         "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else server,
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
+        "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
         "open an artifact": f"{_command('python')} -c \"import pandas; print(pandas.read_feather('{artifact}'))\"",
         "see the picture": f"{run_dir}/report.png",
     }

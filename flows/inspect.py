@@ -84,6 +84,7 @@ def show_plan(console: Console, config: RunConfig, plan: Plan) -> None:
         ("β", f"{config.kl.coef:g}, {config.kl.controller}" + _target(config)),
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
         ("memory", _memory(plan)),
+        *(("note", note) for note in plan.notes),
     ):
         table.add_row(f"[bold]{label}", text)
     console.print(table)
@@ -98,4 +99,4 @@ def _target(config: RunConfig) -> str:
 
 def _memory(plan: Plan) -> str:
     parts = [f"{name} {count / 1e6:,.0f} MB" for name, count in plan.memory_bytes.items()]
-    return "\n".join([f"about {sum(plan.memory_bytes.values()) / 1e9:,.2f} GB, of which", *parts])
+    return "\n".join([f"about {plan.peak_bytes / 1e9:,.2f} GB at most, of which", *parts])

@@ -13,11 +13,13 @@ from typing import Any
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.guarding import obey
 from flows.links import link_to_tracker, this_flow_run
 from flows.progress import watcher
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.generate import generate
+from tasks.guards import Guards, accept_tripped, change_guards
 from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
@@ -46,15 +48,23 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
 
 
 @flow(name="ppo-resume", flow_run_name="ppo-resume", task_runner=SIDE_BY_SIDE)
-def resume(run_dir: str, accept_drift: bool = False) -> str:
+def resume(
+    run_dir: str, accept_drift: bool = False, accept_guards: bool = False, set_guards: list[str] | None = None
+) -> str:
     """Continue a stopped run from its last committed stage.
 
     Args:
         run_dir: its folder.
         accept_drift: go on although machine, libraries, models or prompts differ.
+        accept_guards: go on although a guard has stopped it, until that guard's number is back within its threshold.
+        set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
     Returns: the run folder.
     """
     check_resumable(run_dir, accept_drift=accept_drift)
+    if set_guards:
+        change_guards(run_dir, set_guards)
+    if accept_guards:
+        accept_tripped(run_dir)
     return iterate(run_dir)
 
 
@@ -62,14 +72,18 @@ def iterate(run_dir: str) -> str:
     """Run the iterations that are missing."""
     run = RunFolder.open(Path(run_dir))
     with run.locked():
+        guards = Guards(run)
         tracker = Tracker(run, this_flow_run())
         tracker.start()
         try:
             for iteration in range(run.num_finished(), run.config.num_iterations):
+                obey(guards, iteration - 1)
                 save_due_checkpoint(run_dir, iteration)
                 train_iteration(run_dir, iteration)
+                guards.check(iteration)
                 tracker.iteration_done(iteration)
                 watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
+            obey(guards, run.config.num_iterations - 1)
             save_due_checkpoint(run_dir, run.config.num_iterations)
             write_report(run_dir)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 
@@ -16,6 +16,12 @@ class Watcher(Protocol):
     def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """An iteration is committed."""
 
+    def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
+        """Guards have tripped, and the run goes on."""
+
+    def decide(self, sentences: Sequence[str]) -> bool | None:
+        """Whether a run that guards have paused shall go on; None where nobody can be asked."""
+
 
 class Silent:
     """Watches nothing: a flow run by a worker."""
@@ -25,6 +31,12 @@ class Silent:
 
     def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Ignored."""
+
+    def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
+        """Ignored: the flow run's log has it."""
+
+    def decide(self, sentences: Sequence[str]) -> None:
+        """Nobody is there to ask."""
 
 
 _current: Watcher = Silent()

@@ -17,10 +17,12 @@ import torch
 from rlhf_core.contracts.artifacts import hash_file
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest, digest_json
+from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
 from rlhf_core.prompts.sources import PromptSet
+from rlhf_core.rewards.loading import component_digest
 
-DECIDING_ROOMS = ("contracts", "ops", "models", "prompts", "stages")
+DECIDING_ROOMS = ("contracts", "ops", "models", "prompts", "rewards", "stages")
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
 
 
@@ -34,16 +36,22 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     models = {"policy": config.policy.model, "reference": config.reference_model}
-    models |= {name: c.model for name, c in zip(config.reward.names, config.reward.components, strict=True)}
+    adapters = {"policy.adapter": config.policy.adapter, "reference.adapter": config.reference_adapter}
+    models |= {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    with_adapters = ("peft",) if config.policy.uses_lora or config.reference_adapter is not None else ()
+    rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
+    models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
+    models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
     return {
         "config": config_digest(config),
         "source": source_digest(),
         "prompts": prompt_set.digest,
         "models": {name: model_digest(model) for name, model in models.items()},
+        "rewards": {name: component_digest(component) for name, component in rewards.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "num_threads": resolve_num_threads(config.num_threads),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in (*LIBRARIES, *with_adapters)},
     }
 
 

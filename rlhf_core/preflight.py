@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import torch
+from typing import Any, TypeVar
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.reward_config import FunctionReward, HttpReward
+from rlhf_core.models.adapters import base_of, check_adapter, is_adapter
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
-from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer, load_tokenizer, vocabulary_digest
-from rlhf_core.ops.logprobs import CHUNK_ELEMENTS
+from rlhf_core.models.reward_model import load_reward_tokenizer
+from rlhf_core.models.sizes import (
+    empty_model,
+    memory_parts,
+    notes,
+    parameter_counts,
+    peak_memory,
+    trained_adapter_size,
+)
+from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer, vocabulary_digest
 from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
+from rlhf_core.rewards.function import load_function
+from rlhf_core.rewards.http import load_http
 
 Found = TypeVar("Found")
-BYTES = {"float32": 4, "bfloat16": 2}
-TRAINED_BYTES = 16
-"""A trained float32 parameter with its gradient and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class Plan:
     """Model -> number of parameters."""
     memory_bytes: dict[str, int]
     """What -> estimate."""
+    peak_bytes: int
+    """What is in memory at a time, at most."""
+    notes: list[str]
 
 
 def preflight(config: RunConfig) -> Plan:
@@ -59,18 +69,27 @@ def preflight(config: RunConfig) -> Plan:
     device = attempt(lambda: resolve_device(config.device))
     policy = attempt(lambda: _model_config(config.policy.model, "policy.model"))
     tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
-    if policy is not None and config.reference.model is not None:
+    if policy is not None:
         attempt(lambda: _check_reference(config, policy))
+        attempt(lambda: trained_adapter_size(config, policy))
     rewards = [attempt(lambda i=i: _check_reward(config, i, tokenizer)) for i in range(len(config.reward.components))]
     if not config.reward.components:
         problems.append("reward.components is empty; give at least one, e.g. [{kind: model, model: FOLDER}]")
+    elif config.reward.first_model is None and _critic_from_reward(config):
+        problems.append(
+            "policy.critic.init is reward, but no component of reward.components is a model; "
+            "use policy.critic.init policy"
+        )
     prompt_set = attempt(lambda: load_prompt_set(config.prompts))
     limits = policy and attempt(lambda: _limits(config, policy))
     if prompt_set is not None and tokenizer is not None and limits is not None:
         attempt(lambda: _check_prompts(config, prompt_set, tokenizer, limits[0]))
+    if limits is not None:
+        attempt(lambda: _check_critic(config, rewards, limits[0] + config.generation.max_new_tokens))
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
         raise UserError(*problems)
-    parameters = _parameters(config, policy, rewards)
+    parameters = parameter_counts(config, policy, rewards)
+    memory = memory_parts(config, policy, parameters, limits[0])
     return Plan(
         prompt_set=prompt_set,
         tokenizer=tokenizer,
@@ -79,7 +98,9 @@ def preflight(config: RunConfig) -> Plan:
         device=device.type,
         num_threads=resolve_num_threads(config.num_threads),
         parameters=parameters,
-        memory_bytes=_memory(config, policy, parameters, limits[0]),
+        memory_bytes=memory,
+        peak_bytes=peak_memory(config, memory, device.type),
+        notes=notes(config, device.type),
     )
 
 
@@ -108,6 +129,13 @@ def _model_config(name: str, field: str) -> Any:
 
 
 def _check_weights(folder: Path, name: str, field: str) -> None:
+    if is_adapter(str(folder)):
+        section = field.partition(".")[0]
+        remedy = f"set {field} to its base ({base_of(str(folder))!r}) and {section}.adapter to this folder"
+        raise UserError(
+            f"{field} {name!r} is a LoRA adapter, not a model; "
+            + (remedy if section in ("policy", "reference") else "merge it into its base first")
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{field} {name!r} is a folder without config.json; give one written by save_pretrained")
     if any(folder.glob("*.safetensors")):
@@ -121,26 +149,41 @@ def _check_weights(folder: Path, name: str, field: str) -> None:
 
 
 def _check_reference(config: RunConfig, policy: Any) -> None:
-    assert config.reference.model is not None
-    reference = _model_config(config.reference.model, "reference.model")
+    reference = policy
+    if config.reference.model is not None:
+        reference = _model_config(config.reference.model, "reference.model")
     sizes = [int(c.get_text_config().vocab_size) for c in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"reference.model {config.reference.model!r} has a vocabulary of {sizes[1]}, policy.model of {sizes[0]}; "
             "KL needs one vocabulary: take the model that the policy started from"
         )
+    if config.reference.adapter is not None:
+        check_adapter(empty_model(reference), config.reference.adapter, "reference.adapter")
 
 
 def _check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | None) -> Any:
     component, field = config.reward.components[index], f"reward.components.{index}"
+    if isinstance(component, FunctionReward):
+        load_function(component, field=field, columns=config.prompts.columns)
+        return None
+    if isinstance(component, HttpReward):
+        load_http(component, field=field)
+        return None
     model = _model_config(component.model, f"{field}.model")
     if model.num_labels != 1:
         raise UserError(
             f"{field}.model {component.model!r} has {model.num_labels} logits; a reward model has one "
             "(num_labels: 1 in its config.json)"
         )
-    own = load_tokenizer(component.model, field=f"{field}.model")
-    critic_starts_here = index == 0 and config.uses_critic and _separate_from(config, "reward")
+    own, _ = load_reward_tokenizer(component, field=field)
+    vocabulary = int(model.get_text_config().vocab_size)
+    if component.tokenizer is not None and len(own) > vocabulary:
+        raise UserError(
+            f"{field}.tokenizer {component.tokenizer!r} has {len(own)} tokens, {field}.model {component.model!r} reads "
+            f"{vocabulary}; take the tokenizer that the model was trained with"
+        )
+    critic_starts_here = component is config.reward.first_model and _critic_from_reward(config)
     if critic_starts_here and tokenizer and vocabulary_digest(own) != vocabulary_digest(tokenizer.tokenizer):
         raise UserError(
             f"policy.critic.init is reward, but {field}.model {component.model!r} has another vocabulary than "
@@ -149,8 +192,32 @@ def _check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | No
     return model
 
 
-def _separate_from(config: RunConfig, init: str) -> bool:
-    return config.policy.critic.kind == "separate" and config.policy.critic.init == init
+def _check_critic(config: RunConfig, rewards: list[Any], longest: int) -> None:
+    """A critic that starts as a reward model reads from left to right, and as far as the policy writes."""
+    component = config.reward.first_model
+    if component is None or not _critic_from_reward(config):
+        return
+    index = config.reward.components.index(component)
+    field, name, model = f"reward.components.{index}.model", component.model, rewards[index]
+    if model is None:  # told already
+        return
+    if not hasattr(empty_model(model, "AutoModelForSequenceClassification"), "score"):
+        raise UserError(
+            f"policy.critic.init is reward, but {field} {name!r} ({model.model_type}) does not read from left to "
+            "right, and a critic must not see the future; use policy.critic.init policy"
+        )
+    context = context_length(model)
+    if context is not None and context < longest:
+        raise UserError(
+            f"policy.critic.init is reward, but {field} {name!r} has a context of {context} tokens, and prompt and "
+            f"response may have {longest}; use policy.critic.init policy, or set prompts.max_len to at most "
+            f"{context - config.generation.max_new_tokens}"
+        )
+
+
+def _critic_from_reward(config: RunConfig) -> bool:
+    critic = config.policy.critic
+    return config.uses_critic and critic.kind == "separate" and critic.init == "reward"
 
 
 def _limits(config: RunConfig, policy: Any) -> tuple[int, int]:
@@ -200,44 +267,3 @@ def _check_prompts(config: RunConfig, prompt_set: PromptSet, tokenizer: PolicyTo
             f"prompts.source {config.prompts.source!r} has {too_long} prompts longer than the {longest} tokens that "
             f"fit ({first}); set prompts.over_long to truncate_left or drop"
         )
-
-
-def _parameters(config: RunConfig, policy: Any, rewards: list[Any]) -> dict[str, int]:
-    counts = {"policy": _count(policy, "AutoModelForCausalLM")}
-    if config.uses_critic:
-        trunk = rewards[0] if config.policy.critic.init == "reward" else policy
-        hidden = int(policy.get_text_config().hidden_size)
-        counts["critic"] = _count(trunk, "AutoModel") if config.policy.critic.kind == "separate" else hidden + 1
-    counts["reference"] = counts["policy"]
-    for name, reward in zip(config.reward.names, rewards, strict=True):
-        counts[name] = _count(reward, "AutoModelForSequenceClassification")
-    return counts
-
-
-def _count(model_config: Any, auto_class: str) -> int:
-    """Parameters of an architecture, built without memory."""
-    import transformers
-
-    with torch.device("meta"):
-        model = getattr(transformers, auto_class).from_config(model_config)
-    return sum(p.numel() for p in cast("torch.nn.Module", model).parameters())
-
-
-def _memory(config: RunConfig, policy: Any, parameters: dict[str, int], longest_prompt: int) -> dict[str, int]:
-    """Rough upper estimate; activations count ~34 bytes a token, layer and hidden unit (float32, no recompute)."""
-    text = policy.get_text_config()
-    memory = {
-        "policy, gradients, AdamW": parameters["policy"] * TRAINED_BYTES,
-        "critic, gradients, AdamW": parameters.get("critic", 0) * TRAINED_BYTES,
-        "reference": parameters["reference"] * BYTES[config.reference.dtype or config.policy.dtype],
-        "reward models": sum(
-            parameters[name] * BYTES[c.dtype]
-            for name, c in zip(config.reward.names, config.reward.components, strict=True)
-        ),
-    }
-    rows = config.ppo.micro_batch_size or config.prompts.batch_size // config.ppo.num_minibatches
-    prompt = min(longest_prompt, 512) if config.prompts.max_len is None else longest_prompt
-    tokens = rows * (prompt + config.generation.max_new_tokens)
-    memory["activations of a micro-batch"] = tokens * int(text.num_hidden_layers) * int(text.hidden_size) * 34
-    memory["logits held at a time"] = 4 * min(CHUNK_ELEMENTS, tokens * int(text.vocab_size)) * 2
-    return memory

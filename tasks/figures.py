@@ -1,10 +1,16 @@
-"""The picture of a run: score, KL and β by iteration."""
+"""The picture of a run: score, KL and β by iteration; and that of an evaluation: score against KL."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.contracts.run_folder import RunFolder
+
+SMOOTHING = 5
+"""Iterations averaged on the training path."""
 
 
 def draw_run(run: RunFolder, path: Path) -> bool:
@@ -41,3 +47,71 @@ def draw_run(run: RunFolder, path: Path) -> bool:
     figure.suptitle(run.path.name, x=0.01, ha="left", fontsize=10, color="#555555")
     figure.savefig(path, dpi=130)
     return True
+
+
+def draw_evaluation(
+    numbers: Mapping[str, Any], frontier: Sequence[Mapping[str, Any]], path: Sequence[tuple[float, float]]
+) -> bytes:
+    """Draw score against KL: what is attainable, best-of-n, the training path, and what was evaluated.
+
+    Args:
+        numbers: the summary of an evaluation.
+        frontier: rows of increasing KL.
+        path: (KL, score) of each training iteration; empty without a run.
+    Returns: a PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    panel = figure.subplots()
+    trusted = [row for row in frontier if row["trusted"]]
+    beyond = trusted[-1:] + [row for row in frontier if not row["trusted"]]
+    panel.plot([r["kl"] for r in trusted], [r["score"] for r in trusted], color="#222222", linewidth=1.8,
+               label="attainable")  # fmt: skip
+    if len(beyond) > 1:
+        panel.plot([r["kl"] for r in beyond], [r["score"] for r in beyond], color="#222222", linewidth=1.2,
+                   linestyle=(0, (2, 3)), label=f"beyond what {numbers['reference_samples']} samples tell")  # fmt: skip
+    best = numbers["best_of_n"]
+    panel.plot([b["kl"] for b in best], [b["score"]["mean"] for b in best], "D", color="#b8860b", markersize=4.5,
+               label="best-of-n of the reference")  # fmt: skip
+    for row in best:
+        panel.annotate(str(row["n"]), (row["kl"], row["score"]["mean"]), xytext=(3, -10), textcoords="offset points",
+                       fontsize=7.5, color="#8a6508")  # fmt: skip
+    smooth = [path[i : i + SMOOTHING] for i in range(len(path) - SMOOTHING + 1)]
+    if smooth:
+        panel.plot([sum(k for k, _ in part) / SMOOTHING for part in smooth],
+                   [sum(s for _, s in part) / SMOOTHING for part in smooth],
+                   color="#7fa3d6", linewidth=1.2, label=f"training, mean of {SMOOTHING} iterations")  # fmt: skip
+    found = list(numbers["policies"].items())
+    panel.errorbar(
+        [p["kl"]["mean"] for _, p in found],
+        [p["score"]["mean"] for _, p in found],
+        xerr=_reach([p["kl"] for _, p in found]),
+        yerr=_reach([p["score"] for _, p in found]),
+        fmt="o", color="#2458a6", capsize=2, markersize=5, elinewidth=1, label="evaluated, 95 %",
+    )  # fmt: skip
+    for name, policy in found:
+        share = policy["share_of_attainable"]
+        text = name.lstrip("0") or "0"
+        text += f": {share['mean']:.0%}" if share else ""
+        panel.annotate(text, (policy["kl"]["mean"], policy["score"]["mean"]), xytext=(6, -11),
+                       textcoords="offset points", fontsize=8, color="#2458a6")  # fmt: skip
+    panel.plot(0, numbers["reference"]["score"]["mean"], "s", color="#c0392b", markersize=6, label="reference")
+    panel.set(xlabel="KL to the reference, nats per response", ylabel="mean score", xlim=(-0.1, None))
+    prompts = numbers["prompts"]
+    title = f"{numbers['run'] or Path(numbers['policy_model']).name} on {prompts['num_prompts']} prompts of "
+    panel.set_title(title + Path(prompts["source"]).name, loc="left", fontsize=10, color="#555555")
+    panel.grid(visible=True, alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8.5, loc="lower right")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=140)
+    return drawn.getvalue()
+
+
+def _reach(intervals: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Error bars below and above."""
+    return [[i["mean"] - i["low"] for i in intervals], [i["high"] - i["mean"] for i in intervals]]

@@ -15,7 +15,7 @@ from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.checkpoints import save_checkpoint
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
-from tasks.resources import resources
+from tasks.resources import Resources, resources
 
 
 def start_run(config: RunConfig, run_dir: str) -> None:
@@ -58,12 +58,35 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
     is_due = iteration % config.checkpoint.every == 0 or iteration == config.num_iterations
     if iteration == 0 or not is_due or iteration in run.checkpoints():
         return None
-    path = run.checkpoint_path(iteration)
+    _save(kept, iteration)
+    _drop_expired(run)
+    return str(run.checkpoint_path(iteration))
+
+
+@task(task_run_name="keep_last_good-{iteration}", cache_policy=NO_CACHE, persist_result=False)
+def keep_last_good(run_dir: str, iteration: int) -> None:
+    """Keep the state before ``iteration`` as ``RUN/checkpoints/last_good``, out of reach of retention."""
+    kept = resources(run_dir)
+    if iteration not in kept.run.checkpoints():
+        _save(kept, iteration)
+    kept.run.keep_as_last_good(iteration)
+    _drop_expired(kept.run)
+
+
+def _save(kept: Resources, iteration: int) -> None:
     with using_threads(kept.num_threads):
-        save_checkpoint(path, kept.trainer(iteration), kept.tokenizer.tokenizer, run.state_before(iteration))
+        save_checkpoint(
+            kept.run.checkpoint_path(iteration),
+            kept.trainer(iteration),
+            kept.tokenizer.tokenizer,
+            kept.run.state_before(iteration),
+            merge_adapter=kept.run.config.policy.lora.save == "merged",
+        )
+
+
+def _drop_expired(run: RunFolder) -> None:
     for old in expired_checkpoints(run):
         remove_folder(run.checkpoint_path(old))
-    return str(path)
 
 
 def checkpoint_value(run: RunFolder, iteration: int) -> float:
@@ -84,9 +107,14 @@ def best_checkpoint(run: RunFolder) -> int | None:
 
 
 def expired_checkpoints(run: RunFolder) -> list[int]:
-    """Checkpoints that are neither among the newest ``keep_last`` nor the best."""
+    """Checkpoints that are neither among the newest ``keep_last`` nor the best nor the last good one.
+
+    Where a guard may stop the run, at least the newest two are kept: the newest is not proved good yet.
+    """
     saved = run.checkpoints()
-    kept = set(saved[-run.config.checkpoint.keep_last :])
+    kept = set(saved[-max(run.config.checkpoint.keep_last, 1 + run.config.guards.may_stop) :])
+    if run.last_good is not None:
+        kept.add(run.last_good)
     if run.config.checkpoint.keep_best and (best := best_checkpoint(run)) is not None:
         kept.add(best)
     return [i for i in saved if i not in kept]

@@ -47,7 +47,7 @@ def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
             seed=config.seed,
             iteration=0,
         ).batch
-        scores_after = score_rewards(kept.reward_models, few, after, config.reward).batch
+        scores_after = score_rewards(kept.reward_components, few, after, config.reward).batch
     return [
         {
             "prompt": few.texts[i],

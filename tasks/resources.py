@@ -22,10 +22,13 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer
 from rlhf_core.models.devices import resolve_device
+from rlhf_core.models.frozen import FrozenModels, move_models
 from rlhf_core.models.language_model import LanguageModel
-from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.preflight import Plan, preflight
+from rlhf_core.rewards.loading import load_component
+from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.ppo_update import ppo_update
 
 Value = TypeVar("Value")
@@ -43,6 +46,7 @@ class Resources:
         self.identity = identity_digest(run.identity)
         self.device = resolve_device(run.config.device)
         self._kept: dict[str, Any] = {}
+        self._models = FrozenModels()
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
 
@@ -81,43 +85,52 @@ class Resources:
 
     @property
     def reference(self) -> LanguageModel:
-        """π_ref, frozen."""
+        """π_ref, frozen; with LoRA on the trunk of whichever trainer is in memory, since that is the same for all."""
         config = self.run.config
-        return self._once(
-            "reference",
-            lambda: LanguageModel.load(
-                config.reference_model,
-                dtype=config.reference.dtype or config.policy.dtype,
-                device=self.device,
-                trainable=False,
-                field="reference.model",
-            ),
-        )
+        if not config.reference_shares_trunk:
+            return self._frozen("reference", lambda: load_reference(config, self.device, None, self._models))
+        with self._lock:
+            if self._trainer is None:
+                self._trainer = self._nearest_checkpoint(self.run.num_finished())
+            return load_reference(config, self.device, self._trainer.actor_critic.policy)
 
     @property
-    def reward_models(self) -> list[RewardModel]:
-        """r_θ, one a component, frozen."""
+    def reward_components(self) -> list[Component]:
+        """What scores: frozen models r_θ, functions and services."""
 
-        def load() -> list[RewardModel]:
+        def load() -> list[Component]:
             vocabulary = vocabulary_digest(self.tokenizer.tokenizer)
             return [
-                RewardModel.load(
+                load_component(
                     component,
                     field=f"reward.components.{i}",
+                    columns=self.run.config.prompts.columns,
                     policy_vocabulary=vocabulary,
                     device=self.device,
+                    frozen=self._models,
                 )
                 for i, component in enumerate(self.run.config.reward.components)
             ]
 
-        return self._once("reward_models", load)
+        return self._frozen("reward_components", load)
+
+    def stage_done(self, stage: str) -> None:
+        """Send a stage's frozen models away until they are needed again, as ``frozen_models`` says."""
+        name = {"score_rewards": "reward_components", "reference_logprobs": "reference"}.get(stage)
+        if name is None or self.run.config.frozen_models == "keep":
+            return
+        with self._lock:
+            if self.run.config.frozen_models == "disk":
+                self._kept.pop(name, None)
+            elif name in self._kept:
+                move_models(self._kept[name], torch.device("cpu"))
 
     def trainer(self, iteration: int) -> Trainer:
         """Policy, critic and optimizer after ``iteration`` updates. Raises IntegrityError if they differ from then."""
         with self._lock:
-            trainer = self._trainer
-            if trainer is None or trainer.iteration > iteration:
-                trainer = self._nearest_checkpoint(iteration)
+            if self._trainer is not None and self._trainer.iteration > iteration:
+                self._trainer = None  # before the next one is loaded: there is room for one
+            trainer = self._trainer or self._nearest_checkpoint(iteration)
             while trainer.iteration < iteration:
                 self._replay_update(trainer)
             self._trainer = trainer
@@ -177,6 +190,14 @@ class Resources:
                 f"the update of iteration {iteration}, computed again from its artifacts, gives other weights than it "
                 "committed: the machine, its threads or its libraries differ, or a checkpoint was changed"
             )
+
+    def _frozen(self, name: str, make: Callable[[], Value]) -> Value:
+        """Frozen models, back on the device wherever they were."""
+        with self._lock:
+            models = self._once(name, make)
+            if self.run.config.frozen_models == "cpu":
+                move_models(models, self.device)
+            return models
 
     def _once(self, name: str, make: Callable[[], Value]) -> Value:
         with self._lock:

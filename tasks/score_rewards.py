@@ -11,7 +11,7 @@ from tasks.stage import run_stage, stage_task
 
 @stage_task
 def score_rewards(run_dir: str, iteration: int, prompts: ArtifactRef, rollouts: ArtifactRef) -> ArtifactRef:
-    """Write 03_scores.arrow: what the reward models say of each response."""
+    """Write 03_scores.arrow: what the reward components say of each response."""
     kept = resources(run_dir)
     prompt_batch = kept.prompts(prompts)
     return run_stage(
@@ -20,7 +20,7 @@ def score_rewards(run_dir: str, iteration: int, prompts: ArtifactRef, rollouts: 
         iteration,
         {"prompts": prompts.sha256, "rollouts": rollouts.sha256},
         lambda: core.score_rewards(
-            kept.reward_models, prompt_batch, kept.rollouts(rollouts, prompt_batch), kept.run.config.reward
+            kept.reward_components, prompt_batch, kept.rollouts(rollouts, prompt_batch), kept.run.config.reward
         ),
         Scores.to_table,
         num_threads=kept.side_by_side_threads,

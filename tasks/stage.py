@@ -81,7 +81,10 @@ def run_stage(
         return committed.artifact
     started = time.perf_counter()
     with using_threads(num_threads or resources.num_threads):
-        result = compute()
+        try:
+            result = compute()
+        finally:
+            resources.stage_done(stage)
         computed = time.perf_counter()
         recorded = dict(inputs) | dict(outputs() if outputs else {})
     manifest = commit_stage(

@@ -22,18 +22,25 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.artifacts import write_file
-from rlhf_core.contracts.config_io import canonical_json, config_digest, config_template, flat_params
+from rlhf_core.contracts.config_io import canonical_json, config_digest, config_template, digest_json, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.evaluation.folder import EvaluationFolder
+from rlhf_core.evaluation.summary import metrics as evaluation_metrics
 from rlhf_core.inspection import before_and_after
 from tasks.figures import draw_run
+from tasks.guards import GuardRecord, guard_metrics
 from tasks.lifecycle import best_checkpoint, checkpoint_value
 
 logger = logging.getLogger(__name__)
 
 SENTINEL = "episode"
 """Sent with every iteration: the steps that have it have arrived."""
+MAX_PARAMS = 100
+"""MLflow takes no more params at a time."""
 CLOSE_TIMEOUT_S = 60.0
 """How long the end of a run waits for the tracker."""
+EVALUATION_SAMPLES = 200
+"""Rows of an evaluation's sample table."""
 
 
 def tracking_uri(run: RunFolder) -> str:
@@ -54,7 +61,7 @@ def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
     for stage, passes in (("generate", 1), ("score_rewards", 1), ("reference_logprobs", 1), ("ppo_update", epochs)):
         tokens = passes * metrics["rollout/num_tokens"]
         metrics[f"rate/{stage}_tokens_per_s"] = tokens / max(metrics[f"time/{stage}_s"], 1e-9)
-    return metrics
+    return metrics | guard_metrics(run, iteration)
 
 
 class Tracker:
@@ -152,16 +159,18 @@ class _Sender:
                 self._log_checkpoint(iteration)
 
     def finish(self) -> None:
-        """The figure, the sample table, the alias of the best checkpoint, and the run's end."""
+        """The figure, the sample table, the aliases of the best and last good checkpoint, and the run's end."""
         self._log_samples()
         figure = self.run.path / "report.png"
         if figure.is_file() or draw_run(self.run, figure):
             self.client.log_artifact(self.run_id, str(figure))
-        best = best_checkpoint(self.run)
-        if best is not None and best in self.models:
-            name = self.run.config.tracking.registered_model
-            self.client.set_registered_model_alias(name, "best", self.models[best])
-        done = self.run.num_finished() == self.run.config.num_iterations
+        name = self.run.config.tracking.registered_model
+        for alias, iteration in (("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)):
+            if iteration in self.models:
+                self.client.set_registered_model_alias(name, alias, self.models[iteration])
+        stopped_by = GuardRecord.of(self.run).stopped
+        self.client.set_tag(self.run_id, "rlhf.stopped_by", stopped_by or "")
+        done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
     def _open_run(self, prefect_run: Mapping[str, str]) -> str:
@@ -173,8 +182,7 @@ class _Sender:
             for name, value in prefect_run.items():
                 self.client.set_tag(recorded["run_id"], f"prefect.{name}", value)
             return recorded["run_id"]
-        experiment = self.client.get_experiment_by_name(tracking.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._new_experiment(tracking.experiment)
+        experiment_id = _experiment(self.client, self.run)
         tags = {
             "rlhf.run_dir": str(self.run.path.resolve()),
             "rlhf.config_sha256": config_digest(self.run.config),
@@ -189,23 +197,15 @@ class _Sender:
         )
         return run_id
 
-    def _new_experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        folder = self.run.path.resolve().parent / "mlartifacts"
-        location = folder.as_uri() if tracking_uri(self.run).startswith("sqlite:") else None
-        try:
-            return str(self.client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another run created it in between
-            return str(self.client.get_experiment_by_name(name).experiment_id)
-
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         params = [Param(name, json.dumps(value) if isinstance(value, list) else str(value))
                   for name, value in flat_params(self.run.config).items()]  # fmt: skip
-        self.client.log_batch(run_id, params=[p for p in params if p.value != ""])
+        params = [p for p in params if p.value != ""]
+        for start in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         self.client.log_text(run_id, config_template(self.run.config), "config.yaml")
         self.client.log_text(run_id, json.dumps(self.run.identity, indent=2, sort_keys=True), "identity.json")
         source = self.run.config.prompts.source
@@ -258,7 +258,8 @@ class _Sender:
             name, f"models:/{model.model_id}", run_id=self.run_id, tags=tags, model_id=model.model_id
         )
         self.models[iteration] = str(version.version)
-        self.client.set_registered_model_alias(name, "newest", version.version)
+        if iteration == max(self.models):  # the last good one is written late
+            self.client.set_registered_model_alias(name, "newest", version.version)
         value = checkpoint_value(self.run, iteration)
         if math.isfinite(value):
             self.client.log_metric(self.run_id, "checkpoint/value", value, step=iteration, model_id=model.model_id)
@@ -268,6 +269,80 @@ class _Sender:
         samples = before_and_after(self.run)
         if samples:
             self.client.log_table(self.run_id, {k: [row[k] for row in samples] for k in samples[0]}, "samples.json")
+
+
+def log_evaluation(folder: str) -> None:
+    """Send an evaluation to its run's MLflow run, or a bare model's to one of its own: metrics, figure, samples.
+
+    Once for each result. A tracker that is down or slow is a warning: the results are in the folder.
+    """
+    there = EvaluationFolder.open(Path(folder))
+    if not there.config.tracking.enabled:
+        return
+
+    def work() -> None:
+        try:
+            _send_evaluation(there)
+        except Exception as error:  # a tracker's failure must never fail an evaluation
+            logger.warning("MLflow did not take the evaluation: %s", str(error).split("\n")[0])
+
+    thread = threading.Thread(target=work, name="mlflow", daemon=True)
+    thread.start()
+    thread.join(CLOSE_TIMEOUT_S)
+    if thread.is_alive():
+        logger.warning("MLflow has not taken the evaluation in %.0f s; evaluate again to send it", CLOSE_TIMEOUT_S)
+
+
+def _send_evaluation(there: EvaluationFolder) -> None:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    run = RunFolder.open(there.run_dir) if there.run_dir else RunFolder(there.path, there.config, there.identity)
+    uri, numbers, sent = tracking_uri(run), there.summary(), there.path / "mlflow.json"
+    before = json.loads(sent.read_text()) if sent.is_file() else {}
+    result = digest_json({"uri": uri, "numbers": numbers})
+    if before.get("result") == result:
+        return
+    with _store_lock(uri):
+        _make_default(uri)
+        client: Any = MlflowClient(uri)
+        experiment_id = _experiment(client, run)
+    if there.run_dir is None:
+        name, tags = there.path.resolve().name, {"rlhf.evaluation": str(there.path.resolve())}
+        run_id = before.get("run_id") or client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    else:
+        recorded = _recorded(run)
+        if recorded is None:
+            raise ValueError(f"it does not have the run {run.path.name}; `rlhf resume` sends it")
+        run_id = recorded["run_id"]
+    now = int(time.time() * 1000)
+    for policy, values in numbers["policies"].items():
+        step = int(policy) if policy.isdecimal() else 0
+        found = evaluation_metrics(values)
+        client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in sorted(found.items())])
+    place = f"evaluations/{there.path.resolve().name}"
+    for file in ("evaluation.png", "summary.json", "frontier.arrow"):
+        client.log_artifact(run_id, str(there.path / file), artifact_path=place)
+    rows = there.side_by_side(EVALUATION_SAMPLES)
+    client.log_table(run_id, {k: [row[k] for row in rows] for k in rows[0]}, f"{place}/samples-{result[:8]}.json")
+    if there.run_dir is None:
+        client.set_terminated(run_id, "FINISHED")
+    write_file(sent, canonical_json({"run_id": run_id, "result": result}) + b"\n")
+
+
+def _experiment(client: Any, run: RunFolder) -> str:
+    """The run's experiment, made if it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    name = run.config.tracking.experiment
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    folder = run.path.resolve().parent / "mlartifacts"
+    location = folder.as_uri() if tracking_uri(run).startswith("sqlite:") else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:  # another run created it in between
+        return str(client.get_experiment_by_name(name).experiment_id)
 
 
 def _recorded(run: RunFolder) -> dict[str, str] | None:

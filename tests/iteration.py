@@ -20,9 +20,11 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.loop_state import Cursor, ScoreMoments
 from rlhf_core.models.checkpoints import Trainer, new_trainer
 from rlhf_core.models.language_model import LanguageModel
-from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import vocabulary_digest
 from rlhf_core.preflight import Plan, preflight
+from rlhf_core.rewards.loading import load_component
+from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.stages.reference_logprobs import reference_logprobs
@@ -42,20 +44,27 @@ class Bench:
     plan: Plan
     trainer: Trainer
     reference: LanguageModel
-    rewards: list[RewardModel]
+    rewards: list[Component]
 
     @classmethod
     def of(cls, config: RunConfig) -> Bench:
         plan = preflight(config)
         vocabulary = vocabulary_digest(plan.tokenizer.tokenizer)
+        trainer = new_trainer(config, CPU)
         return cls(
             config,
             plan,
-            new_trainer(config, CPU),
-            LanguageModel.load(config.reference_model, dtype="float32", device=CPU, trainable=False),
+            trainer,
+            load_reference(config, CPU, trainer.actor_critic.policy),
             [
-                RewardModel.load(c, field="reward", policy_vocabulary=vocabulary, device=CPU)
-                for c in config.reward.components
+                load_component(
+                    c,
+                    field=f"reward.components.{i}",
+                    columns=config.prompts.columns,
+                    policy_vocabulary=vocabulary,
+                    device=CPU,
+                )
+                for i, c in enumerate(config.reward.components)
             ],
         )
 

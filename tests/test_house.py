@@ -29,7 +29,6 @@ MAX_FLOW_LINES = 40
 ROOMS_OF_TESTS = {"golden"}
 """Folders of tests/ that are no package: numbers from outside, with the scripts that made them."""
 SELF_EVIDENT = {
-    "reward.components.kind",
     "reward.components.dtype",
     "ppo.adam_beta1",
     "ppo.adam_beta2",
@@ -273,7 +272,9 @@ class TestReadme:
 def metrics() -> set[str]:
     """Names of metrics, as string literals of the stages and the tracker; ``f"time/{stage}_s"`` is time/<>_s."""
     found: set[str] = set()
-    for path in [*(ROOT / "rlhf_core" / "stages").glob("*.py"), ROOT / "tasks" / "tracking.py"]:
+    core = ROOT / "rlhf_core"
+    senders = [*(core / "stages").glob("*.py"), core / "evaluation" / "summary.py", ROOT / "tasks" / "tracking.py"]
+    for path in senders:
         tree = parsed(path)
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
@@ -310,5 +311,6 @@ def knobs(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str |
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return [a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for a in getattr(annotation, "__args__", ()) for section in _sections_in(a)]

@@ -52,7 +52,7 @@ class PromptsConfig(Section):
     def _columns_can_be_passed(cls, columns: list[str]) -> list[str]:
         for name in columns:
             if name in GIVEN:
-                raise ValueError(f"{name!r} is a name that reward functions have for something else; rename that column")
+                raise ValueError(f"{name!r} has another meaning for reward functions; rename that column")
             if columns.count(name) > 1:
                 raise ValueError(f"the column {name!r} is named twice")
         return columns

@@ -35,7 +35,7 @@ class LoraConfig(Section):
         default=None, description="null: no adapter, all weights are trained (but see policy.adapter)"
     )
     alpha: PositiveFloat | None = Field(default=None, description="the adapter counts alpha / rank; null: 2 x rank")
-    target_modules: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+    target_modules: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default=[ALL_LINEAR],
         description="names of the layers that get an adapter; all-linear: every linear layer but the output head",
     )
@@ -47,6 +47,8 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _targets_make_sense(self) -> Self:
+        if not self.target_modules:
+            raise ValueError(f"policy.lora.target_modules is empty; name the layers, or use {ALL_LINEAR}")
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             raise ValueError(
                 f"policy.lora.target_modules is {self.target_modules}: {ALL_LINEAR} stands alone; name the layers, "

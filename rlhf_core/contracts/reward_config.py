@@ -137,7 +137,7 @@ def _any_of(schema: dict[str, Any]) -> None:
 
 ComponentReward = Annotated[
     ModelReward | FunctionReward | HttpReward,
-    Field(discriminator="kind", json_schema_extra=_any_of),  # pyright: ignore[reportArgumentType]
+    Field(discriminator="kind", json_schema_extra=_any_of),
 ]
 
 
@@ -183,7 +183,9 @@ class RewardConfig(Section):
             raise ValueError(f"reward.components have the same name twice: {', '.join(names)}")
         for name in names:
             if f"{name}_failed" in names:
-                raise ValueError(f"reward.components are named {name} and {name}_failed, which is a metric of the first")
+                raise ValueError(
+                    f"reward.components are named {name} and {name}_failed, which is a metric of the first"
+                )
         return self
 
     @model_validator(mode="after")
@@ -204,6 +206,11 @@ class RewardConfig(Section):
     def names(self) -> list[str]:
         """Name of each component, in order."""
         return [c.name or f"reward{i}" for i, c in enumerate(self.components)]
+
+    @property
+    def first_model(self) -> ModelReward | None:
+        """The component that a critic may start from."""
+        return next((c for c in self.components if isinstance(c, ModelReward)), None)
 
 
 def _listed(hosts: Sequence[str]) -> str:

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.causality import is_causal
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
+from rlhf_core.models.policy import initial_trunk, load_policy
+from rlhf_core.models.recompute import recompute_activations
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.randomness import seeded_generator
 
@@ -40,7 +44,7 @@ class ActorCritic:
     @classmethod
     def initial(cls, config: RunConfig, device: torch.device) -> ActorCritic:
         """Policy and critic as they are before the first iteration. Raises UserError if a model does not load."""
-        policy = LanguageModel.load(config.policy.model, dtype=config.policy.dtype, device=device, trainable=True)
+        policy = load_policy(config, device)
         return cls(policy, initial_critic(config, policy, device) if config.uses_critic else None)
 
     def evaluate(self, sequences: Sequences, temperature: float, *, with_values: bool) -> Evaluation:
@@ -53,8 +57,8 @@ class ActorCritic:
         return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), values_BR)
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named parameters of the policy; tied ones once."""
-        return [(f"policy.{name}", p) for name, p in self.policy.model.named_parameters()]
+        """Named trained parameters of the policy: all, tied ones once; with LoRA the adapter's."""
+        return [(f"policy.{name}", p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
 
     def critic_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Named parameters of the critic; none without one."""
@@ -75,23 +79,14 @@ def initial_critic(config: RunConfig, policy: LanguageModel, device: torch.devic
     dtype = DTYPES[config.policy.dtype]
     if config.policy.critic.kind == "shared":
         return Critic(ValueHead(policy.hidden_size), None, dtype=dtype).to(device)
+    head = ValueHead(policy.hidden_size)
     if config.policy.critic.init == "reward":
-        component = config.reward.components[0]
-        model = load_transformers_model(
-            "AutoModelForSequenceClassification", component.model, torch.float32, "reward.components.0.model"
-        )
-        head = ValueHead(int(model.config.get_text_config().hidden_size))
-        score = getattr(model, "score", None)
-        if isinstance(score, nn.Linear):
-            with torch.no_grad():
-                head.weight.copy_(score.weight)
-        return Critic(head, trainable_trunk(model.base_model), dtype=dtype).to(device)
-    if config.policy.critic.init == "policy":
-        model = load_transformers_model("AutoModelForCausalLM", config.policy.model, torch.float32, "policy.model")
-        trunk = model.base_model
+        head, trunk = _from_reward_model(config)
+    elif config.policy.critic.init == "policy":
+        trunk = initial_trunk(config)
     else:
         trunk = _random_trunk(policy, config.seed)
-    return Critic(ValueHead(policy.hidden_size), trainable_trunk(trunk), dtype=dtype).to(device)
+    return Critic(head, trainable_trunk(trunk, config), dtype=dtype).to(device)
 
 
 def new_optimizer(actor_critic: ActorCritic, config: RunConfig) -> torch.optim.AdamW:
@@ -109,9 +104,29 @@ def new_optimizer(actor_critic: ActorCritic, config: RunConfig) -> torch.optim.A
     )
 
 
-def trainable_trunk(trunk: Any) -> Any:
-    """A transformer that is trained, dropout off."""
+def trainable_trunk(trunk: Any, config: RunConfig) -> Any:
+    """A critic's transformer: trained, dropout off. Raises UserError if its activations cannot be recomputed."""
+    if config.policy.gradient_checkpointing:
+        recompute_activations(trunk, field="the critic's model")
     return cast("nn.Module", trunk).eval().requires_grad_(True)
+
+
+def _from_reward_model(config: RunConfig) -> tuple[ValueHead, Any]:
+    """The first reward model's score head and trunk, if it reads from left to right as a critic must."""
+    component = config.reward.first_model
+    assert component is not None, "the config was checked"
+    field = f"reward.components.{config.reward.components.index(component)}.model"
+    model = load_transformers_model("AutoModelForSequenceClassification", component.model, torch.float32, field)
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or not is_causal(model.base_model):
+        raise UserError(
+            f"policy.critic.init is reward, but {field} {component.model!r} ({model.config.model_type}) does not read "
+            "from left to right, and a critic must not see the future; use policy.critic.init policy"
+        )
+    head = ValueHead(int(model.config.get_text_config().hidden_size))
+    with torch.no_grad():
+        head.weight.copy_(score.weight)
+    return head, model.base_model
 
 
 def _random_trunk(policy: LanguageModel, seed: int) -> Any:

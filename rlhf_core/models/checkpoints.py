@@ -1,6 +1,8 @@
 """Checkpoints: everything a run needs to go on, as safetensors and JSON, in one commit.
 
 checkpoints/000010/policy/               loads with AutoModelForCausalLM.from_pretrained; tokenizer beside it
+                                         (with LoRA the adapter alone: AutoPeftModelForCausalLM.from_pretrained)
+checkpoints/000010/adapter/              the adapter, where policy.lora.save is merged and policy/ a whole model
 checkpoints/000010/critic/               critic.safetensors (+ config.json of a separate trunk)
 checkpoints/000010/optimizer.safetensors exp_avg, exp_avg_sq and step of every parameter
 checkpoints/000010/state.json            the loop state: iteration, β, cursor, moments, episodes
@@ -25,7 +27,8 @@ from rlhf_core.contracts.errors import IntegrityError, NumericalError
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
-from rlhf_core.models.language_model import DTYPES, LanguageModel
+from rlhf_core.models.language_model import DTYPES
+from rlhf_core.models.policy import load_policy, save_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +59,12 @@ def new_trainer(config: RunConfig, device: torch.device) -> Trainer:
 
 
 def save_checkpoint(
-    path: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, state: LoopState
+    path: Path,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: LoopState,
+    *,
+    merge_adapter: bool = False,
 ) -> dict[str, str]:
     """Commit a checkpoint folder.
 
@@ -65,6 +73,7 @@ def save_checkpoint(
         trainer: after ``state.iteration`` updates.
         tokenizer: saved beside the policy, so that the folder is complete.
         state: the loop state of the next iteration.
+        merge_adapter: ``policy.lora.save`` is merged.
     Returns: each file -> sha256.
     Raises: NumericalError if a parameter is not finite: such a checkpoint is never committed.
     """
@@ -73,8 +82,7 @@ def save_checkpoint(
             raise NumericalError(f"parameter {name} is not finite after iteration {state.iteration - 1}; not saved")
 
     def fill(folder: Path) -> None:
-        model: Any = trainer.actor_critic.policy.model
-        model.save_pretrained(folder / "policy")
+        save_policy(trainer.actor_critic.policy, folder, merge=merge_adapter)
         tokenizer.save_pretrained(folder / "policy")
         critic = trainer.actor_critic.critic
         if critic is not None:
@@ -92,7 +100,7 @@ def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tupl
     """Read a checkpoint folder after checking every digest. Raises IntegrityError if it is damaged."""
     check_folder(path)
     state = LoopState.from_json(read_json((path / "state.json").read_bytes(), origin=str(path / "state.json")))
-    policy = LanguageModel.load(str(path / "policy"), dtype=config.policy.dtype, device=device, trainable=True)
+    policy = load_policy(config, device, checkpoint=path)
     critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
     actor_critic = ActorCritic(policy, critic)
     trainer = Trainer(actor_critic, new_optimizer(actor_critic, config), state.iteration)
@@ -106,7 +114,7 @@ def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
     tensors = load_file(path / "critic.safetensors")
     trunk: Any = None
     if (path / "config.json").is_file():
-        trunk = trainable_trunk(AutoModel.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32))
+        trunk = trainable_trunk(AutoModel.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32), config)
     critic = Critic(ValueHead(tensors["head.weight"].shape[1]), trunk, dtype=DTYPES[config.policy.dtype])
     parameters = dict(critic.named_parameters())
     if parameters.keys() != tensors.keys():

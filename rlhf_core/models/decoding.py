@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_core.contracts.batches import Support
-from rlhf_core.models.devices import computing_in
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.ops.sampling import Draw, sample
 
@@ -141,14 +140,13 @@ class _Prefilled:
         tokens_QP = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
         real_QP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
         cache = DynamicCache(config=policy.config)
-        with computing_in(policy.dtype, policy.device):
-            hidden_QPD = policy.trunk(
-                input_ids=tokens_QP,
-                attention_mask=real_QP,
-                position_ids=(real_QP.cumsum(dim=1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        hidden_QPD = policy.run_trunk(
+            input_ids=tokens_QP,
+            attention_mask=real_QP,
+            position_ids=(real_QP.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
         if k > 1:
             cache.batch_repeat_interleave(k)
         rows = len(prompts) * k
@@ -168,15 +166,14 @@ class _Prefilled:
             self.rows_b, self.attention_bT = self.rows_b[keep], self.attention_bT[keep]
             tokens_b, self.going_b = tokens_b[keep], self.going_b[keep]
         self.attention_bT = torch.nn.functional.pad(self.attention_bT, (0, 1), value=1)
-        with computing_in(policy.dtype, policy.device):
-            hidden_b1D = policy.trunk(
-                input_ids=tokens_b[:, None],
-                attention_mask=self.attention_bT,
-                position_ids=self.attention_bT.sum(dim=1, keepdim=True) - 1,
-                past_key_values=self.cache,
-                use_cache=True,
-            ).last_hidden_state
-        self.hidden_bD = cast("Tensor", hidden_b1D)[:, 0]
+        hidden_b1D = policy.run_trunk(
+            input_ids=tokens_b[:, None],
+            attention_mask=self.attention_bT,
+            position_ids=self.attention_bT.sum(dim=1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.hidden_bD = hidden_b1D[:, 0]
 
 
 def _new_record(rows: int, rules: DecodingRules, has_values: bool, device: torch.device) -> _Record:

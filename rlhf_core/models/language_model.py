@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_of, is_adapter
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.logprobs import Projection, token_logprobs
@@ -25,10 +27,21 @@ class LanguageModel:
         model: the transformers model.
         dtype: of the computation; a trained model keeps float32 weights and computes under autocast.
         device: where it lives.
+        adapters: LoRA adapters in the model's layers.
+        answers_as: which of them this language model is; None: the base without any.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Adapters | None = None,
+        answers_as: str | None = TRAINED,
+    ) -> None:
         self.model = cast("nn.Module", model.to(device).eval())
+        self.adapters, self.answers_as = adapters, answers_as
         self.config: Any = model.config
         self.dtype, self.device = dtype, device
         self.trunk = cast("nn.Module", model.base_model)
@@ -41,7 +54,8 @@ class LanguageModel:
         """Load from a folder or hub id.
 
         Args:
-            name: folder or hub id; safetensors only, no remote code.
+            name: folder or hub id; safetensors only, no remote code. A folder with a LoRA adapter alone, such as a
+                checkpoint's, is loaded with its base, frozen.
             dtype: float32 or bfloat16, of the computation.
             device: where it lives.
             trainable: float32 master weights with gradients; otherwise weights in ``dtype``, frozen.
@@ -49,12 +63,29 @@ class LanguageModel:
         Raises:
             UserError: it does not load, or its logits are not a projection of its trunk's output.
         """
+        if is_adapter(name):
+            if trainable:
+                raise UserError(f"{field} {name!r} is a LoRA adapter; name its base there and this as policy.adapter")
+            return cls.adapted(base_of(name), name, dtype=dtype, device=device, field=field)
         stored = torch.float32 if trainable else DTYPES[dtype]
         model = load_transformers_model("AutoModelForCausalLM", name, stored, field)
         model.requires_grad_(trainable)
-        loaded = cls(model, dtype=DTYPES[dtype], device=device)
-        loaded._check_projection(name, field)
-        return loaded
+        return cls(model, dtype=DTYPES[dtype], device=device).checked(name, field)
+
+    @classmethod
+    def adapted(cls, base: str, adapter: str, *, dtype: str, device: torch.device, field: str) -> LanguageModel:
+        """A frozen base with a frozen adapter. Raises UserError if either does not load, or they do not fit."""
+        model = load_transformers_model("AutoModelForCausalLM", base, DTYPES[dtype], field)
+        adapters = attach(model, base, {TRAINED: (adapter, field)})
+        model.requires_grad_(False)
+        return cls(model, dtype=DTYPES[dtype], device=device, adapters=adapters).checked(base, field)
+
+    def view(self, answers_as: str | None) -> LanguageModel:
+        """The same weights in memory, answering with another of their adapters."""
+        assert self.adapters is not None, "only a model with adapters has views"
+        return LanguageModel(
+            self.model, dtype=self.dtype, device=self.device, adapters=self.adapters, answers_as=answers_as
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +103,13 @@ class LanguageModel:
 
     def hidden_states(self, tokens_BL: Tensor) -> Tensor:
         """[B, L, D]: the trunk's output for right-padded rows. Real tokens never see the padding."""
-        with computing_in(self.dtype, self.device):
-            return cast("Tensor", self.trunk(input_ids=tokens_BL, use_cache=False).last_hidden_state)
+        return self.run_trunk(input_ids=tokens_BL, use_cache=False)
+
+    def run_trunk(self, **inputs: Any) -> Tensor:
+        """[B, L, D]: the trunk's output for whatever transformers takes, with this model's adapter and type."""
+        answering = contextlib.nullcontext() if self.adapters is None else self.adapters.answering_as(self.answers_as)
+        with answering, computing_in(self.dtype, self.device):
+            return cast("Tensor", self.trunk(**inputs).last_hidden_state)
 
     def response_logprobs(self, sequences: Sequences, hidden_BLD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropies_N) of the real response tokens, from the trunk's output."""
@@ -85,8 +121,11 @@ class LanguageModel:
             support_NV=sequences.support_mask(self.num_tokens),
         )
 
-    def _check_projection(self, name: str, field: str) -> None:
-        """Compare our split of trunk and projection with the model's own logits on a few tokens."""
+    def checked(self, name: str, field: str) -> LanguageModel:
+        """Itself, if trunk and projection together give the model's own logits on a few tokens.
+
+        Raises: UserError if they do not.
+        """
         tokens = torch.arange(4, device=self.device)[None, :] % self.num_tokens
         with torch.no_grad(), computing_in(self.dtype, self.device):
             own = cast("Tensor", self.model(input_ids=tokens, use_cache=False).logits).float()
@@ -99,6 +138,7 @@ class LanguageModel:
                 f"{field} {name!r} is of architecture {kind!r}, whose logits are not a projection of its trunk's "
                 "output, or have a scaling this release does not know; choose another architecture"
             )
+        return self
 
 
 def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, field: str, **options: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
-from rlhf_core.models.language_model import DTYPES, load_transformers_model
+from rlhf_core.models.causality import is_causal
+from rlhf_core.models.frozen import FrozenModels
+from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 
 if TYPE_CHECKING:
@@ -29,14 +32,18 @@ class Conversation:
     """The prompt as chat messages; empty for plain text."""
     policy_tokens: Sequence[int]
     """Prompt and response, the EOS included."""
+    num_prompt_tokens: int = 0
+    """How many of them are the prompt."""
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The dataset columns of the prompt, for functions and services."""
 
 
 class RewardModel:
     """An ``AutoModelForSequenceClassification`` with one logit and its own tokenizer.
 
     A model with the policy's vocabulary reads the policy's tokens as they are, EOS included: what was
-    sampled is what is scored. Any other one reads text: the chat through its own template when it has one,
-    else prompt and response one after the other.
+    sampled is what is scored. Any other one, or one with a chat template of the config, reads text: the chat
+    through the template when it has one, else prompt and response one after the other.
 
     Args:
         model: the transformers model.
@@ -45,6 +52,7 @@ class RewardModel:
         max_len: tokens read; a longer conversation loses its beginning.
         batch_size: rows at a time, sorted by length.
         device: where it lives.
+        chat_template: of the config: Jinja, for chats and for plain prompts, which are a user's message then.
     """
 
     def __init__(
@@ -56,17 +64,32 @@ class RewardModel:
         max_len: int,
         batch_size: int,
         device: torch.device,
+        chat_template: str | None = None,
     ) -> None:
         self.model = cast("nn.Module", model.to(device).eval().requires_grad_(False))
+        self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(model.base_model)
         self.tokenizer = tokenizer
+        self.tokenizer.truncation_side = "left"
         self.reads_policy_tokens = reads_policy_tokens
         self.max_len, self.batch_size, self.device = max_len, batch_size, device
+        self.chat_template = chat_template
 
     @classmethod
-    def load(cls, config: ModelReward, *, field: str, policy_vocabulary: str, device: torch.device) -> RewardModel:
-        """Load from a folder or hub id. Raises UserError naming ``field``; more than one logit is refused."""
-        tokenizer = load_tokenizer(config.model, field=f"{field}.model")
-        model = load_transformers_model(
+    def load(
+        cls,
+        config: ModelReward,
+        *,
+        field: str,
+        policy_vocabulary: str,
+        device: torch.device,
+        frozen: FrozenModels | None = None,
+    ) -> RewardModel:
+        """Load from a folder or hub id, or take the copy in ``frozen``.
+
+        Raises: UserError naming ``field``; more than one logit is refused.
+        """
+        tokenizer, template = load_reward_tokenizer(config, field=field)
+        model = (frozen or FrozenModels()).load(
             "AutoModelForSequenceClassification", config.model, DTYPES[config.dtype], f"{field}.model"
         )
         if model.config.num_labels != 1:
@@ -74,15 +97,15 @@ class RewardModel:
                 f"{field}.model {config.model!r} has {model.config.num_labels} logits; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        text_config = model.config.get_text_config()
-        context = int(getattr(text_config, "max_position_embeddings", 0) or tokenizer.model_max_length)
+        context = num_positions(model) or tokenizer.model_max_length
         return cls(
             model,
             tokenizer,
-            reads_policy_tokens=vocabulary_digest(tokenizer) == policy_vocabulary,
+            reads_policy_tokens=template is None and vocabulary_digest(tokenizer) == policy_vocabulary,
             max_len=min(config.max_len or context, context),
             batch_size=config.batch_size,
             device=device,
+            chat_template=template,
         )
 
     @torch.no_grad()
@@ -99,12 +122,14 @@ class RewardModel:
     def _token_ids(self, conversation: Conversation) -> Sequence[int]:
         if self.reads_policy_tokens:
             return conversation.policy_tokens
-        if conversation.messages and getattr(self.tokenizer, "chat_template", None):
+        if self.chat_template or (conversation.messages and getattr(self.tokenizer, "chat_template", None)):
+            asked = conversation.messages or [{"role": "user", "content": conversation.prompt_text}]
             reply = {"role": "assistant", "content": conversation.response_text}
-            text = self.tokenizer.apply_chat_template([*conversation.messages, reply], tokenize=False)
+            text = self.tokenizer.apply_chat_template([*asked, reply], tokenize=False, chat_template=self.chat_template)
             return cast("list[int]", self.tokenizer(cast("str", text), add_special_tokens=False)["input_ids"])
         text = conversation.prompt_text + conversation.response_text
-        return cast("list[int]", self.tokenizer(text)["input_ids"])
+        # truncated by the tokenizer, which keeps the tokens that frame a text: an encoder's score is read at [CLS]
+        return cast("list[int]", self.tokenizer(text, truncation=True, max_length=self.max_len)["input_ids"])
 
     def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         lens_n = torch.tensor([len(row) for row in rows])
@@ -114,12 +139,58 @@ class RewardModel:
         tokens_nL.fill_(0 if pad is None else int(cast("int", pad)))
         tokens_nL[mask_nL] = torch.tensor([token for row in rows for token in row])
         tokens_nL, mask_nL = tokens_nL.to(self.device), mask_nL.to(self.device)
-        head: Any = getattr(self.model, "score", None)
-        if isinstance(head, nn.Linear):
-            # a decoder: causal, so right padding is never seen, and the last real token is known here exactly
+        if self.is_decoder:
+            head = cast("nn.Linear", self.model.score)
+            # causal, so right padding is never seen, and the last real token is known here exactly
             # (transformers looks for the last token that is not PAD, and is wrong when a text ends with one)
             base = cast("nn.Module", cast("Any", self.model).base_model)
             hidden_nLD = base(input_ids=tokens_nL, use_cache=False).last_hidden_state
             last_nD = hidden_nLD[torch.arange(len(rows), device=self.device), lens_n.to(self.device) - 1]
             return cast("Tensor", head(last_nD))[:, 0].float()
         return cast("Tensor", self.model(input_ids=tokens_nL, attention_mask=mask_nL.long()).logits)[:, 0].float()
+
+
+def num_positions(model: Any) -> int | None:
+    """The longest text a model reads, in tokens, where its config tells."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not length:
+        return None
+    for name, module in cast("nn.Module", model).named_modules():
+        # RoBERTa and its kin count positions from the padding index on, so that a few of them are never used
+        if name.endswith("position_embeddings") and isinstance(padding := getattr(module, "padding_idx", None), int):
+            return int(length) - padding - 1
+    return int(length)
+
+
+def load_reward_tokenizer(config: ModelReward, *, field: str) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """The tokenizer of a reward model, and the text of the config's chat template.
+
+    Args:
+        config: its ``tokenizer``, or null for the model's, and its ``chat_template``.
+        field: of the component, for messages.
+    Raises: UserError naming ``field``: no tokenizer, no such file, or a template that renders no plain chat.
+    """
+    name = "tokenizer" if config.tokenizer is not None else "model"
+    tokenizer = load_tokenizer(config.tokenizer or config.model, field=f"{field}.{name}")
+    if config.chat_template is None:
+        return tokenizer, None
+    template = chat_template_text(config.chat_template, field=f"{field}.chat_template")
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = cast("str", tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
+    except Exception as error:  # jinja2's, and whatever a template raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"{field}.chat_template does not render a question and its answer: {reason}") from None
+    if "answer" not in text:
+        raise UserError(f"{field}.chat_template leaves the answer out: it renders {text[:80]!r}")
+    return tokenizer, template
+
+
+def chat_template_text(template: str, *, field: str) -> str:
+    """A Jinja text as it is, or what the file of that name holds. Raises UserError naming ``field``."""
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{field} {template!r} is neither Jinja ({{{{ … }}}} or {{% … %}}) nor a file of it") from None

@@ -74,10 +74,12 @@ def win_rate(score_QK: Tensor, ref_score_QN: Tensor) -> Tensor:
             f"a win rate needs the same prompts and at least two samples of the reference; got "
             f"{tuple(score_QK.shape)} and {tuple(ref_score_QN.shape)}"
         )
-    mine_QK1, other_Q1N = score_QK[:, :, None], ref_score_QN[:, None, :]
-    wins_QKN = (mine_QK1 > other_Q1N).double() + 0.5 * (mine_QK1 == other_Q1N).double()
     independent_KN = ~torch.eye(score_QK.shape[1], ref_score_QN.shape[1], dtype=torch.bool)
-    return wins_QKN[:, independent_KN].mean(dim=1)
+    rates: list[Tensor] = []
+    for mine_K, other_N in zip(score_QK, ref_score_QN, strict=True):  # prompt by prompt: K x N pairs at a time
+        wins_KN = (mine_K[:, None] > other_N).double() + 0.5 * (mine_K[:, None] == other_N).double()
+        rates.append(wins_KN[independent_KN].mean())
+    return torch.stack(rates)
 
 
 def student_quantile(degrees: int, probability: float) -> float:

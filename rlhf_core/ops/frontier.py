@@ -8,6 +8,7 @@ Q prompts, N samples of the reference a prompt.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ MIN_WEIGHTED_SAMPLES = 10
 """Samples a prompt that must still carry the weights for a tilt to be trusted: see :func:`trusted_kl`."""
 BETA_RANGE = 1e6
 """β is sought within the spread of the scores, times or divided by this."""
-BISECTIONS = 60
+BISECTIONS = 45
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ def tilt(score_QN: Tensor, beta: float) -> Tilt:
     logits_QN = logits_QN if math.isfinite(beta) else torch.zeros_like(logits_QN)
     log_weights_QN = logits_QN - logits_QN.logsumexp(dim=1, keepdim=True)
     weights_QN = log_weights_QN.exp()
-    surprise_QN = torch.where(weights_QN > 0, weights_QN * log_weights_QN, 0.0)  # 0 · -inf is NaN
     return Tilt(
         beta=beta,
-        kl_Q=(math.log(score_QN.shape[1]) + surprise_QN.sum(dim=1)).clamp(min=0.0),
+        kl_Q=(math.log(score_QN.shape[1]) + (weights_QN * log_weights_QN).sum(dim=1)).clamp(min=0.0),
         score_Q=(weights_QN * score_QN.double()).sum(dim=1),
         ess_Q=1.0 / (weights_QN**2).sum(dim=1),
     )
@@ -177,26 +177,28 @@ def samples_for(kl: float) -> int:
 
 
 def frontier(score_QN: Tensor, *, num_trusted: int = 24) -> list[Tilt]:
-    """The frontier as a curve: tilts at evenly spaced KL, from the reference on.
+    """The frontier as a curve: tilts whose √KL are evenly spaced, from the reference on.
 
     Args:
         score_QN: [Q, N], scores of the reference's samples; N above ten.
         num_trusted: steps up to :func:`trusted_kl`.
-    Returns: tilts of increasing KL, the reference first; some lie beyond the trusted KL, at the same distances, up
-        to half of log N more; fewer where the scores do not let the KL grow that far.
+    Returns: tilts of increasing KL, the reference first; some lie beyond the trusted KL, at the same spacing. Where
+        the scores do not let the KL grow that far, the strongest tilt is the last.
     Raises: ValueError if N is not above ten.
-    Source: as :func:`tilt`.
+    Source: as :func:`tilt`. A frontier begins as std · √(2 KL): even steps of √KL are even steps of the score.
     """
     limit = trusted_kl(score_QN.shape[1])
     if limit <= 0:
         raise ValueError(f"a frontier needs more than {MIN_WEIGHTED_SAMPLES} samples a prompt, got {score_QN.shape[1]}")
-    step, end = limit / num_trusted, limit + math.log(MIN_WEIGHTED_SAMPLES) / 2
+    end = limit + math.log(MIN_WEIGHTED_SAMPLES) / 2
     tilts = [tilt(score_QN, math.inf)]
-    for row in range(1, int(end / step) + 1):
-        found = tilt_at(score_QN, row * step)
-        if found.kl < tilts[-1].kl + step / 2:
+    for row in itertools.count(1):
+        wanted = limit * (row / num_trusted) ** 2
+        if wanted > end:
             break
-        tilts.append(found)
+        found = tilt_at(score_QN, wanted)
+        if found.kl > tilts[-1].kl:  # not the strongest tilt there is once more
+            tilts.append(found)
     return tilts
 
 

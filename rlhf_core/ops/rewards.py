@@ -1,10 +1,12 @@
 """From raw scores and KL to the reward of each token.
 
 B responses, R response tokens, C reward components. The pipeline, each step optional:
-raw components -> weighted sum -> normalisation -> clip -> missing-EOS penalty -> length penalty -> rewards.
+raw components -> sum, min or mean - λ·std -> normalisation -> clip -> missing-EOS penalty -> length penalty -> rewards.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,19 +36,49 @@ def update_moments(moments: ScoreMoments, score_B: Tensor) -> ScoreMoments:
     )
 
 
-def weighted_sum(components_BC: Tensor, weights: list[float]) -> Tensor:
-    """The score of each response: the weighted sum of its components.
+def combined_score(
+    components_BC: Tensor, mask_BC: Tensor, weights: Sequence[float], *, combine: str, std_coef: float
+) -> Tensor:
+    """The score of each response from its components, each of them weighted first: x_c = weight_c · raw_c.
+
+        weighted_sum:    Σ x_c
+        min:             min x_c
+        mean_minus_std:  mean x_c - std_coef · std x_c
+
+    All run over the components that a response has left. A dropped one adds nothing to the sum: there it counts as a
+    raw score of 0, and the other weights stay as they are. The mean and the std are of those left; the std of
+    one is 0.
 
     Args:
-        components_BC: [B, C] float32.
+        components_BC: [B, C] float32, raw.
+        mask_BC: [B, C] bool, False where a component was dropped; its value is not read.
         weights: C factors.
-    Returns: [B] float32.
-    Raises: ValueError if the number of weights is not C.
-    Source: definition.
+        combine: one of the three names.
+        std_coef: λ.
+    Returns: [B] float32, computed in float64.
+    Raises: ValueError if shapes or the number of weights differ, the name is unknown, or a response has no component.
+    Source: sum: definition. Ensembles: Coste et al. 2023 (arXiv 2310.02743), section 4: worst case is min. Differs:
+        their uncertainty-weighted mean subtracts λ times the variance, ours the std (both population, 1/C), which
+        keeps the unit of the score.
     """
-    if components_BC.shape[1] != len(weights):
-        raise ValueError(f"{components_BC.shape[1]} components and {len(weights)} weights")
-    return (components_BC.double() @ torch.tensor(weights, dtype=torch.float64)).float()
+    if components_BC.shape != mask_BC.shape or components_BC.shape[1] != len(weights):
+        shapes = f"components {tuple(components_BC.shape)}, mask {tuple(mask_BC.shape)}"
+        raise ValueError(f"{shapes}, {len(weights)} weights")
+    if not bool(mask_BC.any(dim=1).all()):
+        raise ValueError("a response has no component left")
+    raw_BC = torch.where(mask_BC, components_BC, 0.0).double()
+    weights_C = torch.tensor(weights, dtype=torch.float64)
+    if combine == "weighted_sum":
+        return (raw_BC @ weights_C).float()
+    weighted_BC = raw_BC * weights_C
+    if combine == "min":
+        return torch.where(mask_BC, weighted_BC, torch.inf).amin(dim=1).float()
+    if combine == "mean_minus_std":
+        count_B = mask_BC.sum(dim=1)
+        mean_B = weighted_BC.sum(dim=1) / count_B
+        deviations_BC = torch.where(mask_BC, weighted_BC - mean_B[:, None], 0.0)
+        return (mean_B - std_coef * (deviations_BC.square().sum(dim=1) / count_B).sqrt()).float()
+    raise ValueError(f"unknown combination {combine!r}; known: weighted_sum, min, mean_minus_std")
 
 
 def normalize_scores(score_B: Tensor, moments: ScoreMoments) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import cast
 
 from rlhf_core.contracts.batches import Message
+from rlhf_core.contracts.config_io import canonical_json
 
 PromptEntry = str | list[Message]
 """Plain text, or chat messages."""
@@ -53,6 +55,28 @@ def check_prompt(column: str, entry: PromptEntry) -> None:
         )
     elif not entry[-1]["content"].strip():
         raise ValueError(f"{column} ends with a message whose content is {shown(entry[-1]['content'])}; it needs text")
+
+
+def as_json(column: str, value: object) -> object:
+    """A cell of a further column, which must be what JSON has, so that an artifact can hold it.
+
+    Args:
+        column: for the message.
+        value: what the source holds, in plain Python types.
+    Returns: the value; null is None.
+    Raises:
+        ValueError: a date, bytes, a number that is not finite, a key that is no text, ...
+    """
+    try:
+        is_json = json.loads(canonical_json(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        is_json = False
+    if not is_json:
+        raise ValueError(
+            f"{column} is {shown(value)}, which JSON does not have; prompts.columns takes texts, finite numbers, "
+            "booleans, null, and lists and objects of them"
+        )
+    return value
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.prompts.entries import PromptEntry, as_entry, check_prompt, shown
+from rlhf_core.prompts.entries import PromptEntry, as_entry, as_json, check_prompt, shown
 from rlhf_core.prompts.hub import read_folder, read_hub
 from rlhf_core.prompts.preferences import shared_prompt
 from rlhf_core.prompts.readers import (
@@ -30,14 +30,17 @@ PAIR = ("chosen", "rejected")
 class PromptSet:
     """All prompts of a source, in source order.
 
-    Example: ``PromptSet(["Hi", [{"role": "user", "content": "Ho"}]], digest="51d3...", num_duplicates=0)``
+    Example: ``PromptSet(["Hi", [{"role": "user", "content": "Ho"}]], "51d3...", 0, [{"answer": 4}, {"answer": 5}])``
     """
 
     entries: Sequence[PromptEntry]
     digest: str
-    """sha256 of the canonical JSON of ``entries``: the same for the same prompts in any file format."""
+    """sha256 of the canonical JSON of ``entries``, and of ``columns`` where there are any: the same for the same
+    prompts in any file format."""
     num_duplicates: int
     """Repeated prompts that were dropped: only of preferences, where a prompt stands in several pairs."""
+    columns: Sequence[Mapping[str, Any]]
+    """prompts.columns of each entry, plain JSON; of a repeated prompt those of its first row."""
 
 
 def load_prompt_set(config: PromptsConfig) -> PromptSet:
@@ -54,14 +57,19 @@ def load_prompt_set(config: PromptsConfig) -> PromptSet:
     rows = _read_rows(config)
     if not any(rows.columns.values()):
         raise UserError(f"prompts.source {config.source!r} holds no rows; at least one prompt is needed")
-    entries = _entries(config, rows)
-    encoded = [canonical_json(entry) for entry in entries]
-    if not config.from_preferences:
-        return PromptSet(entries, _digest(encoded), num_duplicates=0)
-    first: dict[bytes, PromptEntry] = {}
-    for key, entry in zip(encoded, entries, strict=True):
-        first.setdefault(key, entry)
-    return PromptSet(list(first.values()), _digest(list(first)), len(entries) - len(first))
+    entries, columns = _entries(config, rows)
+    kept: Sequence[int] = range(len(entries))
+    if config.from_preferences:
+        first: dict[bytes, int] = {}
+        for row, entry in enumerate(entries):
+            first.setdefault(canonical_json(entry), row)
+        kept = list(first.values())
+    return PromptSet(
+        entries=[entries[row] for row in kept],
+        digest=_digest(config, [entries[row] for row in kept], [columns[row] for row in kept]),
+        num_duplicates=len(entries) - len(kept),
+        columns=[columns[row] for row in kept],
+    )
 
 
 def _read_rows(config: PromptsConfig) -> Rows:
@@ -96,6 +104,13 @@ def _column_choice(config: PromptsConfig) -> Choose:
             wanted = PAIR
         else:
             raise UserError(_missing_column(config, names))
+        for name in config.columns:
+            if name not in names:
+                raise UserError(
+                    f"prompts.columns names {name!r}, which is not in prompts.source {config.source!r}, whose columns "
+                    f"are: {', '.join(names)}"
+                )
+        wanted = list(dict.fromkeys([*wanted, *config.columns]))
         for name in wanted:
             if list(names).count(name) > 1:
                 raise UserError(f"prompts.source {config.source!r} has the column {name!r} more than once")
@@ -122,18 +137,22 @@ def _missing_column(config: PromptsConfig, names: Sequence[str]) -> str:
     )
 
 
-def _entries(config: PromptsConfig, rows: Rows) -> list[PromptEntry]:
-    """The prompt of every row. Raises UserError naming the rows that have none."""
+def _entries(config: PromptsConfig, rows: Rows) -> tuple[list[PromptEntry], list[dict[str, Any]]]:
+    """Prompt and further columns of every row. Raises UserError naming the rows that have none."""
     entries: list[PromptEntry] = []
+    columns: list[dict[str, Any]] = []
     problems: list[str] = []
-    for index, cells in enumerate(zip(*rows.columns.values(), strict=True)):
+    holders = [config.column] if config.column in rows.columns else PAIR
+    for index, values in enumerate(zip(*rows.columns.values(), strict=True)):
+        cells = dict(zip(rows.columns, values, strict=True))
         try:
-            entries.append(_prompt(dict(zip(rows.columns, cells, strict=True))))
+            entries.append(_prompt({name: cells[name] for name in holders}))
+            columns.append({name: as_json(name, cells[name]) for name in config.columns})
         except ValueError as error:
             problems.append(f"prompts.source {config.source!r}, {rows.place(index)}: {error}")
     if problems:
         raise first_problems(problems)
-    return entries
+    return entries, columns
 
 
 def _prompt(cells: Mapping[str, Any]) -> PromptEntry:
@@ -146,10 +165,12 @@ def _prompt(cells: Mapping[str, Any]) -> PromptEntry:
     return prompt
 
 
-def _digest(encoded: Sequence[bytes]) -> str:
-    """Equal to ``digest_json`` of the entries, without holding their JSON twice."""
-    digest = hashlib.sha256(b"[")
-    for index, entry in enumerate(encoded):
-        digest.update(b"," * bool(index) + entry)
-    digest.update(b"]")
+def _digest(config: PromptsConfig, entries: Sequence[PromptEntry], columns: Sequence[Mapping[str, Any]]) -> str:
+    """Equal to ``digest_json`` of the entries, then of the columns, without holding their JSON at once."""
+    digest = hashlib.sha256()
+    for rows in (entries, columns) if config.columns else (entries,):
+        digest.update(b"[")
+        for index, row in enumerate(rows):
+            digest.update(b"," * bool(index) + canonical_json(row))
+        digest.update(b"]")
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.decoding import Decoded, DecodingRules, decode
 from rlhf_core.models.sequences import Sequences, by_length
 from rlhf_core.models.tokenizers import PolicyTokenizer
-from rlhf_core.ops.diversity import repetition
+from rlhf_core.ops.diversity import distinct, repetition
 from rlhf_core.ops.masking import masked_mean
 from rlhf_core.ops.randomness import seeded_generator
 
@@ -165,6 +165,7 @@ def _metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollout/stop_rate": reasons.count("stop") / rows,
         "rollout/truncated_rate": reasons.count("length") / rows,
         "rollout/repetition": repetition(rollouts.tokens_BR, mask_BR),
+        "rollout/distinct_2": distinct(rollouts.tokens_BR, mask_BR, ngram=2),
         "objective/entropy": float(rollouts.entropies_BR.sum(dim=1).mean()),
         "policy/entropy_avg": float(masked_mean(rollouts.entropies_BR, mask_BR)),
     }

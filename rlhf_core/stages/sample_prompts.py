@@ -107,6 +107,7 @@ def _as_batch(chosen: list[tuple[int, str, list[int], int]], prompt_set: PromptS
         tokens_QP=torch.tensor([tokens + [0] * (width - len(tokens)) for _, _, tokens, _ in chosen]),
         mask_QP=torch.tensor([[True] * len(tokens) + [False] * (width - len(tokens)) for _, _, tokens, _ in chosen]),
         num_truncated=[cut for *_, cut in chosen],
+        columns=[prompt_set.columns[row] for row, *_ in chosen],
     )
 
 

@@ -193,5 +193,5 @@ def _metrics(
 
 def _spreads(scores: Scores) -> dict[str, float]:
     """Std of each component over the responses that it scored."""
-    columns = zip(scores.names, scores.components_BC.double().unbind(dim=1), scores.components_mask_BC.unbind(dim=1))
-    return {f"spread/{name}": float(masked_std(score_B, mask_B)) for name, score_B, mask_B in columns}
+    score_BC, mask_BC = scores.components_BC.double(), scores.components_mask_BC
+    return {f"spread/{name}": float(masked_std(score_BC[:, i], mask_BC[:, i])) for i, name in enumerate(scores.names)}

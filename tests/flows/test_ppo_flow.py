@@ -18,7 +18,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import DriftError, NumericalError, RunLockedError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
 Configure = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_every_stage_of_every_iteration_left_an_artifact_and_its_manifest(finish
             assert table.schema.equals(STAGES[stage])
             assert manifest.artifact.rows == table.num_rows == (4 if stage == "ppo_update" else 8)
             metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-            assert metadata["rlhf.schema"] == f"{stage}/1"
+            assert metadata["rlhf.schema"] == f"{stage}/{SCHEMA_VERSION}"
             assert metadata["rlhf.iteration"] == str(iteration)
             assert json.loads(metadata["rlhf.inputs"]).keys()
     assert run.checkpoints() == [2, 3]

@@ -112,6 +112,7 @@ PROMPTS = Prompts(
     tokens_QP=torch.tensor([[1, 2, 0], [3, 4, 5]]),
     mask_QP=torch.tensor([[True, True, False], [True, True, True]]),
     num_truncated=[0, 2],
+    columns=[{"answer": "café 🙂\n", "level": 2}, {"answer": None, "level": 0.1}],
 )
 ROLLOUTS = Rollouts(
     sample_ids=IDS,
@@ -131,7 +132,11 @@ ROLLOUTS = Rollouts(
     finish_reasons=["length", "eos", "stop"],
 )
 SCORES = Scores(
-    IDS, ["help", "harm"], torch.tensor([[1.5, -2.0], [0.1, 0.0], [3.0, 4.0]]), torch.tensor([0.5, 0.1, 7.0])
+    IDS,
+    ["help", "harm"],
+    torch.tensor([[1.5, -2.0], [0.1, 0.0], [3.0, 4.0]]),
+    torch.tensor([[True, True], [True, False], [True, True]]),
+    torch.tensor([0.5, 0.1, 7.0]),
 )
 REFERENCE = ReferenceLogprobs(IDS, padded([[-0.5, -1.5], [-9.0], [-3.0, -2.0]]), MASK_BR)
 EXPERIENCE = Experience(
@@ -190,10 +195,25 @@ class TestBatches:
         assert table["values"].to_pylist() == table["support_tokens"].to_pylist() == [[], [], []]
         assert_same(Rollouts.from_table(table, PROMPTS), plain)
 
+    def test_prompt_columns_are_json_text(self) -> None:
+        table = conform(PROMPTS.to_table(), "sample_prompts")
+        assert table["columns"].to_pylist() == [
+            '{"answer":"café 🙂\\n","level":2}',
+            '{"answer":null,"level":0.1}',
+        ]
+
     def test_scores(self) -> None:
         table = conform(SCORES.to_table(), "score_rewards")
         assert table["components"][0].as_py() == [{"name": "help", "score": 1.5}, {"name": "harm", "score": -2.0}]
+        assert table["components"][1].as_py() == [{"name": "help", "score": pytest.approx(0.1)}], "harm was dropped"
         assert_same(Scores.from_table(table), SCORES)
+
+    def test_scores_whose_first_row_lacks_a_component(self) -> None:
+        turned = replace(SCORES, components_mask_BC=torch.tensor([[False, True], [True, False], [False, True]]))
+        found = Scores.from_table(conform(turned.to_table(), "score_rewards"))
+        assert found.names == ["harm", "help"]
+        assert torch.equal(found.components_mask_BC, turned.components_mask_BC[:, [1, 0]])
+        assert torch.equal(found.components_BC, torch.tensor([[-2.0, 0.0], [0.0, 0.1], [4.0, 0.0]]))
 
     def test_reference_logprobs(self) -> None:
         assert_same(ReferenceLogprobs.from_table(conform(REFERENCE.to_table(), "reference_logprobs")), REFERENCE)

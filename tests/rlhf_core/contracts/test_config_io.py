@@ -29,6 +29,7 @@ from rlhf_core.contracts.config_io import (
 )
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.policy_config import PolicyConfig
+from rlhf_core.contracts.reward_config import ModelReward
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 FULL: dict[str, Any] = {
@@ -168,8 +169,8 @@ class TestOverrides:
         tree = {"reward": {"components": [{"model": "a", "weight": 2.0}]}}
         overrides = ["reward.components.0.weight=0.5", "reward.components.1.model=b", "reward.components.1.name=second"]
         first, second = build_config(tree, overrides).reward.components
-        assert (first.model, first.weight) == ("a", 0.5)
-        assert (second.model, second.name) == ("b", "second")
+        assert first == ModelReward(model="a", weight=0.5)
+        assert second == ModelReward(model="b", name="second")
         assert tree == {"reward": {"components": [{"model": "a", "weight": 2.0}]}}, "the caller's tree is its own"
 
     def test_replaces_a_list_item(self) -> None:
@@ -230,7 +231,7 @@ class TestTemplate:
         assert read(file, config_template()) == build_config({"reward": {"components": [{}]}})
 
     def test_has_every_knob_with_its_documentation(self) -> None:
-        lines = [line.strip().removeprefix("- ") for line in config_template().splitlines()]
+        lines = [line.strip().removeprefix("# ").strip().removeprefix("- ") for line in config_template().splitlines()]
         missing = [name for name, _ in knobs(RunConfig) if not any(line.startswith(f"{name}:") for line in lines)]
         assert not missing
         undocumented = [d for _, d in knobs(RunConfig) if d and not any(line.endswith(d) for line in lines)]
@@ -281,16 +282,22 @@ class TestNames:
 def knobs(section: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
     """(name, description) of every knob."""
     for name, field in section.model_fields.items():
-        inner = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type)]
-        sections = [a for a in inner if issubclass(a, BaseModel)]
         yield name, field.description
-        for child in sections:
+        for child in sections_in(field.annotation):
             yield from knobs(child)
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Those that a field holds, alone, in a list or in a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for a in getattr(annotation, "__args__", ()) for section in sections_in(a)]
 
 
 def flat(tree: Any, prefix: str = "") -> set[str]:
     """Dotted keys of the leaves."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) and tree else None
+    sections = isinstance(tree, list) and any(isinstance(item, dict) for item in tree)
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if sections else None
     if items is None:
         return {prefix}
     return {leaf for key, value in items for leaf in flat(value, f"{prefix}.{key}" if prefix else str(key))}

@@ -23,6 +23,9 @@ CRITICS = {
     "from zero": ["policy.critic.init=zero"],
     "from reward": ["policy.critic.init=reward"],
     "none": ["shaping.estimator=reward"],
+    "lora": ["policy.lora.rank=4", "policy.critic.kind=shared"],
+    "lora merged": ["policy.lora.rank=4", "policy.lora.save=merged"],
+    "lora in bfloat16": ["policy.lora.rank=4", "policy.dtype=bfloat16", "shaping.estimator=reward"],
 }
 Configure = Callable[..., RunConfig]
 
@@ -43,7 +46,8 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
     config = tiny_config(overrides)
     trainer = new_trainer(config, CPU)
     take_steps(trainer, 2)
-    save_checkpoint(tmp_path / "000003", trainer, load_tokenizer(str(tiny.policy), field="x"), STATE)
+    tokenizer, merge = load_tokenizer(str(tiny.policy), field="x"), config.policy.lora.save == "merged"
+    save_checkpoint(tmp_path / "000003", trainer, tokenizer, STATE, merge_adapter=merge)
     loaded, state = load_checkpoint(tmp_path / "000003", config, CPU)
     assert state == STATE
     assert loaded.iteration == 3
@@ -70,7 +74,9 @@ def test_a_critic_from_the_reward_model_starts_as_the_reward_model(tiny_config: 
     critic = new_trainer(config, CPU).actor_critic.critic
     assert critic is not None
     assert critic.trunk is not None
-    reward = AutoModelForSequenceClassification.from_pretrained(config.reward.components[0].model).eval()
+    component = config.reward.first_model
+    assert component is not None
+    reward = AutoModelForSequenceClassification.from_pretrained(component.model).eval()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         value = critic.head.values(critic.trunk(input_ids=tokens).last_hidden_state[:, -1])

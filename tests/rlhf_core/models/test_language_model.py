@@ -65,6 +65,7 @@ def sequences_of(rows: list[tuple[list[int], list[int]]]) -> Sequences:
                 "messages": [[]] * len(rows),
                 "prompt_tokens": [prompt for prompt, _ in rows],
                 "num_truncated": [0] * len(rows),
+                "columns": ["{}"] * len(rows),
             }
         )
     )

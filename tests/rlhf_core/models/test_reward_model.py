@@ -72,6 +72,35 @@ def test_a_chat_goes_through_the_reward_models_own_template(tiny: Any, tmp_path:
     torch.testing.assert_close(model.score([chat]), torch.tensor([own_score(folder, ids)]), **F32_MODEL)
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_chat_template_of_the_config_is_for_chats_and_plain_prompts_and_wins(
+    tiny: Any, tmp_path: Path, as_file: bool
+) -> None:
+    """Even against the policy's tokens, which have another form than the model wants."""
+    template = CHATML
+    if as_file:
+        (tmp_path / "chat.jinja").write_text(CHATML)
+        template = str(tmp_path / "chat.jinja")
+    model = load(tiny.reward, shares_vocabulary=True, chat_template=template)
+    chat = Conversation("ignored", "good", [{"role": "user", "content": "well?"}], [5])
+    plain = Conversation("well?", "good", [], [5])
+    expected = own_score(tiny.reward, model.tokenizer("<user>well?<assistant>good")["input_ids"])
+    torch.testing.assert_close(model.score([chat, plain]), torch.tensor([expected, expected]), **F32_MODEL)
+
+
+def test_a_tokenizer_of_the_config(tiny: Any, tmp_path: Path) -> None:
+    """Its vocabulary is not the policy's, so text is read."""
+    folder = shutil.copytree(tiny.reward, tmp_path / "tokenizer")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    ids = {"a": tree["model"]["vocab"]["a"], "b": tree["model"]["vocab"]["b"]}
+    tree["model"]["vocab"] |= {"a": ids["b"], "b": ids["a"]}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    model = load(tiny.reward, shares_vocabulary=True, tokenizer=str(folder))
+    score = model.score([Conversation("a", "ab", [], [9])])
+    expected = torch.tensor([own_score(tiny.reward, [ids["b"], ids["b"], ids["a"]])])
+    torch.testing.assert_close(score, expected, **F32_MODEL)
+
+
 def test_an_encoder_with_an_attention_mask(tmp_path: Path, tiny: Any) -> None:
     from transformers import AutoModelForSequenceClassification, DistilBertConfig
 

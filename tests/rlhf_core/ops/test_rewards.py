@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ from torch.testing import assert_close
 
 from rlhf_core.contracts.loop_state import ScoreMoments
 from rlhf_core.ops.rewards import (
+    combined_score,
     normalize_scores,
     penalize_missing_eos,
     shaped_rewards,
     update_moments,
-    weighted_sum,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -113,22 +115,83 @@ def test_normalized_scores_have_mean_0_and_std_1(scores: list[float], spread: fl
 # --- components
 
 
-def test_weighted_sum_by_hand() -> None:
-    # 2 · 1 - 0.5 · 4 = 0;  2 · 3 - 0.5 · (-2) = 7
-    assert_close(weighted_sum(torch.tensor([[1.0, 4.0], [3.0, -2.0]]), [2.0, -0.5]), torch.tensor([0.0, 7.0]), **EXACT)
+TWO_BC = torch.tensor([[1.0, 4.0], [3.0, -2.0]])
+ALL_BC = torch.ones(2, 2, dtype=torch.bool)
+COMBINATIONS = ("weighted_sum", "min", "mean_minus_std")
 
 
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [
+        ("weighted_sum", [0.0, 7.0]),  # 2 · 1 - 0.5 · 4 = 0;  2 · 3 - 0.5 · (-2) = 7
+        ("min", [-2.0, 1.0]),  # of (2, -2) and (6, 1)
+        ("mean_minus_std", [-1.0, 2.25]),  # 0 - 0.5 · 2;  3.5 - 0.5 · 2.5
+    ],
+)
+def test_combined_by_hand(combine: str, expected: list[float]) -> None:
+    found = combined_score(TWO_BC, ALL_BC, [2.0, -0.5], combine=combine, std_coef=0.5)
+    assert_close(found, torch.tensor(expected), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [("weighted_sum", [2.0, 1.0]), ("min", [2.0, 1.0]), ("mean_minus_std", [2.0, 1.0])],
+)
+def test_a_dropped_component_has_no_part(combine: str, expected: list[float]) -> None:
+    """One is left of each: its weighted score is the sum, the least and the mean, and its std is 0."""
+    mask_BC = torch.tensor([[True, False], [False, True]])
+    for rubbish in (math.nan, 1e30, -1e30):
+        components_BC = torch.where(mask_BC, TWO_BC, rubbish)
+        found = combined_score(components_BC, mask_BC, [2.0, -0.5], combine=combine, std_coef=3.0)
+        assert_close(found, torch.tensor(expected), **EXACT)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_weighted_sum_agrees_with_a_loop(seed: int) -> None:
+def test_combined_agrees_with_a_loop(seed: int, combine: str) -> None:
     components_BC, weights = draw(seed, 7, 4, dtype=torch.float32), draw(seed + 1, 4).tolist()
-    rows = components_BC.tolist()
-    expected = [math.fsum(w * x for w, x in zip(weights, row, strict=True)) for row in rows]
-    assert_close(weighted_sum(components_BC, weights), torch.tensor(expected), **F32_OP)
+    mask_BC = draw(seed + 2, 7, 4) > -0.5
+    mask_BC[:, seed] = True
+    assert not mask_BC.all()
+    expected: list[float] = []
+    for values, mask in zip(components_BC.tolist(), mask_BC.tolist(), strict=True):
+        left = [w * x for w, x, is_left in zip(weights, values, mask, strict=True) if is_left]
+        by_name = {
+            "weighted_sum": math.fsum(left),
+            "min": min(left),
+            "mean_minus_std": statistics.fmean(left) - 0.7 * statistics.pstdev(left),
+        }
+        expected.append(by_name[combine])
+    found = combined_score(components_BC, mask_BC, weights, combine=combine, std_coef=0.7)
+    assert_close(found, torch.tensor(expected), **F32_OP)
 
 
-def test_weighted_sum_refuses_a_wrong_number_of_weights() -> None:
-    with pytest.raises(ValueError, match="2 components and 3 weights"):
-        weighted_sum(torch.zeros(4, 2), [1.0, 1.0, 1.0])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_one_component_of_weight_1_is_the_score_bit_for_bit(combine: str) -> None:
+    raw_B1 = draw(3, 50, 1, dtype=torch.float32)
+    found = combined_score(raw_B1, torch.ones(50, 1, dtype=torch.bool), [1.0], combine=combine, std_coef=5.0)
+    assert torch.equal(found, raw_B1[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "weights", "combine", "problem"),
+    [
+        ((4, 2), (4, 2), 3, "min", r"components \(4, 2\), mask \(4, 2\), 3 weights"),
+        ((4, 2), (4, 1), 2, "min", r"components \(4, 2\), mask \(4, 1\), 2 weights"),
+        ((4, 2), (4, 2), 2, "max", "unknown combination 'max'; known: weighted_sum, min, mean_minus_std"),
+    ],
+)
+def test_combined_refuses(shape: Any, mask: Any, weights: int, combine: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        combined_score(
+            torch.zeros(shape), torch.ones(mask, dtype=torch.bool), [1.0] * weights, combine=combine, std_coef=1.0
+        )
+
+
+def test_combined_refuses_a_response_without_components() -> None:
+    mask_BC = torch.tensor([[True, True], [False, False]])
+    with pytest.raises(ValueError, match="a response has no component left"):
+        combined_score(TWO_BC, mask_BC, [1.0, 1.0], combine="min", std_coef=1.0)
 
 
 # --- missing EOS

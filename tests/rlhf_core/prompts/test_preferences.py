@@ -198,13 +198,13 @@ def test_each_prompt_once_in_the_order_of_its_first_pair(tmp_path: Path) -> None
 
     found = load(tmp_path / "p.jsonl", pairs)
 
-    assert found == PromptSet(["b:", "a:", chat], digest_json(["b:", "a:", chat]), num_duplicates=2)
+    assert found == PromptSet(["b:", "a:", chat], digest_json(["b:", "a:", chat]), 2, [{}, {}, {}])
 
 
 def test_prompt_column_comes_first(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": "q"}, {"prompt": "p"}]
 
-    assert load(tmp_path / "p.jsonl", rows) == PromptSet(["p", "q"], digest_json(["p", "q"]), num_duplicates=1)
+    assert load(tmp_path / "p.jsonl", rows) == PromptSet(["p", "q"], digest_json(["p", "q"]), 1, [{}, {}])
     assert list(load(tmp_path / "p.jsonl", [{"question": turns("u:q")}], column="question").entries) == [turns("u:q")]
 
 

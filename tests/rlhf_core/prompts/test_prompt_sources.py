@@ -136,7 +136,7 @@ def test_texts_of_every_kind_of_source(tmp_path: Path, name: str) -> None:
 
     found = load(tmp_path / name)
 
-    assert found == PromptSet(TEXTS, digest_json(TEXTS), num_duplicates=0)
+    assert found == PromptSet(TEXTS, digest_json(TEXTS), num_duplicates=0, columns=[{}] * len(TEXTS))
 
 
 @pytest.mark.parametrize("name", list(NESTED))
@@ -146,7 +146,7 @@ def test_chats_of_every_kind_of_source(tmp_path: Path, name: str) -> None:
 
     found = load(tmp_path / name, column="messages")
 
-    assert found == PromptSet(CHATS, digest_json(CHATS), num_duplicates=0)
+    assert found == PromptSet(CHATS, digest_json(CHATS), num_duplicates=0, columns=[{}] * len(CHATS))
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "folder_of_jsonl"])
@@ -171,7 +171,7 @@ def test_digest_is_of_content_and_order(tmp_path: Path) -> None:
 def test_repeated_prompts_stay_without_preferences(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}, {"prompt": "x"}])
 
-    assert load(tmp_path / "p.jsonl") == PromptSet(["x", "x"], digest_json(["x", "x"]), num_duplicates=0)
+    assert load(tmp_path / "p.jsonl") == PromptSet(["x", "x"], digest_json(["x", "x"]), 0, [{}, {}])
 
 
 def test_jsonl_may_have_empty_lines_a_byte_order_mark_and_line_separators(tmp_path: Path) -> None:

@@ -9,17 +9,25 @@ from tolerances import F32_MODEL
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.models.reward_model import RewardModel
 
 Configure = Callable[..., RunConfig]
 
 
+def reward_model(bench: Bench) -> RewardModel:
+    (model,) = bench.rewards
+    assert isinstance(model, RewardModel)
+    return model
+
+
 def test_the_score_is_the_weighted_sum_and_raw_values_are_kept(tiny_config: Configure) -> None:
-    model = tiny_config().reward.components[0].model
+    first = tiny_config().reward.first_model
+    assert first is not None
     bench = Bench.of(
         tiny_config(
             [
                 "reward.components.0.weight=2.0",
-                f"reward.components.1={{kind: model, name: other, weight: -0.5, model: {model}}}",
+                f"reward.components.1={{kind: model, name: other, weight: -0.5, model: {first.model}}}",
             ]
         )
     )
@@ -42,7 +50,7 @@ def test_what_was_sampled_is_what_is_scored_eos_included(tiny_config: Configure)
         [prompts.tokens_QP[row][prompts.mask_QP[row]], rollouts.tokens_BR[row][rollouts.response_mask_BR[row]]]
     )
     with torch.no_grad():
-        expected = bench.rewards[0].model(input_ids=ids[None]).logits[0, 0]
+        expected = reward_model(bench).model(input_ids=ids[None]).logits[0, 0]
     torch.testing.assert_close(scores.score_B[row], expected, **F32_MODEL)
 
 
@@ -50,7 +58,7 @@ def test_a_nan_score_is_refused_with_component_and_samples(tiny_config: Configur
     bench = Bench.of(tiny_config())
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
-    bench.rewards[0].model.score.weight[0, 0] = torch.nan  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    reward_model(bench).model.score.weight[0, 0] = torch.nan  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     with pytest.raises(NumericalError, match=r"reward component reward0 gave nan for 8 of 8 samples \(i000000-p"):
         bench.scores(prompts, rollouts)
 

@@ -37,7 +37,8 @@ def three(reasons: tuple[str, ...] = ("eos", "length", "eos")) -> tuple[Rollouts
         supports=None,
         finish_reasons=list(reasons),
     )
-    return rollouts, Scores(IDS, ["r"], SCORES[:, None], SCORES), ReferenceLogprobs(IDS, REF, MASK)
+    scores = Scores(IDS, ["r"], SCORES[:, None], torch.ones(len(IDS), 1, dtype=torch.bool), SCORES)
+    return rollouts, scores, ReferenceLogprobs(IDS, REF, MASK)
 
 
 PLAIN = ["kl.coef=0.5", "shaping.whiten_advantages=false", "shaping.gae_lambda=1.0"]

@@ -1,0 +1,164 @@
+"""What a person sees of an evaluation in the terminal: progress, then tables and the sentence that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from flows.display import table_of
+from flows.progress import Silent, watched_by
+from rlhf_core.contracts.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlhf_core.evaluation.request import Request
+    from tasks.evaluate import PlannedEvaluation
+
+ROWS = {
+    "score": ("score", 3),
+    "gain": ("gain over the reference", 3),
+    "kl": ("KL to the reference, nats", 2),
+    "k3": ("KL by k3, nats", 2),
+    "win_rate": ("win rate against the reference", 3),
+    "attainable_score": ("score attainable at this KL", 3),
+    "share_of_attainable": ("share of what is attainable", 3),
+    "response_len": ("response length, tokens", 1),
+    "eos_rate": ("ended with EOS", 3),
+    "entropy": ("entropy of a response, nats", 1),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+    "repetition": ("repeated bigrams", 3),
+}
+"""Number -> what it is called, and its digits."""
+NUM_SAMPLES = 3
+
+
+def evaluate_and_show(console: Console, request: Request, config: RunConfig | None, *, as_json: bool) -> None:
+    """Run the evaluation flow with progress, then print its result, or its summary as JSON. Raises UserError."""
+    from tasks.evaluate import check_evaluation
+
+    progress = Console(stderr=True) if as_json else console
+    with progress.status("checking the models and prompts"):
+        planned = check_evaluation(request, config)
+    for note in notes(planned):
+        progress.print(f"[yellow]note:[/] {note}", highlight=False)
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from flows.evaluate import evaluate
+    from rlhf_core.evaluation.folder import EvaluationFolder
+
+    with PartsWatcher(progress, len(planned.parts)) as parts, watched_by(parts):
+        folder = evaluate(**asdict(request), config=config)
+    there = EvaluationFolder.open(Path(cast("str", folder)))
+    if as_json:
+        console.file.write((there.path / "summary.json").read_text())
+        return
+    print_evaluation(console, there.summary(), there.side_by_side(NUM_SAMPLES))
+    for what, file in (("numbers", "summary.json"), ("samples", "samples.arrow"), ("picture", "evaluation.png")):
+        console.print(f"[bold]{what}[/]: {there.path / file}", highlight=False, soft_wrap=True)
+
+
+class PartsWatcher(Silent):
+    """Shows which part of which policy's samples is drawn."""
+
+    def __init__(self, console: Console, num_parts: int) -> None:
+        columns = (TextColumn("[bold]samples"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("[cyan]{task.fields[what]}"), console=console, transient=True)
+        self._task = self._bar.add_task("samples", total=num_parts, what="starting")
+
+    def __enter__(self) -> PartsWatcher:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def stage_started(self, iteration: int, stage: str) -> None:
+        """``iteration`` parts are done; a part of the policy ``stage`` begins."""
+        self._bar.update(self._task, completed=iteration, what=stage)
+
+
+def notes(planned: PlannedEvaluation) -> list[str]:
+    """What a reader of the numbers should know."""
+    of, known = planned.num_prompts, planned.num_trained_on
+    if not known:
+        return []
+    which = "these prompts are" if known == of else f"{known} of the {of} prompts are"
+    return [f"{which} among those of training; name held-out ones with --prompts"]
+
+
+def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    """Numbers with their intervals, what is attainable, a few responses, and what it comes to."""
+    policies: Mapping[str, Any] = summary["policies"]
+    prompts = summary["prompts"]["num_prompts"]
+    table = Table(
+        title=f"{prompts} prompts x {summary['samples']} responses, reference {summary['reference_samples']}; "
+        "± 95 % over prompts",
+        title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("")
+    for name in ("reference", *policies):
+        table.add_column(_called(name), justify="right")
+    for key, (label, digits) in ROWS.items():
+        shown = [_number(numbers.get(key), digits) for numbers in (summary["reference"], *policies.values())]
+        table.add_row(label, *shown)
+    console.print(table)
+    best = [
+        {"best of": row["n"], "KL at most": row["kl"], "score": row["score"]["mean"],
+         "low": row["score"]["low"], "high": row["score"]["high"]}
+        for row in summary["best_of_n"]
+    ]  # fmt: skip
+    if best:
+        console.print(table_of(best, "Best-of-n of the reference, no training"))
+    if samples:
+        console.print(_side_by_side(samples))
+    for name, numbers in policies.items():
+        console.print(Text(verdict(name, numbers, summary["reference"])), soft_wrap=True)
+
+
+def verdict(name: str, numbers: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """The sentence that matters: at this KL, which share of the reward that can be had."""
+    share = numbers["share_of_attainable"]
+    score, kl = numbers["score"]["mean"], numbers["kl"]["mean"]
+    if share is None:
+        return f"{_called(name)}: score {score:.3f}; no share of the attainable: {numbers['share_note']}"
+    base = reference["score"]["mean"]
+    could = numbers["attainable_score"]["mean"]
+    return (
+        f"{_called(name)}: at KL {kl:.2f} it has {share['mean']:.0%} ({share['low']:.0%} to {share['high']:.0%}) "
+        f"of the reward that can be had: {score - base:+.3f} of {could - base:+.3f} above the reference"
+    )
+
+
+def _called(name: str) -> str:
+    return f"iteration {int(name)}" if name.isdecimal() else name
+
+
+def _number(value: Mapping[str, float] | float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        reach = max(value["high"] - value["mean"], value["mean"] - value["low"])
+        return f"{value['mean']:.{digits}f} ± {reach:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def _side_by_side(samples: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Same prompt, same random numbers", title_justify="left", show_lines=True)
+    for name, ratio in (("prompt", 2), ("reference", 5), ("score", None), ("policy", 5), ("score", None)):
+        table.add_column(name, ratio=ratio, justify="left" if ratio else "right", no_wrap=ratio is None)
+    for row in samples:
+        table.add_row(
+            Text(row["prompt"]),
+            Text(row["ref_response"].strip()),
+            f"{row['ref_score']:.2f}",
+            Text(row["response"].strip()),
+            f"{row['score']:.2f}",
+        )
+    return table

@@ -1,0 +1,102 @@
+"""What a flow does when a guard trips: tell, ask a person, or stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+
+from flows.progress import watcher
+from rlhf_core.contracts.errors import GuardStopError
+from rlhf_core.guards import Finding
+from tasks.guards import Guards
+from tasks.lifecycle import keep_last_good
+
+POLL_S = 10
+"""Seconds between two looks at whether a paused run was resumed."""
+
+
+class Decision(RunInput):
+    """What a person answers in the form of a paused flow run. Resumed without an answer, it goes on."""
+
+    decision: Literal["go on", "stop"] = "go on"
+
+
+def obey(guards: Guards, iteration: int) -> None:
+    """Do what the guards say of a finished iteration: go on, ask a person, or stop.
+
+    Raises: GuardStopError if the run ends here; its last good state is kept.
+    """
+    found = guards.check(iteration)
+    new = [finding.sentence for finding in found if finding.is_new and not finding.acts]
+    if new:
+        watcher().guards_spoke(iteration, new)
+        for sentence in new:
+            get_run_logger().warning(sentence)
+    acting = [finding for finding in found if finding.acts]
+    if not acting:
+        return
+    reason = "a guard's action is stop"
+    if all(finding.action == "pause" for finding in acting):
+        reason = _ask(guards, acting)
+    if not reason:
+        guards.accept()
+        return
+    _stop(guards, acting, reason)
+
+
+def _ask(guards: Guards, acting: Sequence[Finding]) -> str:
+    """Why a person wants the run to stop, or nobody could be asked; empty to go on."""
+    if PREFECT_API_URL.value() is not None:
+        return _ask_on_server(guards, acting)
+    decision = watcher().decide([finding.sentence for finding in acting])
+    if decision is None:
+        return (
+            "nobody could be asked: there is neither a Prefect server that outlives this command (PREFECT_API_URL) "
+            "nor a terminal"
+        )
+    return "" if decision else "a person decided to stop"
+
+
+def _ask_on_server(guards: Guards, acting: Sequence[Finding]) -> str:
+    """Pause the flow run until a person resumes it."""
+    iteration, timeout_s = acting[0].iteration, guards.run.config.guards.pause_timeout_s
+    text = "\n\n".join(finding.sentence for finding in acting)
+    where = flow_run.ui_url or f"flow run {flow_run.id}"
+    watcher().guards_spoke(iteration, [text, f"the run is paused for up to {timeout_s} s; resume it at {where}"])
+    watcher().stage_started(iteration, "paused")
+    get_run_logger().warning("paused for a person's decision: %s", text)
+    form = Decision.with_initial_data(description=f"{text}\n\nThe run folder is `{guards.run.path}`.", decision="go on")
+    key = "-".join(["guards", str(iteration), *(finding.guard.replace("_", "-") for finding in acting)])
+    try:
+        answer = pause_flow_run(wait_for_input=form, timeout=timeout_s, poll_interval=POLL_S, key=key)
+    except FlowPauseTimeout:
+        return f"nobody decided within guards.pause_timeout_s {timeout_s}"
+    return "" if answer is None or answer.decision == "go on" else "a person decided to stop"
+
+
+def _stop(guards: Guards, acting: Sequence[Finding], reason: str) -> None:
+    """Keep the last good state, say why and how to go on, and end the run. Raises GuardStopError."""
+    run_dir, good = str(guards.run.path), guards.last_good()
+    if good is None:
+        kept = "no state of this run satisfies the guards, the initial policy included, so none is kept as good"
+    else:
+        keep_last_good(run_dir, good)
+        kept = f"the last good state, before iteration {good}, is kept in {run_dir}/checkpoints/last_good"
+    names = ", ".join(finding.guard for finding in acting)
+    lines = [
+        *(finding.sentence for finding in acting),
+        f"  the run is stopped: {reason}; {kept}",
+        f"  go on all the same:          rlhf resume {run_dir} --accept-guards",
+        f"  or with another threshold:   rlhf resume {run_dir} --set guards.{acting[0].guard}.threshold=...",
+    ]
+    guards.stop(names)
+    create_markdown_artifact(key="guard-stop", markdown="\n\n".join(line.strip() for line in lines))
+    raise GuardStopError("\n".join(lines))

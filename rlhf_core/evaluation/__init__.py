@@ -1,0 +1,1 @@
+"""A policy against its reference on given prompts: samples, comparison, and the frontier of what is attainable."""

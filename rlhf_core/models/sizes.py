@@ -1,0 +1,134 @@
+"""How large a run's models are, and what memory they need: from their configs, built without memory."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.reward_config import ModelReward
+from rlhf_core.models.adapters import TRAINED, add_adapter, check_adapter, count_adapter, new_adapter
+from rlhf_core.ops.logprobs import CHUNK_ELEMENTS
+
+BYTES = {"float32": 4, "bfloat16": 2}
+TRAINED_BYTES = 16
+"""A trained float32 parameter with its gradient and AdamW's two moments."""
+ACTIVATION_BYTES = 34
+"""Kept for the backward pass by a token in a layer, for each hidden unit (float32)."""
+FROZEN_PARTS = ("reference", "reward models")
+UPDATE_PARTS = ("activations of a micro-batch", "logits held at a time")
+
+
+def empty_model(model_config: Any, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """An architecture on the meta device: shapes without weights."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, auto_class).from_config(model_config)
+
+
+def trained_adapter_size(config: RunConfig, policy: Any) -> int:
+    """Parameters of the adapter that a run trains; 0 without LoRA.
+
+    Args:
+        config: of the run.
+        policy: transformers config of ``policy.model``.
+    Raises: UserError if ``policy.adapter`` or ``policy.lora.target_modules`` does not fit the model.
+    """
+    if not config.policy.uses_lora:
+        return 0
+    model = empty_model(policy)
+    with torch.device("meta"):
+        if config.policy.adapter is not None:
+            return check_adapter(model, config.policy.adapter, "policy.adapter")
+        return count_adapter(add_adapter(model, new_adapter(config.policy.lora, model), TRAINED))
+
+
+def parameter_counts(config: RunConfig, policy: Any, rewards: list[Any]) -> dict[str, int]:
+    """Model -> parameters. A reference on the policy's trunk is not counted again.
+
+    Args:
+        config: of the run.
+        policy: transformers config of the policy.
+        rewards: those of the reward components; None for a component without a model.
+    """
+    counts = {"policy": _count(policy, "AutoModelForCausalLM")}
+    if adapter := trained_adapter_size(config, policy):
+        counts["adapter"] = adapter
+    if config.uses_critic:
+        separate, init = config.policy.critic.kind == "separate", config.policy.critic.init
+        trunk = next(r for r in rewards if r is not None) if separate and init == "reward" else policy
+        counts["critic"] = _count(trunk, "AutoModel") if separate else int(policy.get_text_config().hidden_size) + 1
+    if not config.reference_shares_trunk:
+        counts["reference"] = counts["policy"]
+    for name, reward in zip(config.reward.names, rewards, strict=True):
+        if reward is not None:
+            counts[name] = _count(reward, "AutoModelForSequenceClassification")
+    return counts
+
+
+def memory_parts(config: RunConfig, policy: Any, parameters: dict[str, int], longest_prompt: int) -> dict[str, int]:
+    """What -> bytes, rough upper estimates.
+
+    Args:
+        config: of the run.
+        policy: transformers config of the policy.
+        parameters: of each model.
+        longest_prompt: in tokens.
+    """
+    section, text = config.policy, policy.get_text_config()
+    if section.uses_lora:
+        memory = {
+            "policy's frozen trunk": parameters["policy"] * BYTES[section.dtype],
+            "adapter, gradients, AdamW": parameters["adapter"] * TRAINED_BYTES,
+        }
+    else:
+        memory = {"policy, gradients, AdamW": parameters["policy"] * TRAINED_BYTES}
+    memory["critic, gradients, AdamW"] = parameters.get("critic", 0) * TRAINED_BYTES
+    memory["reference"] = parameters.get("reference", 0) * BYTES[config.reference.dtype or section.dtype]
+    once = {  # components that name the same model share its weights
+        (c.model, c.dtype): parameters[name]
+        for name, c in zip(config.reward.names, config.reward.components, strict=True)
+        if isinstance(c, ModelReward)
+    }
+    memory["reward models"] = sum(count * BYTES[dtype] for (_, dtype), count in once.items())
+    rows = config.ppo.micro_batch_size or config.prompts.batch_size // config.ppo.num_minibatches
+    prompt = min(longest_prompt, 512) if config.prompts.max_len is None else longest_prompt
+    tokens = rows * (prompt + config.generation.max_new_tokens)
+    layers = int(text.num_hidden_layers)
+    per_unit = 4 * layers + ACTIVATION_BYTES if section.gradient_checkpointing else ACTIVATION_BYTES * layers
+    memory["activations of a micro-batch"] = tokens * int(text.hidden_size) * per_unit
+    memory["logits held at a time"] = 4 * min(CHUNK_ELEMENTS, tokens * int(text.vocab_size)) * 2
+    return {name: count for name, count in memory.items() if count}
+
+
+def peak_memory(config: RunConfig, parts: dict[str, int], device: str) -> int:
+    """Bytes on the device at most: frozen models that leave after their stages are not there in an update."""
+    frozen = sum(parts.get(name, 0) for name in FROZEN_PARTS)
+    update = sum(parts.get(name, 0) for name in UPDATE_PARTS)
+    together = frozen + update if _frozen_stay(config, device) else max(frozen, update)
+    return sum(parts.values()) - frozen - update + together
+
+
+def notes(config: RunConfig, device: str) -> list[str]:
+    """What a plan should say beside its numbers."""
+    said: list[str] = []
+    if config.reference_shares_trunk:
+        adapter = config.reference_adapter
+        off = "its adapter switched off" if adapter is None else f"the adapter {adapter!r} in place of its own"
+        said.append(f"the reference is the policy's trunk with {off}: no memory of its own")
+    if config.frozen_models == "cpu" and device == "cpu":
+        said.append("frozen_models cpu changes nothing on a CPU; disk frees the memory of frozen models between stages")
+    elif config.frozen_models != "keep":
+        said.append(f"frozen models leave the device between their stages (frozen_models {config.frozen_models})")
+    return said
+
+
+def _frozen_stay(config: RunConfig, device: str) -> bool:
+    return config.frozen_models == "keep" or (config.frozen_models == "cpu" and device == "cpu")
+
+
+def _count(model_config: Any, auto_class: str) -> int:
+    model = empty_model(model_config, auto_class)
+    return sum(p.numel() for p in cast("torch.nn.Module", model).parameters())

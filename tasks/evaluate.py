@@ -1,0 +1,224 @@
+"""Tasks of an evaluation: what will be evaluated, the samples of each policy in parts, and the results."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from rlhf_core.contracts.artifacts import hash_file
+from rlhf_core.contracts.batches import Prompts, Rollouts
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.evaluation import summary
+from rlhf_core.evaluation.folder import MODEL, REFERENCE, EvaluationFolder, check_free, new_record
+from rlhf_core.evaluation.request import Prepared, Request, check_request, folder_name, prepare
+from rlhf_core.evaluation.samples import draw_part, part_sizes
+from rlhf_core.identity import identity_digest, run_identity
+from rlhf_core.inspection import iteration_rows
+from rlhf_core.models.devices import using_threads
+from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.stages.score_rewards import score_rewards
+from tasks.figures import draw_evaluation
+from tasks.lifecycle import best_checkpoint
+from tasks.resources import Resources
+
+
+@dataclass(frozen=True)
+class PlannedEvaluation:
+    """What an evaluation consists of: references only.
+
+    Example: ``PlannedEvaluation("runs/a/evaluations/b", {"reference": "", "000060": "9f2c…"}, 32, 1024, 48, 48)``
+    """
+
+    folder: str
+    policies: dict[str, str]
+    """Name -> digest of its weights; the reference first."""
+    samples: int
+    reference_samples: int
+    num_prompts: int
+    num_trained_on: int | None
+    """Prompts that stand in the training source too; None where that is not known."""
+
+    @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """(policy, part, samples a prompt), in order."""
+        counts = {name: self.reference_samples if name == REFERENCE else self.samples for name in self.policies}
+        return [(name, i, size) for name, count in counts.items() for i, size in enumerate(part_sizes(count))]
+
+
+def check_evaluation(request: Request, config: RunConfig | None) -> PlannedEvaluation:
+    """What would be evaluated. Writes nothing.
+
+    Args:
+        request: what the user asks.
+        config: of a bare model; for a run, its own one with changes, or None.
+    Raises: UserError with every problem found.
+    """
+    return _plan(request, config)[0]
+
+
+def start_evaluation(request: Request, config: RunConfig | None) -> PlannedEvaluation:
+    """Check everything, then create the folder, or find it again. Nothing is written if anything is wrong.
+
+    Args:
+        request: what the user asks.
+        config: of a bare model; for a run, its own one with changes, or None.
+    Raises: UserError with every problem found.
+    """
+    planned, evaluation, record = _plan(request, config)
+    EvaluationFolder.create(Path(planned.folder), record, evaluation.prompts)
+    evaluation_resources.cache_clear()
+    evaluation_resources(planned.folder).keep_plan(evaluation.plan)
+    return planned
+
+
+@task(task_run_name="draw_samples-{policy}-{part}", cache_policy=NO_CACHE, persist_result=False)
+def draw_samples(folder: str, policy: str, digest: str, part: int, num_samples: int) -> None:
+    """Commit one part of a policy's samples, unless it is there."""
+    there = EvaluationFolder.open(Path(folder))
+    key = there.key(digest, part, num_samples)
+    if there.has(policy, part, key):
+        return
+    kept = evaluation_resources(folder)
+    with using_threads(kept.num_threads):
+        reference = kept.reference
+        model = reference if policy == REFERENCE else _policy(there, kept, policy)
+
+        def score(prompts: Prompts, rollouts: Rollouts) -> Tensor:
+            scores = score_rewards(kept.reward_components, prompts, rollouts, kept.run.config.reward).batch
+            kept.stage_done("score_rewards")
+            return scores.score_B
+
+        samples = draw_part(
+            model,
+            reference,
+            score,
+            kept.tokenizer,
+            there.prompts(),
+            kept.run.config,
+            part=part,
+            num_samples=num_samples,
+        )
+    there.commit(policy, part, samples, key)
+
+
+@task(task_run_name="write_evaluation", cache_policy=NO_CACHE, persist_result=False)
+def write_evaluation(planned: PlannedEvaluation) -> None:
+    """Write samples.arrow, frontier.arrow, evaluation.png and summary.json, from the committed parts."""
+    there = EvaluationFolder.open(Path(planned.folder))
+    prompts = there.prompts()
+    reference = there.samples(REFERENCE, planned.policies[REFERENCE], planned.reference_samples)
+    policies = {
+        name: there.samples(name, digest, planned.samples)
+        for name, digest in planned.policies.items()
+        if name != REFERENCE
+    }
+    rows = summary.frontier_rows(reference)
+    numbers: dict[str, Any] = {
+        "run": None if there.run_dir is None else there.run_dir.resolve().name,
+        "policy_model": there.config.policy.model,
+        "reference_model": there.config.reference_model,
+        "prompts": {
+            "source": there.config.prompts.source,
+            "num_prompts": len(prompts.prompt_ids),
+            "num_trained_on": there.num_trained_on,
+        },
+        "samples": planned.samples,
+        "reference_samples": planned.reference_samples,
+        "reference": summary.description(reference, planned.samples),
+        "policies": {name: summary.comparison(samples, reference) for name, samples in policies.items()},
+        "best_of_n": summary.best_of_n_rows(reference),
+        "trusted_kl": summary.trusted_kl(reference.num_samples),
+    }
+    path = [] if there.run_dir is None else iteration_rows(RunFolder.open(there.run_dir))
+    there.write_results(
+        summary.side_by_side(policies, reference, prompts),
+        summary.frontier_table(rows),
+        numbers,
+        draw_evaluation(numbers, rows, [(row["kl"], row["score"]) for row in path]),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def evaluation_resources(folder: str) -> Resources:
+    """Reference, reward models and tokenizer of an evaluation, loaded at first use; the policy of a bare model."""
+    there = EvaluationFolder.open(Path(folder))
+    return Resources(RunFolder(there.path, there.config, there.identity))
+
+
+def _policy(there: EvaluationFolder, kept: Resources, policy: str) -> LanguageModel:
+    if there.run_dir is None:
+        return kept.trainer(0).actor_critic.policy
+    # resources of its own: the run's may be training, and nothing of a checkpoint stays once its part is drawn
+    return Resources(RunFolder.open(there.run_dir)).trainer(int(policy)).actor_critic.policy
+
+
+def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation, Prepared, dict[str, Any]]:
+    check_request(request)
+    target = Path(request.target)
+    run = RunFolder.open(target) if (target / "run.json").is_file() else None
+    policies = {REFERENCE: ""} | (_checkpoints(run, request) if run else _bare_model(request, config))
+    ours = config or (run.config if run else RunConfig())
+    trained_on = run.config.prompts if run else ours.prompts
+    evaluation = prepare(request, ours, trained_on=trained_on, model=None if run else request.target)
+    identity = run_identity(evaluation.config, evaluation.plan.prompt_set)
+    name = folder_name(evaluation.config.prompts.source, identity_digest(identity))
+    default = run.path / "evaluations" / name if run else Path("evaluations") / f"{target.name}-{name}"
+    folder = Path(request.out) if request.out else default
+    record = new_record(folder, evaluation.config, identity, run.path if run else None, evaluation.num_trained_on)
+    check_free(folder, record)
+    planned = PlannedEvaluation(
+        folder=str(folder),
+        policies=policies,
+        samples=request.samples,
+        reference_samples=request.reference_samples,
+        num_prompts=len(evaluation.prompts.prompt_ids),
+        num_trained_on=evaluation.num_trained_on,
+    )
+    return planned, evaluation, record
+
+
+def _checkpoints(run: RunFolder, request: Request) -> dict[str, str]:
+    """Name and digest of each checkpoint asked for, ascending. Raises UserError if there is none of it."""
+    saved = run.checkpoints()
+    if not saved:
+        raise UserError(
+            f"{run.path} has no checkpoint yet: the first comes after {run.config.checkpoint.every} iterations "
+            "(checkpoint.every)"
+        )
+    best = best_checkpoint(run)
+    assert best is not None
+    chosen = {"newest": saved[-1:], "best": [best], "all": saved}.get(request.checkpoint)
+    if chosen is None:
+        chosen = [int(request.checkpoint)]
+        if chosen[0] not in saved:
+            raise UserError(
+                f"--checkpoint {request.checkpoint} is not kept in {run.path}; there are: {', '.join(map(str, saved))}"
+            )
+    return {f"{i:06d}": hash_file(run.checkpoint_path(i) / "manifest.json") for i in chosen}
+
+
+def _bare_model(request: Request, config: RunConfig | None) -> dict[str, str]:
+    """A bare model as the one policy. Raises UserError if it is neither run nor model, or brings no config."""
+    target = Path(request.target)
+    is_model = (target / "config.json").is_file() or (target / "adapter_config.json").is_file()
+    if target.exists() and not is_model:
+        raise UserError(
+            f"{request.target} is neither a run folder (it has no run.json) nor a model folder (no config.json)"
+        )
+    if not target.exists() and (request.target.startswith((".", "/", "~")) or request.target.count("/") > 1):
+        raise UserError(f"{request.target} does not exist; give a run folder, a model folder or a hub id")
+    if config is None:
+        raise UserError(
+            f"{request.target} is no run folder, so --config is needed: reward, reference and generation come from it"
+        )
+    if request.checkpoint != "newest":
+        raise UserError(f"--checkpoint is {request.checkpoint}, but {request.target} is no run folder: leave it out")
+    return {MODEL: ""}
