@@ -320,7 +320,7 @@ def _send_evaluation(there: EvaluationFolder) -> None:
         step = int(policy) if policy.isdecimal() else 0
         found = evaluation_metrics(values)
         client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in sorted(found.items())])
-    place = f"evaluations/{there.path.resolve().name}"
+    place = "/".join(("evaluations", there.path.resolve().name))
     for file in ("evaluation.png", "summary.json", "frontier.arrow"):
         client.log_artifact(run_id, str(there.path / file), artifact_path=place)
     rows = there.side_by_side(EVALUATION_SAMPLES)

@@ -147,6 +147,9 @@ class PPOConfig(Section):
     """The clipped-surrogate update."""
 
     learning_rate: PositiveFloat = Field(default=1e-5, description="peak learning rate of the policy")
+    embedding_lr_factor: PositiveFloat = Field(
+        default=1.0, description="learning rate of the token embeddings and the output head, over learning_rate"
+    )
     critic_learning_rate: PositiveFloat | None = Field(default=None, description="null: learning_rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="linear", description="decay to 0 over num_iterations"

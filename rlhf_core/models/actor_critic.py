@@ -90,12 +90,14 @@ def initial_critic(config: RunConfig, policy: LanguageModel, device: torch.devic
 
 
 def new_optimizer(actor_critic: ActorCritic, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over policy and critic: one group each, so that each has its own learning rate."""
-    groups: list[dict[str, Any]] = [{"params": [p for _, p in actor_critic.policy_parameters()]}]
-    if critic := actor_critic.critic_parameters():
-        groups.append({"params": [p for _, p in critic]})
+    """AdamW over policy, its embeddings and the critic: a named group each, for a learning rate of its own."""
+    embeddings = actor_critic.policy.embedding_ids()
+    named: dict[str, list[nn.Parameter]] = {"policy": [], "embeddings": [], "critic": []}
+    for _, parameter in actor_critic.policy_parameters():
+        named["embeddings" if id(parameter) in embeddings else "policy"].append(parameter)
+    named["critic"] = [p for _, p in actor_critic.critic_parameters()]
     return torch.optim.AdamW(
-        groups,
+        [{"name": name, "params": parameters} for name, parameters in named.items() if parameters],
         lr=config.ppo.learning_rate,
         betas=(config.ppo.adam_beta1, config.ppo.adam_beta2),
         eps=config.ppo.adam_eps,

@@ -101,6 +101,12 @@ class LanguageModel:
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return Projection(head.weight, head.bias, factor / divisor, None if softcap is None else float(softcap))
 
+    def embedding_ids(self) -> set[int]:
+        """``id`` of the parameters that stand for single tokens: input embeddings and output head, often tied."""
+        model = cast("Any", self.model)
+        modules: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        return {id(parameter) for module in modules for parameter in module.parameters()}
+
     def hidden_states(self, tokens_BL: Tensor) -> Tensor:
         """[B, L, D]: the trunk's output for right-padded rows. Real tokens never see the padding."""
         return self.run_trunk(input_ids=tokens_BL, use_cache=False)

@@ -258,9 +258,13 @@ def _set_learning_rate(trainer: Trainer, config: PPOConfig, iteration: int, num_
         num_iterations=num_iterations,
         warmup_iterations=config.warmup_iterations,
     )
-    peaks = [config.learning_rate, config.critic_learning_rate or config.learning_rate]
-    for group, peak in zip(trainer.optimizer.param_groups, peaks, strict=False):
-        group["lr"] = peak * factor
+    peaks = {
+        "policy": config.learning_rate,
+        "embeddings": config.learning_rate * config.embedding_lr_factor,
+        "critic": config.critic_learning_rate or config.learning_rate,
+    }
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = peaks[group["name"]] * factor
     return config.learning_rate * factor
 
 

@@ -27,7 +27,7 @@ def gradient(config: RunConfig, **changes: Any) -> tuple[torch.Tensor, dict[str,
     bench = Bench.of(config.model_copy(update={"ppo": config.ppo.model_copy(update={"learning_rate": 1.0})}))
     prompts, rollouts, experience = bench.until_experience()
     policy = [p for _, p in bench.trainer.actor_critic.policy_parameters()]
-    bench.trainer.optimizer = torch.optim.SGD(policy, lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    bench.trainer.optimizer = torch.optim.SGD([{"name": "policy", "params": policy}], lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
     before = parameters(bench, "policy.")
     changes = {name: change(experience) if callable(change) else change for name, change in changes.items()}
     result = bench.update(prompts, rollouts, replace(experience, **changes))

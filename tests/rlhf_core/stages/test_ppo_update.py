@@ -30,7 +30,7 @@ def one_step(config: RunConfig) -> tuple[Bench, torch.Tensor, dict[str, float]]:
     bench = Bench.of(config.model_copy(update={"ppo": rate}))
     batch = bench.until_experience()
     parameters = [p for _, p in bench.trainer.actor_critic.named_parameters()]
-    bench.trainer.optimizer = torch.optim.SGD(parameters, lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    bench.trainer.optimizer = torch.optim.SGD([{"name": "policy", "params": parameters}], lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
     before = weights(bench)
     result = bench.update(*batch)
     return bench, weights(bench) - before, dict(result.batch.steps[0])
@@ -153,11 +153,15 @@ def test_the_value_loss_reaches_the_critic_alone_when_it_is_separate(tiny_config
 
 
 def test_learning_rate_follows_its_schedule(tiny_config: Configure) -> None:
-    bench = Bench.of(tiny_config(["ppo.learning_rate=0.003", "ppo.critic_learning_rate=0.03", "num_iterations=3"]))
+    rates = ["ppo.learning_rate=0.003", "ppo.critic_learning_rate=0.03", "ppo.embedding_lr_factor=2"]
+    bench = Bench.of(tiny_config([*rates, "num_iterations=3"]))
     batch = bench.until_experience()
-    rates = [bench.update(*batch, iteration=i).metrics["lr"] if i == 0 else None for i in (0,)]
-    assert rates == [pytest.approx(0.003)]
-    assert [g["lr"] for g in bench.trainer.optimizer.param_groups] == [pytest.approx(0.003), pytest.approx(0.03)]
+    assert bench.update(*batch, iteration=0).metrics["lr"] == pytest.approx(0.003)
+    groups = {group["name"]: group for group in bench.trainer.optimizer.param_groups}
+    found = {name: group["lr"] for name, group in groups.items()}
+    assert found == {"policy": pytest.approx(0.003), "embeddings": pytest.approx(0.006), "critic": pytest.approx(0.03)}
+    tied = bench.trainer.actor_critic.policy.model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    assert [id(p) for p in groups["embeddings"]["params"]] == [id(tied)], "input and output embeddings are one here"
 
 
 def test_truncated_support_keeps_the_ratio_at_one(tiny_config: Configure) -> None:
