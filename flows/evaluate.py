@@ -22,6 +22,7 @@ def evaluate(
     frontier_samples: int = Request.frontier_samples,
     seed: int = Request.seed,
     out: str | None = None,
+    blend: tuple[float, ...] = Request.blend,
     config: RunConfig | None = None,
 ) -> str:
     """Evaluate checkpoints of a run, or a bare model, against the reference.
@@ -30,17 +31,18 @@ def evaluate(
         target: a run folder, or a model folder or hub id.
         prompts: source of held-out prompts; default: the run's own.
         column: of the prompts; default: the run's.
-        checkpoint: newest, best, all, or an iteration.
+        checkpoint: newest, best, last_good, all, or an iteration.
         num_prompts: at most so many, drawn by the seed.
         samples: responses of each policy to each prompt.
         frontier_samples: responses of the reference to each prompt.
         seed: of the evaluation's draws.
         out: folder of the results; default: in the run, or ``evaluations/`` for a bare model.
+        blend: shares of the way from the reference to each policy, evaluated beside it.
         config: of a bare model; for a run, its own one with changes.
     Returns: the folder of the results.
     """
     request = Request(
-        target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out
+        target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out, blend
     )  # fmt: skip
     planned = start_evaluation(request, config)
     for done, (policy, part, size) in enumerate(planned.parts):

@@ -103,12 +103,15 @@ def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequ
         title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     table.add_column("")
-    for name in ("reference", *policies):
+    trained = {name: numbers for name, numbers in policies.items() if numbers["blend"] == 1}
+    for name in ("reference", *trained):
         table.add_column(_called(name), justify="right")
     for key, (label, digits) in ROWS.items():
-        shown = [_number(numbers.get(key), digits) for numbers in (summary["reference"], *policies.values())]
+        shown = [_number(numbers.get(key), digits) for numbers in (summary["reference"], *trained.values())]
         table.add_row(label, *shown)
     console.print(table)
+    if len(trained) < len(policies):
+        console.print(_blends(policies))
     best = [
         {"best of": row["n"], "KL at most": row["kl"], "score": row["score"]["mean"],
          "low": row["score"]["low"], "high": row["score"]["high"]}
@@ -118,7 +121,7 @@ def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequ
         console.print(table_of(best, "Best-of-n of the reference, no training"))
     if samples:
         console.print(_side_by_side(samples))
-    for name, numbers in policies.items():
+    for name, numbers in trained.items():
         console.print(Text(verdict(name, numbers, summary["reference"])), soft_wrap=True)
 
 
@@ -137,7 +140,22 @@ def verdict(name: str, numbers: Mapping[str, Any], reference: Mapping[str, Any])
 
 
 def _called(name: str) -> str:
-    return f"iteration {int(name)}" if name.isdecimal() else name
+    trained, _, share = name.partition("@")
+    called = f"iteration {int(trained)}" if trained.isdecimal() else trained
+    return f"{share} of {called}" if share else called
+
+
+def _blends(policies: Mapping[str, Any]) -> Table:
+    """A row a policy: what lies between the reference and each, in order, then itself."""
+    table = Table(title="Interpolated towards the reference", title_justify="left", header_style="bold",
+                  box=SIMPLE_HEAD, pad_edge=False)  # fmt: skip
+    table.add_column("weights", no_wrap=True)
+    shown = {"kl": "KL, nats", "score": "score", "share_of_attainable": "of the attainable"}
+    for label in shown.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    for name, numbers in policies.items():
+        table.add_row(_called(name), *(_number(numbers[key], ROWS[key][1]) for key in shown))
+    return table
 
 
 def _number(value: Mapping[str, float] | float | None, digits: int) -> str:

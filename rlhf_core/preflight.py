@@ -217,7 +217,7 @@ def _check_critic(config: RunConfig, rewards: list[Any], longest: int) -> None:
 
 def _critic_from_reward(config: RunConfig) -> bool:
     critic = config.policy.critic
-    return config.uses_critic and critic.kind == "separate" and critic.init == "reward"
+    return config.uses_critic and critic.kind == "separate" and config.critic_init == "reward"
 
 
 def _limits(config: RunConfig, policy: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,29 @@ from torch import Tensor
 from rlhf_core.contracts.artifacts import hash_file
 from rlhf_core.contracts.batches import Prompts, Rollouts
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation import summary
-from rlhf_core.evaluation.folder import MODEL, REFERENCE, EvaluationFolder, check_free, new_record
+from rlhf_core.evaluation.folder import (
+    BLENDED,
+    MODEL,
+    REFERENCE,
+    EvaluationFolder,
+    check_free,
+    new_record,
+    split_name,
+)
 from rlhf_core.evaluation.request import Prepared, Request, check_request, folder_name, prepare
 from rlhf_core.evaluation.samples import draw_part, part_sizes
 from rlhf_core.identity import identity_digest, run_identity
 from rlhf_core.inspection import iteration_rows
 from rlhf_core.models.devices import using_threads
+from rlhf_core.models.interpolation import Interpolation
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.stages.score_rewards import score_rewards
 from tasks.figures import draw_evaluation
-from tasks.lifecycle import best_checkpoint
+from tasks.lifecycle import named_checkpoints
 from tasks.resources import Resources
 
 
@@ -133,7 +144,10 @@ def write_evaluation(planned: PlannedEvaluation) -> None:
         "samples": planned.samples,
         "reference_samples": planned.reference_samples,
         "reference": summary.description(reference, planned.samples),
-        "policies": {name: summary.comparison(samples, reference) for name, samples in policies.items()},
+        "policies": {
+            name: summary.comparison(samples, reference) | {"blend": split_name(name)[1]}
+            for name, samples in policies.items()
+        },
         "best_of_n": summary.best_of_n_rows(reference),
         "trusted_kl": summary.trusted_kl(reference.num_samples),
     }
@@ -154,6 +168,10 @@ def evaluation_resources(folder: str) -> Resources:
 
 
 def _policy(there: EvaluationFolder, kept: Resources, policy: str) -> LanguageModel:
+    checkpoint, share = split_name(policy)
+    if share < 1:
+        path = None if there.run_dir is None else RunFolder.open(there.run_dir).checkpoint_path(int(checkpoint))
+        return Interpolation.between(there.config, kept.device, path).at(share)
     if there.run_dir is None:
         return kept.trainer(0).actor_critic.policy
     # resources of its own: the run's may be training, and nothing of a checkpoint stays once its part is drawn
@@ -164,7 +182,8 @@ def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation
     check_request(request)
     target = Path(request.target)
     run = RunFolder.open(target) if (target / "run.json").is_file() else None
-    policies = {REFERENCE: ""} | (_checkpoints(run, request) if run else _bare_model(request, config))
+    evaluated = _checkpoints(run, request) if run else _bare_model(request, config)
+    policies = {REFERENCE: ""} | _with_blends(evaluated, request.blend)
     ours = config or (run.config if run else RunConfig())
     trained_on = run.config.prompts if run else ours.prompts
     evaluation = prepare(request, ours, trained_on=trained_on, model=None if run else request.target)
@@ -187,22 +206,19 @@ def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation
 
 def _checkpoints(run: RunFolder, request: Request) -> dict[str, str]:
     """Name and digest of each checkpoint asked for, ascending. Raises UserError if there is none of it."""
-    saved = run.checkpoints()
-    if not saved:
-        raise UserError(
-            f"{run.path} has no checkpoint yet: the first comes after {run.config.checkpoint.every} iterations "
-            "(checkpoint.every)"
-        )
-    best = best_checkpoint(run)
-    assert best is not None
-    chosen = {"newest": saved[-1:], "best": [best], "all": saved}.get(request.checkpoint)
-    if chosen is None:
-        chosen = [int(request.checkpoint)]
-        if chosen[0] not in saved:
-            raise UserError(
-                f"--checkpoint {request.checkpoint} is not kept in {run.path}; there are: {', '.join(map(str, saved))}"
-            )
+    chosen = named_checkpoints(run, request.checkpoint)
     return {f"{i:06d}": hash_file(run.checkpoint_path(i) / "manifest.json") for i in chosen}
+
+
+def _with_blends(policies: dict[str, str], shares: Sequence[float]) -> dict[str, str]:
+    """Each policy, and before it what lies between the reference and it, ascending."""
+    return {
+        name if share == 1 else f"{name}{BLENDED}{share}": digest
+        if share == 1
+        else digest_json({"policy": digest, "share": share})
+        for name, digest in policies.items()
+        for share in (*sorted(set(shares)), 1.0)
+    }
 
 
 def _bare_model(request: Request, config: RunConfig | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.evaluation.folder import BLENDED, split_name
 
 SMOOTHING = 5
 """Iterations averaged on the training path."""
@@ -86,6 +87,9 @@ def draw_evaluation(
                    [sum(s for _, s in part) / SMOOTHING for part in smooth],
                    color="#7fa3d6", linewidth=1.2, label=f"training, mean of {SMOOTHING} iterations")  # fmt: skip
     found = list(numbers["policies"].items())
+    for i, line in enumerate(blended_lines(numbers)):
+        panel.plot([k for k, _ in line], [s for _, s in line], color="#3a8f5c", linewidth=1.2, linestyle="--",
+                   label="_" * i + "weights interpolated to the reference")  # fmt: skip
     panel.errorbar(
         [p["kl"]["mean"] for _, p in found],
         [p["score"]["mean"] for _, p in found],
@@ -95,7 +99,7 @@ def draw_evaluation(
     )  # fmt: skip
     for name, policy in found:
         share = policy["share_of_attainable"]
-        text = name.lstrip("0") or "0"
+        text = (name.lstrip("0") or "0").replace(BLENDED, " x ")
         text += f": {share['mean']:.0%}" if share else ""
         panel.annotate(text, (policy["kl"]["mean"], policy["score"]["mean"]), xytext=(6, -11),
                        textcoords="offset points", fontsize=8, color="#2458a6")  # fmt: skip
@@ -110,6 +114,15 @@ def draw_evaluation(
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=140)
     return drawn.getvalue()
+
+
+def blended_lines(numbers: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
+    """(KL, score) from the reference over its interpolations to each policy that has any, in order."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, policy in numbers["policies"].items():
+        line = lines.setdefault(split_name(name)[0], [(0.0, numbers["reference"]["score"]["mean"])])
+        line.append((policy["kl"]["mean"], policy["score"]["mean"]))
+    return [line for line in lines.values() if len(line) > 2]
 
 
 def _reach(intervals: Sequence[Mapping[str, float]]) -> list[list[float]]:

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.artifacts import remove_folder
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.errors import DriftError
+from rlhf_core.contracts.errors import DriftError, UserError
 from rlhf_core.contracts.run_folder import RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.checkpoints import save_checkpoint
@@ -104,6 +104,34 @@ def checkpoint_value(run: RunFolder, iteration: int) -> float:
 def best_checkpoint(run: RunFolder) -> int | None:
     """The iteration of the best checkpoint on disk; the later one of equals."""
     return max(run.checkpoints(), key=lambda i: (checkpoint_value(run, i), i), default=None)
+
+
+def named_checkpoints(run: RunFolder, name: str) -> list[int]:
+    """The checkpoints that a command line names, ascending.
+
+    Args:
+        run: that has them.
+        name: newest, best, last_good, all, or an iteration.
+    Raises: UserError if there is none of it.
+    """
+    saved = run.checkpoints()
+    if not saved:
+        raise UserError(
+            f"{run.path} has no checkpoint yet: the first comes after {run.config.checkpoint.every} iterations "
+            "(checkpoint.every)"
+        )
+    best, last_good = best_checkpoint(run), run.last_good
+    assert best is not None
+    if name == "last_good" and last_good is None:
+        raise UserError(f"--checkpoint is last_good, but no guard has stopped {run.path}; choose newest, best or all")
+    chosen = {"newest": saved[-1:], "best": [best], "all": saved, "last_good": [last_good or 0]}.get(name)
+    if chosen is None:
+        if not name.isdecimal():
+            raise UserError(f"--checkpoint is {name!r}; choose newest, best, last_good, all or an iteration")
+        chosen = [int(name)]
+        if chosen[0] not in saved:
+            raise UserError(f"--checkpoint {name} is not kept in {run.path}; there are: {', '.join(map(str, saved))}")
+    return chosen
 
 
 def expired_checkpoints(run: RunFolder) -> list[int]:

@@ -317,6 +317,8 @@ def _send_evaluation(there: EvaluationFolder) -> None:
         run_id = recorded["run_id"]
     now = int(time.time() * 1000)
     for policy, values in numbers["policies"].items():
+        if values["blend"] < 1:  # one policy a step: an interpolation is in the summary and the picture
+            continue
         step = int(policy) if policy.isdecimal() else 0
         found = evaluation_metrics(values)
         client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in sorted(found.items())])

@@ -111,10 +111,11 @@ def tiny_config(tiny: Tiny) -> Callable[[Sequence[str]], RunConfig]:
             "device": "cpu",
             "num_threads": 1,
             "prompts": {"source": str(tiny.prompts), "batch_size": 8},
-            "policy": {"model": str(tiny.policy)},
+            "policy": {"model": str(tiny.policy), "critic": {"init": "policy"}},
             "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
             "generation": {"max_new_tokens": 6},
-            "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3},
+            "shaping": {"gae_lambda": 0.95},
+            "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
             "tracking": {"enabled": False},
         }
         return build_config(tree, overrides)

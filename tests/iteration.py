@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from rlhf_core.contracts.batches import (
     UpdateStatistics,
 )
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.loop_state import Cursor, ScoreMoments
-from rlhf_core.models.checkpoints import Trainer, new_trainer
+from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.models.checkpoints import Trainer, new_trainer, save_checkpoint
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import vocabulary_digest
@@ -130,3 +132,18 @@ class Bench:
             rollouts, self.scores(prompts, rollouts).batch, self.ref_logprobs(prompts, rollouts).batch
         )
         return prompts, rollouts, shaped.batch
+
+
+def run_with_checkpoints(path: Path, config: RunConfig, *iterations: int) -> tuple[RunFolder, Trainer]:
+    """A run folder with checkpoints of a policy that has moved, further each time; and the last trainer."""
+    run = RunFolder.create(path, config, {"num_threads": 1})
+    trainer = new_trainer(config, CPU)
+    tokenizer = preflight(config).tokenizer.tokenizer
+    generator = torch.Generator().manual_seed(0)
+    for iteration in iterations:
+        with torch.no_grad():
+            for _, parameter in trainer.actor_critic.policy_parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        trainer.iteration = iteration
+        save_checkpoint(run.checkpoint_path(iteration), trainer, tokenizer, LoopState(iteration, 0.1))
+    return run, trainer

@@ -273,7 +273,8 @@ def metrics() -> set[str]:
     """Names of metrics, as string literals of the stages and the tracker; ``f"time/{stage}_s"`` is time/<>_s."""
     found: set[str] = set()
     core = ROOT / "rlhf_core"
-    senders = [*(core / "stages").glob("*.py"), core / "evaluation" / "summary.py", ROOT / "tasks" / "tracking.py"]
+    senders = [*(core / "stages").glob("*.py"), core / "evaluation" / "summary.py"]
+    senders += [ROOT / "tasks" / "tracking.py", ROOT / "tasks" / "guards.py"]
     for path in senders:
         tree = parsed(path)
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}

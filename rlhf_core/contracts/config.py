@@ -32,7 +32,7 @@ class PromptsConfig(Section):
     columns: list[str] = Field(default=[], description="more columns, which reward functions get by their names")
     subset: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a `datasets` source")
-    batch_size: Positive = Field(default=64, description="responses an iteration = prompts x samples_per_prompt")
+    batch_size: Positive = Field(default=256, description="responses an iteration = prompts x samples_per_prompt")
     samples_per_prompt: Positive = Field(default=1, description="responses generated for each prompt (k)")
     max_len: Positive | None = Field(
         default=None, description="longest prompt in tokens; null: context length - max_new_tokens"
@@ -126,7 +126,7 @@ class ShapingConfig(Section):
     )
     group_std: bool = Field(default=True, description="group: divide by the std of the prompt's responses")
     gamma: Fraction = Field(default=1.0, description="discount per token")
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(default=0.95, description="λ of gae")
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(default=0.9, description="λ of gae")
     score_normalization: Literal["none", "running", "reference"] = Field(
         default="none",
         description="running: mean and std so far; reference: of the first batch, sampled from the reference",
@@ -148,7 +148,7 @@ class PPOConfig(Section):
 
     learning_rate: PositiveFloat = Field(default=1e-5, description="peak learning rate of the policy")
     embedding_lr_factor: PositiveFloat = Field(
-        default=1.0, description="learning rate of the token embeddings and the output head, over learning_rate"
+        default=3.0, description="learning rate of the token embeddings and the output head, over learning_rate"
     )
     critic_learning_rate: PositiveFloat | None = Field(default=None, description="null: learning_rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -158,7 +158,7 @@ class PPOConfig(Section):
     critic_warmup_iterations: Annotated[int, Field(ge=0)] = Field(
         default=0, description="first iterations that train the critic alone"
     )
-    num_ppo_epochs: Positive = Field(default=4, description="passes over the batch")
+    num_ppo_epochs: Positive = Field(default=1, description="passes over the batch")
     num_minibatches: Positive = Field(default=4, description="optimiser steps in a pass")
     micro_batch_size: Positive | None = Field(
         default=None, description="responses per forward pass (gradient accumulation); null: the whole minibatch"
@@ -263,6 +263,11 @@ class RunConfig(Section):
     def coarsest_dtype(self) -> Dtype:
         """The less exact of the compute types of policy and reference."""
         return "bfloat16" if "bfloat16" in (self.policy.dtype, self.reference.dtype) else "float32"
+
+    @property
+    def critic_init(self) -> Literal["zero", "policy", "reward"]:
+        """What a separate critic starts from."""
+        return self.policy.critic.init or ("policy" if self.reward.first_model is None else "reward")
 
     @property
     def uses_critic(self) -> bool:

@@ -21,10 +21,11 @@ class CriticConfig(Section):
     kind: Literal["shared", "separate"] = Field(
         default="separate", description="shared: a head on the policy's trunk; separate: a model of its own"
     )
-    init: Literal["zero", "policy", "reward"] = Field(
-        default="policy",
-        description="start of a separate critic: the policy's trunk, the first reward model, "
-        "or zero (random trunk); the head starts at zero unless it comes with the reward model",
+    init: Literal["zero", "policy", "reward"] | None = Field(
+        default=None,
+        description="start of a separate critic: the first reward model, the policy's trunk, or zero (random trunk); "
+        "the head starts at zero unless it comes with the reward model; null: reward if a component is a model, "
+        "else policy",
     )
 
 

@@ -4,6 +4,7 @@
     prompts.arrow                   the prompts, schema SAMPLE_PROMPTS
     parts/reference-000.arrow       responses of one policy, 32 a prompt (schema PART), with its commit record .json
     parts/000060-000.arrow          likewise, of the checkpoint before iteration 60; ``model`` for a bare model
+    parts/000060@0.7-000.arrow      likewise, of what lies 0.7 of the way from the reference to it
     samples.arrow                   policy and reference side by side: same prompt, same dice
     frontier.arrow                  what is attainable: one row a β
     summary.json, evaluation.png    the numbers, and the picture
@@ -36,10 +37,12 @@ VERSION: Final = 1
 RECORD: Final = "evaluation.json"
 REFERENCE: Final = "reference"
 MODEL: Final = "model"
+BLENDED: Final = "@"
+"""Between a policy's name and the share of the way from the reference to it, where that is less than 1."""
 
 SIDE_BY_SIDE: Final[pa.Schema] = pa.schema(
     [
-        pa.field("policy", pa.string(), nullable=False),  # 000060: the checkpoint before iteration 60; or model
+        pa.field("policy", pa.string(), nullable=False),  # 000060, 000060@0.7 or model: see above
         pa.field("prompt_id", pa.int64(), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
@@ -177,6 +180,12 @@ class EvaluationFolder:
         if not table.schema.equals(PART):
             raise IntegrityError(f"{path} has another schema than an evaluation's samples")
         return table
+
+
+def split_name(policy: str) -> tuple[str, float]:
+    """The name of what was trained, and the share of the way from the reference to it: 000060@0.7 -> 000060, 0.7."""
+    name, _, share = policy.partition(BLENDED)
+    return name, float(share) if share else 1.0
 
 
 def new_record(

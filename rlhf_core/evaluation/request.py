@@ -41,7 +41,7 @@ class Request:
     """Source of prompts; None: the run's own."""
     column: str | None = None
     checkpoint: str = "newest"
-    """newest | best | all | an iteration; of a run."""
+    """newest | best | last_good | all | an iteration; of a run."""
     num_prompts: int = 64
     """At most so many; drawn from the source by the seed where it has more."""
     samples: int = 32
@@ -50,6 +50,8 @@ class Request:
     """Responses of the reference to each prompt."""
     seed: int = 0
     out: str | None = None
+    blend: tuple[float, ...] = ()
+    """Shares of the way from the reference to each policy, whose interpolations are evaluated beside it."""
 
     @property
     def reference_samples(self) -> int:
@@ -86,10 +88,23 @@ def check_request(request: Request) -> None:
         )
     if not 0 <= request.seed < 2**63:
         problems.append(f"--seed is {request.seed}; it must be in 0 .. 2^63 - 1")
-    if request.checkpoint not in ("newest", "best", "all") and not request.checkpoint.isdecimal():
-        problems.append(f"--checkpoint is {request.checkpoint!r}; choose newest, best, all or an iteration")
+    if request.checkpoint not in ("newest", "best", "last_good", "all") and not request.checkpoint.isdecimal():
+        problems.append(f"--checkpoint is {request.checkpoint!r}; choose newest, best, last_good, all or an iteration")
+    problems += [
+        f"--blend names {share:g}; a share lies between 0 (the reference) and 1 (the policy), evaluated anyway"
+        for share in request.blend
+        if not 0 < share < 1
+    ]
     if problems:
         raise UserError(*problems)
+
+
+def parse_shares(text: str | None) -> tuple[float, ...]:
+    """``0.5,0.7`` as numbers; none of None. Raises UserError if it is anything else."""
+    try:
+        return () if text is None else tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise UserError(f"--blend is {text!r}; give shares between 0 and 1 with commas: 0.5,0.7,0.85") from None
 
 
 def request_config(target: str, config: Path | None, overrides: Sequence[str]) -> RunConfig | None:

@@ -170,25 +170,9 @@ def draw_part(
     Raises: NumericalError if a log-prob or score is not finite.
     Source: definition.
     """
-    rollouts = generate(
-        ActorCritic(policy, None),
-        tokenizer,
-        prompts,
-        config.generation,
-        samples_per_prompt=num_samples,
-        seed=evaluation_seed(config.seed),
-        iteration=part,
-    ).batch
-    kl_B = k3_B = torch.zeros(len(rollouts.texts))
-    if policy is not reference:
-        ref_logprobs_BR = reference_logprobs(
-            reference, prompts, rollouts, config.reference, temperature=config.generation.temperature
-        ).batch.ref_logprobs_BR
-        mask_BR = rollouts.response_mask_BR
-        kl_B, k3_B = (
-            token_kl(rollouts.logprobs_BR, ref_logprobs_BR, mask_BR, estimator=estimator).sum(dim=1)
-            for estimator in ("k1", "k3")
-        )
+    rollouts, kl_B, k3_B = draw_responses(
+        policy, reference, tokenizer, prompts, config, part=part, num_samples=num_samples
+    )
     shape = (len(prompts.prompt_ids), num_samples)
     return Samples(
         prompt_ids=list(prompts.prompt_ids),
@@ -202,6 +186,43 @@ def draw_part(
         k3_QK=k3_B.view(shape),
         entropy_QK=rollouts.entropies_BR.sum(dim=1).view(shape),
     )
+
+
+def draw_responses(
+    policy: LanguageModel,
+    reference: LanguageModel,
+    tokenizer: PolicyTokenizer,
+    prompts: Prompts,
+    config: RunConfig,
+    *,
+    part: int,
+    num_samples: int,
+) -> tuple[Rollouts, Tensor, Tensor]:
+    """Sample and compare with the reference; arguments as in :func:`draw_part`.
+
+    Returns: the responses, and the KL of each by k1 and by k3, summed over its tokens; nats.
+    Raises: NumericalError if a log-prob is not finite.
+    Source: definition.
+    """
+    rollouts = generate(
+        ActorCritic(policy, None),
+        tokenizer,
+        prompts,
+        config.generation,
+        samples_per_prompt=num_samples,
+        seed=evaluation_seed(config.seed),
+        iteration=part,
+    ).batch
+    if policy is reference:
+        return rollouts, torch.zeros(len(rollouts.texts)), torch.zeros(len(rollouts.texts))
+    ref_logprobs_BR = reference_logprobs(
+        reference, prompts, rollouts, config.reference, temperature=config.generation.temperature
+    ).batch.ref_logprobs_BR
+    kl_B, k3_B = (
+        token_kl(rollouts.logprobs_BR, ref_logprobs_BR, rollouts.response_mask_BR, estimator=estimator).sum(dim=1)
+        for estimator in ("k1", "k3")
+    )
+    return rollouts, kl_B, k3_B
 
 
 def evaluation_seed(seed: int) -> int:

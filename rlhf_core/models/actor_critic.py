@@ -80,9 +80,9 @@ def initial_critic(config: RunConfig, policy: LanguageModel, device: torch.devic
     if config.policy.critic.kind == "shared":
         return Critic(ValueHead(policy.hidden_size), None, dtype=dtype).to(device)
     head = ValueHead(policy.hidden_size)
-    if config.policy.critic.init == "reward":
+    if config.critic_init == "reward":
         head, trunk = _from_reward_model(config)
-    elif config.policy.critic.init == "policy":
+    elif config.critic_init == "policy":
         trunk = initial_trunk(config)
     else:
         trunk = _random_trunk(policy, config.seed)

@@ -87,10 +87,10 @@ class Adapters:
                 self.peft_model.set_adapter(TRAINED)
 
     def save(self, folder: Path) -> None:
-        """Write the trained adapter to a new folder as peft does: adapter_config.json, adapter_model.safetensors."""
+        """Write the trained adapter to a folder as peft does: adapter_config.json, adapter_model.safetensors."""
         import peft
 
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         tensors = peft.get_peft_model_state_dict(self.peft_model, adapter_name=TRAINED, save_embedding_layers=False)
         metadata = {"format": "pt"}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS_FILE, metadata)

@@ -45,13 +45,15 @@ def load_reference(
     Args:
         config: of the run.
         device: where it lives.
-        policy: of the run; with LoRA its trunk is the reference's, the trained adapter switched off.
+        policy: of the run; with LoRA its trunk is the reference's, the trained adapter switched off. One whose
+            adapters are merged into its weights shares nothing.
         frozen: models in memory that it may share.
     Raises: UserError if the model or its adapter does not load.
     """
     if config.reference_shares_trunk:
         assert policy is not None, "a reference on the policy's trunk needs the policy"
-        return policy.view(None if config.reference_adapter is None else REFERENCE)
+        if policy.adapters is not None:
+            return policy.view(None if config.reference_adapter is None else REFERENCE)
     name, dtype = config.reference_model, config.reference.dtype or config.policy.dtype
     field = "policy.model" if config.reference.model is None else "reference.model"
     if config.reference_adapter is not None:

@@ -57,7 +57,7 @@ def parameter_counts(config: RunConfig, policy: Any, rewards: list[Any]) -> dict
     if adapter := trained_adapter_size(config, policy):
         counts["adapter"] = adapter
     if config.uses_critic:
-        separate, init = config.policy.critic.kind == "separate", config.policy.critic.init
+        separate, init = config.policy.critic.kind == "separate", config.critic_init
         trunk = next(r for r in rewards if r is not None) if separate and init == "reward" else policy
         counts["critic"] = _count(trunk, "AutoModel") if separate else int(policy.get_text_config().hidden_size) + 1
     if not config.reference_shares_trunk:

@@ -44,7 +44,7 @@ def artifact(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest
         run_dir, request.param, 0, tables[request.param](), key="k", inputs={}, seed=0, identity="i",
         metrics={}, state={}, timing={},
     )  # fmt: skip
-    assert manifest.artifact.rows == (16 if request.param == "ppo_update" else 8)
+    assert manifest.artifact.rows == (4 if request.param == "ppo_update" else 8)
     return run_dir / manifest.artifact.path
 
 
@@ -57,7 +57,7 @@ def test_polars(artifact: Path) -> None:
     import polars
 
     assert polars.read_ipc(artifact).columns == columns_of(artifact)
-    assert polars.scan_ipc(artifact).collect().height in (8, 16)
+    assert polars.scan_ipc(artifact).collect().height in (8, 4)
 
 
 def test_duckdb(artifact: Path) -> None:
@@ -67,7 +67,7 @@ def test_duckdb(artifact: Path) -> None:
     rows = pyarrow.dataset.dataset(artifact, format="ipc")
     found = duckdb.connect().register("artifact", rows).sql("select * from artifact")
     assert found.columns == columns_of(artifact)
-    assert len(found.fetchall()) in (8, 16)
+    assert len(found.fetchall()) in (8, 4)
 
 
 def test_pandas(artifact: Path) -> None:
@@ -75,7 +75,7 @@ def test_pandas(artifact: Path) -> None:
 
     frame = pandas.read_feather(artifact)
     assert list(frame.columns) == columns_of(artifact)
-    assert len(frame) in (8, 16)
+    assert len(frame) in (8, 4)
 
 
 def test_datasets(artifact: Path, tmp_path: Path) -> None:
@@ -83,4 +83,4 @@ def test_datasets(artifact: Path, tmp_path: Path) -> None:
 
     loaded = datasets.load_dataset("arrow", data_files=str(artifact), split="train", cache_dir=str(tmp_path))
     assert loaded.column_names == columns_of(artifact)
-    assert len(loaded) in (8, 16)
+    assert len(loaded) in (8, 4)

@@ -35,7 +35,7 @@ def tree(tiny: Any) -> dict[str, Any]:
         "generation": {"max_new_tokens": 4},
         "kl": {"coef": 0.01},
         "ppo": {"num_ppo_epochs": 2, "num_minibatches": 1, "learning_rate": 3e-3},
-        "checkpoint": {"every": 1, "keep_last": 2},
+        "checkpoint": {"every": 1, "keep_last": 2, "keep_best": False},
     }
 
 
@@ -276,6 +276,26 @@ def test_the_terminal_names_the_share_and_the_files(
     assert "these prompts are among those of training" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_lies_between_is_a_table_and_no_metric_of_its_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, found = mlflow_run(run)
+    before = client.get_metric_history(found.info.run_id, "eval/kl")
+    held_out = ("--prompts", run.parent / f"{ENTRY}.jsonl")
+    assert evaluate(run, *held_out, *FEW, "--blend", "0.75,0.5", "--out", tmp_path / "out") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    policies = EvaluationFolder.open(tmp_path / "out").summary()["policies"]
+    assert list(policies) == ["000003@0.5", "000003@0.75", "000003"]
+    assert "Interpolated towards the reference" in out
+    for name, called in (("000003@0.5", "0.5 of iteration 3"), ("000003@0.75", "0.75 of iteration 3")):
+        assert f"{called} {policies[name]['kl']['mean']:.2f} ± " in out
+    assert "0.5 of iteration 3: " not in out, "one verdict"
+    parts = {p.name for p in (tmp_path / "out/parts").glob("0*.arrow")}
+    assert parts == {"000003@0.5-000.arrow", "000003@0.75-000.arrow", "000003-000.arrow"}
+    sent = client.get_metric_history(found.info.run_id, "eval/kl")[len(before) :]
+    assert [(m.step, m.value) for m in sent] == [(3, pytest.approx(policies["000003"]["kl"]["mean"]))]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -285,7 +305,10 @@ def test_the_terminal_names_the_share_and_the_files(
         (["{run}", "--samples", "0"], "--samples is 0; at least 1 response a prompt is needed"),
         (["{run}", "--frontier-samples", "5"], "--frontier-samples is 5; a frontier needs at least 20"),
         (["{run}", "--checkpoint", "1"], "--checkpoint 1 is not kept in {run}; there are: 2, 3"),
-        (["{run}", "--checkpoint", "last"], "--checkpoint is 'last'; choose newest, best, all or an iteration"),
+        (["{run}", "--checkpoint", "last"], "--checkpoint is 'last'; choose newest, best, last_good, all"),
+        (["{run}", "--checkpoint", "last_good"], "--checkpoint is last_good, but no guard has stopped {run}"),
+        (["{run}", "--blend", "0.5;0.7"], "--blend is '0.5;0.7'; give shares between 0 and 1 with commas: 0.5,0.7"),
+        (["{run}", "--blend", "0.5,1"], "--blend names 1; a share lies between 0 (the reference) and 1 (the policy)"),
         (["{run}", "--prompts", "gone.jsonl"], "--prompts 'gone.jsonl' does not exist"),
         (["{run}", "--prompts", "nothing.jsonl"], "--prompts 'nothing.jsonl' holds no rows"),
         (["{run}", "--config", "own.yaml"], "--config own.yaml is for a bare model; {run} is a run"),

@@ -31,7 +31,14 @@ TREE: dict[str, Any] = {
     "device": "cpu",
     "num_threads": 1,
     "generation": {"max_new_tokens": 6},
-    "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 4e-3, "warmup_iterations": 4},
+    "ppo": {
+        "num_ppo_epochs": 2,
+        "num_minibatches": 2,
+        "learning_rate": 4e-3,
+        "warmup_iterations": 4,
+        "embedding_lr_factor": 1.0,
+    },
+    "shaping": {"gae_lambda": 0.95},
     "checkpoint": {"every": 2, "keep_last": 1, "keep_best": False},
     "guards": {"kl_ceiling": {"threshold": THRESHOLD, "action": "stop"}},
 }

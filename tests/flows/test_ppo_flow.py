@@ -52,7 +52,8 @@ def tree(tiny: Any) -> dict[str, Any]:
         "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
         "generation": {"max_new_tokens": 6},
         "kl": {"horizon": 50.0, "target": 0.5},
-        "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3},
+        "shaping": {"gae_lambda": 0.95},
+        "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
         "checkpoint": {"every": 2},
         "tracking": {"enabled": False},
     }

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from iteration import CPU
+from iteration import CPU, run_with_checkpoints
 from tolerances import F32_MODEL
 from torch.testing import assert_close
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.loop_state import LoopState
-from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.request import Request
-from rlhf_core.models.checkpoints import Trainer, new_trainer, save_checkpoint
-from rlhf_core.preflight import preflight
+from rlhf_core.models.checkpoints import new_trainer
+from tasks.blend import blend
 from tasks.evaluate import PlannedEvaluation, check_evaluation, draw_samples, start_evaluation, write_evaluation
+from tasks.figures import blended_lines
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 SIZES: dict[str, Any] = {"num_prompts": 4, "samples": 3, "frontier_samples": 40}
@@ -31,21 +30,6 @@ KINDS = {
     "a merged adapter": ("policy.lora.rank=4", "policy.lora.save=merged"),
     "the reward model on disk": ("frozen_models=disk",),
 }
-
-
-def run_with_checkpoints(path: Path, config: RunConfig, *iterations: int) -> tuple[RunFolder, Trainer]:
-    """A run folder with checkpoints of a policy that has moved, further each time; and the last trainer."""
-    run = RunFolder.create(path, config, {"num_threads": 1})
-    trainer = new_trainer(config, CPU)
-    tokenizer = preflight(config).tokenizer.tokenizer
-    generator = torch.Generator().manual_seed(0)
-    for iteration in iterations:
-        with torch.no_grad():
-            for _, parameter in trainer.actor_critic.policy_parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        trainer.iteration = iteration
-        save_checkpoint(run.checkpoint_path(iteration), trainer, tokenizer, LoopState(iteration, 0.1))
-    return run, trainer
 
 
 def evaluated(request: Request, config: RunConfig | None = None) -> tuple[PlannedEvaluation, EvaluationFolder]:
@@ -98,7 +82,7 @@ def test_checkpoints_are_chosen_by_name(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = run_with_checkpoints(tmp_path / "run", tiny_config(["policy.critic.kind=shared"]), 1, 2, 3)
-    monkeypatch.setattr("tasks.evaluate.best_checkpoint", lambda run: 2)
+    monkeypatch.setattr("tasks.lifecycle.best_checkpoint", lambda run: 2)
 
     def chosen(checkpoint: str) -> list[str]:
         planned = check_evaluation(Request(str(run.path), checkpoint=checkpoint, **SIZES), None)
@@ -107,6 +91,8 @@ def test_checkpoints_are_chosen_by_name(
     assert chosen("newest") == ["000003"]
     assert chosen("best") == ["000002"]
     assert chosen("1") == ["000001"]
+    run.keep_as_last_good(1)
+    assert chosen("last_good") == ["000001"]
     assert chosen("all") == ["000001", "000002", "000003"]
     with pytest.raises(UserError, match=r"--checkpoint 4 is not kept in .*; there are: 1, 2, 3"):
         chosen("4")
@@ -136,3 +122,32 @@ def test_reward_functions_score_with_the_columns_of_the_prompts(tiny_config: Mak
     planned, there = evaluated(Request(str(run.path), **SIZES))
     samples = there.samples("000001", planned.policies["000001"], 3)
     assert len(set(samples.score_QK.flatten().tolist())) > 1
+
+
+def test_what_lies_between_the_reference_and_a_checkpoint_is_evaluated_beside_it(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(["policy.critic.kind=shared"])
+    run, _ = run_with_checkpoints(tmp_path / "run", config, 1)
+    request = Request(str(run.path), blend=(0.8, 0.2, 0.8), **SIZES)
+    planned, there = evaluated(request)
+    assert list(planned.policies) == ["reference", "000001@0.2", "000001@0.8", "000001"]
+    assert len(set(planned.policies.values())) == 4, "each a digest of its own"
+    policies = there.summary()["policies"]
+    assert [numbers["blend"] for numbers in policies.values()] == [0.2, 0.8, 1.0]
+    k3 = [numbers["k3"]["mean"] for numbers in policies.values()]
+    assert 0 < k3[0] < k3[2] / 4
+    blend(str(run.path), str(tmp_path / "out2"), share=0.2, kl=None)
+    _, bare = evaluated(Request(str(tmp_path / "out2"), out=str(tmp_path / "bare"), **SIZES), config)
+    expected, found = bare.samples("model", "", 3), there.samples("000001@0.2", planned.policies["000001@0.2"], 3)
+    assert found.texts == expected.texts
+    assert torch.equal(found.kl_QK, expected.kl_QK)
+    _, of_bare = evaluated(
+        Request(str(run.checkpoint_path(1) / "policy"), out=str(tmp_path / "bare2"), blend=(0.2,), **SIZES), config
+    )
+    assert of_bare.summary()["policies"]["model@0.2"]["kl"] == policies["000001@0.2"]["kl"]
+    (line,) = blended_lines(there.summary())
+    assert line[0] == (0.0, there.summary()["reference"]["score"]["mean"])
+    assert line[1:] == [(p["kl"]["mean"], p["score"]["mean"]) for p in policies.values()]
+    plain = {"reference": there.summary()["reference"], "policies": {"000001": policies["000001"]}}
+    assert blended_lines(plain) == [], "a checkpoint alone has no line"

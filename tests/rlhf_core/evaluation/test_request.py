@@ -47,7 +47,7 @@ def prepared(config: RunConfig, request: Request, **changes: Any) -> Prepared:
         ({"frontier_samples": 19}, "--frontier-samples is 19; a frontier needs at least 20 responses"),
         ({"num_prompts": 1}, "--num-prompts is 1; confidence intervals are over prompts"),
         ({"seed": -1}, "--seed is -1"),
-        ({"checkpoint": "oldest"}, "--checkpoint is 'oldest'; choose newest, best, all or an iteration"),
+        ({"checkpoint": "oldest"}, "--checkpoint is 'oldest'; choose newest, best, last_good, all or"),
         ({"checkpoint": "-3"}, "--checkpoint is '-3'"),
     ],
 )
