@@ -15,11 +15,9 @@ from tasks.text_world import prepare_text_world
 
 SETTINGS = {
     "num_iterations": 40,
-    "prompts": {"batch_size": 64},
     "generation": {"max_new_tokens": 32},
-    "policy": {"critic": {"kind": "shared"}},
-    "kl": {"coef": 0.3, "controller": "adaptive", "target": 4.0, "horizon": 120},
-    "ppo": {"learning_rate": 3e-4, "lr_schedule": "linear", "warmup_iterations": 3},
+    "kl": {"coef": 0.2, "controller": "log_pi", "target": 4.0},
+    "ppo": {"learning_rate": 6e-4, "warmup_iterations": 3},
     "checkpoint": {"every": 20},
 }
 """What the quickstart sets; everything else is the default."""
@@ -52,8 +50,8 @@ def quickstart_config(folder: Path, console: Console) -> RunConfig:
         highlight=False,
     )
     paths = {
-        "prompts": {**SETTINGS["prompts"], "source": str(world.prompts)},
-        "policy": {**SETTINGS["policy"], "model": str(world.policy)},
+        "prompts": {"source": str(world.prompts)},
+        "policy": {"model": str(world.policy)},
         "reward": {"components": [{"kind": "model", "name": "taste", "model": str(world.reward)}]},
     }
     return build_config({**SETTINGS, **paths})
