@@ -1,13 +1,11 @@
 """Writes the README's tables of knobs from the config tree, between the two marks.
 
-python docs/knob_tables.py           rewrites README.md
-python docs/knob_tables.py --check   says whether it is up to date (exit code 1 where not)
+python docs/knob_tables.py
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,17 +80,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [m for part in get_args(annotation) for m in _models(part)] if is_container else []
 
 
-def main() -> int:
-    """Write, or check."""
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    fresh = f"{head}{BEGIN}\n{tables()}{END}{tail}"
-    if "--check" in sys.argv:
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
-    return 0
+def rewritten() -> str:
+    """The README with fresh tables."""
+    head, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    return f"{head}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    README.write_text(rewritten(), encoding="utf-8")

@@ -6,6 +6,7 @@ Everything here is read from the source text: nothing is imported but the contra
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
@@ -263,6 +264,18 @@ class TestReadme:
         explained = {name for name in quoted if METRIC.fullmatch(name) and name.split("/")[0] in groups}
         assert sorted(metrics() - quoted) == [], "not explained"
         assert sorted(explained - metrics()) == [], "explained, but nothing sends it"
+
+    def test_its_tables_list_each_knob(self) -> None:
+        """As docs/knob_tables.py writes them from the config."""
+        spec = importlib.util.spec_from_file_location("knob_tables", ROOT / "docs" / "knob_tables.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.rewritten() == README.read_text(encoding="utf-8"), "run `python docs/knob_tables.py`"
+        listed = set(re.findall(r"^\| `([^`]+)` \|", module.tables(), re.MULTILINE))
+        plain = {re.sub(r"\.N\([a-z]+\)", "", name) for name in listed}
+        assert {name for name, _ in knobs(RunConfig)} == plain
 
     def test_names_every_room(self, readme: str) -> None:
         rooms = {p.parent.name for p in SOURCES if p.name == "__init__.py"}
