@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def print_result(
     if rows:
         console.print(_first_to_last(rows, kl_target))
     if samples:
-        console.print(_before_and_after(samples))
+        names = ("prompt", "before", "score_before", "after", "score_after")
+        pairs = (tuple(sample[name] for name in names) for sample in samples)
+        console.print(side_by_side("Before and after: same prompts, same random numbers", ("before", "after"), pairs))
     console.print("Next", style="italic")
     for what, command in next_commands(run_dir, tracking_uri).items():
         console.print(f"[bold]{what}[/]:", highlight=False)
@@ -192,21 +194,16 @@ def _first_to_last(rows: Sequence[Mapping[str, Any]], kl_target: float | None) -
     return table
 
 
-def _before_and_after(samples: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="Before and after: same prompts, same random numbers", title_justify="left", show_lines=True)
+def side_by_side(title: str, names: tuple[str, str], rows: Iterable[tuple[Any, ...]]) -> Table:
+    """Two responses to each prompt with their scores: (prompt, first, its score, second, its score)."""
+    table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("prompt", style="bold", ratio=2)
-    table.add_column("before", ratio=5)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("after", ratio=5)
-    table.add_column("score", justify="right", no_wrap=True)
-    for row in samples:
-        table.add_row(
-            Text(row["prompt"]),
-            Text(row["before"].strip()),
-            f"{row['score_before']:.2f}",
-            Text(row["after"].strip()),
-            f"{row['score_after']:.2f}",
-        )
+    for name in names:
+        table.add_column(name, ratio=5)
+        table.add_column("score", justify="right", no_wrap=True)
+    for prompt, first, first_score, second, second_score in rows:
+        scores = (f"{first_score:.2f}", f"{second_score:.2f}")
+        table.add_row(Text(prompt), Text(first.strip()), scores[0], Text(second.strip()), scores[1])
     return table
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from flows.display import table_of
+from flows.display import side_by_side, table_of
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
 
@@ -120,7 +120,9 @@ def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequ
     if best:
         console.print(table_of(best, "Best-of-n of the reference, no training"))
     if samples:
-        console.print(_side_by_side(samples))
+        names = ("prompt", "ref_response", "ref_score", "response", "score")
+        pairs = (tuple(sample[name] for name in names) for sample in samples)
+        console.print(side_by_side("Same prompt, same random numbers", ("reference", "policy"), pairs))
     for name, numbers in trained.items():
         console.print(Text(verdict(name, numbers, summary["reference"])), soft_wrap=True)
 
@@ -165,18 +167,3 @@ def _number(value: Mapping[str, float] | float | None, digits: int) -> str:
         reach = max(value["high"] - value["mean"], value["mean"] - value["low"])
         return f"{value['mean']:.{digits}f} ± {reach:.{digits}f}"
     return f"{value:.{digits}f}"
-
-
-def _side_by_side(samples: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="Same prompt, same random numbers", title_justify="left", show_lines=True)
-    for name, ratio in (("prompt", 2), ("reference", 5), ("score", None), ("policy", 5), ("score", None)):
-        table.add_column(name, ratio=ratio, justify="left" if ratio else "right", no_wrap=ratio is None)
-    for row in samples:
-        table.add_row(
-            Text(row["prompt"]),
-            Text(row["ref_response"].strip()),
-            f"{row['ref_score']:.2f}",
-            Text(row["response"].strip()),
-            f"{row['score']:.2f}",
-        )
-    return table
