@@ -211,7 +211,7 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
         str(run_dir),
         iteration_rows(folder),
         before_and_after(folder),
-        kl_target=config.kl.target if config.kl.controller == "adaptive" else None,
+        kl_target=config.kl.held_at,
         tracking_uri=tracking_uri(folder),
     )
 

@@ -40,7 +40,7 @@ def draw_run(run: RunFolder, path: Path) -> bool:
         panel.set_ylabel(unit)
         panel.grid(visible=True, alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    if run.config.kl.controller == "adaptive":
+    if run.config.kl.held_at is not None:
         panels[1].axhline(run.config.kl.target, color="#c0392b", linestyle="--", linewidth=1, label="target")
         panels[1].legend(frameon=False)
     panels[1].set_ylim(bottom=min(0.0, *(m.metrics["objective/kl"] for m in shaped)))

@@ -104,6 +104,11 @@ class KLConfig(Section):
     )
     estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="form of the penalty; k1 and k3 are logged")
 
+    @property
+    def held_at(self) -> float | None:
+        """The KL that the controller holds; None where β is fixed."""
+        return None if self.controller == "fixed" else self.target
+
     @model_validator(mode="after")
     def _beta_can_move(self) -> Self:
         if self.controller != "fixed" and self.coef == 0:
