@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config import KLConfig, RunConfig
 from rlhf_core.contracts.config_io import build_config, flat_params
 from rlhf_core.contracts.errors import UserError
 
@@ -296,3 +296,19 @@ def test_what_the_tree_derives() -> None:
     assert config.coarsest_dtype == "float32"
     estimators = {e: build_config({"shaping": {"estimator": e}}).uses_critic for e in ("gae", "value", "reward")}
     assert estimators == {"gae": True, "value": True, "reward": False}
+
+
+def test_a_controller_holds_its_target_and_a_fixed_beta_none() -> None:
+    held = {name: KLConfig(controller=name, target=4.0).held_at for name in ("fixed", "adaptive", "log_pi")}
+    assert held == {"fixed": None, "adaptive": 4.0, "log_pi": 4.0}
+
+
+def test_the_critic_starts_as_the_reward_model_where_there_is_one() -> None:
+    def init(**tree: Any) -> str:
+        return build_config(tree).critic_init
+
+    function = {"components": [{"kind": "function", "function": "length"}]}
+    model = {"components": [{"kind": "function", "function": "length"}, {"kind": "model", "model": "r"}]}
+    assert init(reward=model) == "reward"
+    assert init(reward=function) == "policy"
+    assert init(reward=model, policy={"critic": {"init": "zero"}}) == "zero"
