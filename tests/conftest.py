@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
+from iteration import tiny_tree
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
@@ -105,20 +106,7 @@ def tiny_config(tiny: Tiny) -> Callable[[Sequence[str]], RunConfig]:
     """A function from ``a.b=c`` overrides to the config of a three-iteration run on the tiny world."""
 
     def make(overrides: Sequence[str] = ()) -> RunConfig:
-        tree = {
-            "seed": 7,
-            "num_iterations": 3,
-            "device": "cpu",
-            "num_threads": 1,
-            "prompts": {"source": str(tiny.prompts), "batch_size": 8},
-            "policy": {"model": str(tiny.policy), "critic": {"init": "policy"}},
-            "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
-            "generation": {"max_new_tokens": 6},
-            "shaping": {"gae_lambda": 0.95},
-            "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
-            "tracking": {"enabled": False},
-        }
-        return build_config(tree, overrides)
+        return build_config(tiny_tree(tiny), overrides)
 
     return make
 

@@ -38,6 +38,23 @@ CPU = torch.device("cpu")
 START = Cursor()
 
 
+def tiny_tree(tiny: Any) -> dict[str, Any]:
+    """The config of a three-iteration run on the tiny world, as a tree: every test's starting point."""
+    return {
+        "seed": 7,
+        "num_iterations": 3,
+        "device": "cpu",
+        "num_threads": 1,
+        "prompts": {"source": str(tiny.prompts), "batch_size": 8},
+        "policy": {"model": str(tiny.policy), "critic": {"init": "policy"}},
+        "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
+        "generation": {"max_new_tokens": 6},
+        "shaping": {"gae_lambda": 0.95},
+        "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
+        "tracking": {"enabled": False},
+    }
+
+
 @dataclass
 class Bench:
     """A config with its models in memory."""

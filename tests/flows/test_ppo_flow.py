@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from iteration import tiny_tree
 
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
@@ -42,20 +43,10 @@ def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory, prefect_server
 
 
 def tree(tiny: Any) -> dict[str, Any]:
-    return {
-        "seed": 7,
-        "num_iterations": 3,
-        "device": "cpu",
-        "num_threads": 1,
-        "prompts": {"source": str(tiny.prompts), "batch_size": 8},
+    return tiny_tree(tiny) | {
         "policy": {"model": str(tiny.policy), "critic": {"init": "reward"}},
-        "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
-        "generation": {"max_new_tokens": 6},
         "kl": {"horizon": 50.0, "target": 0.5},
-        "shaping": {"gae_lambda": 0.95},
-        "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
         "checkpoint": {"every": 2},
-        "tracking": {"enabled": False},
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import save_sft_adapter
+from iteration import tiny_tree
 
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import DriftError
@@ -43,19 +44,9 @@ def sft(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(tiny: Any) -> dict[str, Any]:
-    return {
-        "seed": 7,
-        "num_iterations": 3,
-        "device": "cpu",
-        "num_threads": 1,
-        "prompts": {"source": str(tiny.prompts), "batch_size": 8},
+    return tiny_tree(tiny) | {
         "policy": {"model": str(tiny.policy), "critic": {"kind": "shared"}},
-        "reward": {"components": [{"kind": "model", "model": str(tiny.reward)}]},
-        "generation": {"max_new_tokens": 6},
-        "shaping": {"gae_lambda": 0.95},
-        "ppo": {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0},
         "checkpoint": {"every": 2},
-        "tracking": {"enabled": False},
     }
 
 
