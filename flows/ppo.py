@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.calling import call, call_both
 from flows.guarding import obey
 from flows.links import link_to_tracker, this_flow_run
 from flows.progress import watcher
@@ -78,14 +79,14 @@ def iterate(run_dir: str) -> str:
         try:
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
-                save_due_checkpoint(run_dir, iteration)
+                call(save_due_checkpoint, run_dir, iteration)
                 train_iteration(run_dir, iteration)
                 guards.check(iteration)
                 tracker.iteration_done(iteration)
                 watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
             obey(guards, run.config.num_iterations - 1)
-            save_due_checkpoint(run_dir, run.config.num_iterations)
-            write_report(run_dir)
+            call(save_due_checkpoint, run_dir, run.config.num_iterations)
+            call(write_report, run_dir)
         finally:
             tracker.close()
         link_to_tracker(tracker.page, tracker.uri, tracker.run_id)
@@ -96,14 +97,13 @@ def train_iteration(run_dir: str, iteration: int) -> None:
     """One iteration: six tasks; the two that do not depend on each other run side by side."""
     saw = watcher().stage_started
     saw(iteration, "sample_prompts")
-    prompts = sample_prompts(run_dir, iteration)
+    prompts = call(sample_prompts, run_dir, iteration)
     saw(iteration, "generate")
-    rollouts = generate(run_dir, iteration, prompts)
+    rollouts = call(generate, run_dir, iteration, prompts)
     saw(iteration, "score_rewards")
-    scoring = score_rewards.submit(run_dir, iteration, prompts, rollouts)
-    reference = reference_logprobs.submit(run_dir, iteration, prompts, rollouts)
-    scores, ref_logprobs = scoring.result(), reference.result()
+    responses = (run_dir, iteration, prompts, rollouts)
+    scores, ref_logprobs = call_both((score_rewards, responses), (reference_logprobs, responses))
     saw(iteration, "shape_rewards")
-    experience = shape_rewards(run_dir, iteration, prompts, rollouts, scores, ref_logprobs)
+    experience = call(shape_rewards, run_dir, iteration, prompts, rollouts, scores, ref_logprobs)
     saw(iteration, "ppo_update")
-    ppo_update(run_dir, iteration, prompts, rollouts, experience)
+    call(ppo_update, run_dir, iteration, prompts, rollouts, experience)

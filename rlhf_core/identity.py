@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import torch
 
-from rlhf_core.contracts.artifacts import hash_file
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest, digest_json
+from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
 from rlhf_core.prompts.sources import PromptSet

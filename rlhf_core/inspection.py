@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.contracts.artifacts import Manifest, read_artifact, read_json
+from rlhf_core.contracts.artifacts import Manifest, read_artifact
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.records import read_json
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.models.tokenizers import load_tokenizer

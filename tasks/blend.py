@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_core.contracts.artifacts import check_folder, hash_file, write_file, write_folder
+from rlhf_core.contracts.artifacts import check_folder, commit_folder
 from rlhf_core.contracts.config_io import canonical_json
+from rlhf_core.contracts.durable import hash_file, write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.blending import NUM_PROMPTS, NUM_SAMPLES, kl_to_reference, share_at_kl
@@ -127,4 +128,4 @@ def _write(
         tokenizer.save_pretrained(folder)
         write_file(folder / RECORD, canonical_json(record) + b"\n")
 
-    write_folder(out, fill)
+    commit_folder(out, fill, {})

@@ -12,10 +12,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
-from rlhf_core.contracts.artifacts import hash_file
 from rlhf_core.contracts.batches import Prompts, Rollouts
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import digest_json
+from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation import summary

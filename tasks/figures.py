@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import BLENDED, split_name
 
@@ -46,7 +47,9 @@ def draw_run(run: RunFolder, path: Path) -> bool:
     panels[1].set_ylim(bottom=min(0.0, *(m.metrics["objective/kl"] for m in shaped)))
     panels[2].set_ylim(bottom=0.0)
     figure.suptitle(run.path.name, x=0.01, ha="left", fontsize=10, color="#555555")
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
+    write_file(path, drawn.getvalue())
     return True
 
 

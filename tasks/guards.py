@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from rlhf_core.contracts.artifacts import read_json, write_file
-from rlhf_core.contracts.config_io import build_config, canonical_json
+from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.guards import Finding, Metrics, findings, last_good
 from tasks.resources import resources
@@ -40,14 +40,14 @@ class GuardRecord:
         if not path.is_file():
             return cls()
         try:
-            return cls(**read_json(path.read_bytes(), origin=str(path)))
+            return cls(**read_record(path))
         except TypeError:
             raise IntegrityError(f"{path} is not the record of a run's guards") from None
 
     def write(self, run: RunFolder) -> None:
         """Put it on disk, unless it stands there."""
         if self != GuardRecord.of(run):
-            write_file(run.path / FILE, canonical_json(asdict(self)) + b"\n")
+            write_record(run.path / FILE, asdict(self))
 
 
 class Guards:

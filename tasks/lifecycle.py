@@ -7,8 +7,8 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from rlhf_core.contracts.artifacts import remove_folder
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.durable import remove_folder
 from rlhf_core.contracts.errors import DriftError, UserError
 from rlhf_core.contracts.run_folder import RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
@@ -80,6 +80,7 @@ def _save(kept: Resources, iteration: int) -> None:
             kept.trainer(iteration),
             kept.tokenizer.tokenizer,
             kept.run.state_before(iteration),
+            identity=kept.identity,
             merge_adapter=kept.run.config.policy.lora.save == "merged",
         )
 

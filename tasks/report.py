@@ -8,9 +8,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from rlhf_core.contracts.artifacts import write_file
 from rlhf_core.contracts.batches import Prompts
 from rlhf_core.contracts.config_io import canonical_json
+from rlhf_core.contracts.durable import write_file
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.contracts.artifacts import write_file
-from rlhf_core.contracts.config_io import canonical_json, config_digest, config_template, digest_json, flat_params
+from rlhf_core.contracts.config_io import config_digest, config_template, digest_json, flat_params
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.summary import metrics as evaluation_metrics
@@ -192,9 +192,7 @@ class _Sender:
         created = self.client.create_run(experiment_id, run_name=tracking.run_name or self.run.path.name, tags=tags)
         run_id: str = created.info.run_id
         self._describe(run_id)
-        write_file(
-            self.run.path / "mlflow.json", canonical_json({"run_id": run_id, "experiment_id": experiment_id}) + b"\n"
-        )
+        write_record(self.run.path / "mlflow.json", {"run_id": run_id, "experiment_id": experiment_id})
         return run_id
 
     def _describe(self, run_id: str) -> None:
@@ -299,7 +297,7 @@ def _send_evaluation(there: EvaluationFolder) -> None:
 
     run = RunFolder.open(there.run_dir) if there.run_dir else RunFolder(there.path, there.config, there.identity)
     uri, numbers, sent = tracking_uri(run), there.summary(), there.path / "mlflow.json"
-    before = json.loads(sent.read_text()) if sent.is_file() else {}
+    before = read_record(sent) if sent.is_file() else {}
     result = digest_json({"uri": uri, "numbers": numbers})
     if before.get("result") == result:
         return
@@ -329,7 +327,7 @@ def _send_evaluation(there: EvaluationFolder) -> None:
     client.log_table(run_id, {k: [row[k] for row in rows] for k in rows[0]}, f"{place}/samples-{result[:8]}.json")
     if there.run_dir is None:
         client.set_terminated(run_id, "FINISHED")
-    write_file(sent, canonical_json({"run_id": run_id, "result": result}) + b"\n")
+    write_record(sent, {"run_id": run_id, "result": result})
 
 
 def _experiment(client: Any, run: RunFolder) -> str:
@@ -349,7 +347,7 @@ def _experiment(client: Any, run: RunFolder) -> str:
 
 def _recorded(run: RunFolder) -> dict[str, str] | None:
     path = run.path / "mlflow.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_record(path) if path.is_file() else None
 
 
 def _make_default(uri: str) -> None:

@@ -1,9 +1,8 @@
-"""The only module that reads and writes the files of a run.
+"""What a run keeps: one Arrow file a stage with its commit record, and folders that commit themselves.
 
-A write is: temporary file in the same folder -> write -> flush -> fsync -> sha256 -> rename -> fsync of the
-folder. A stage is committed by one rename: that of its manifest, written after its artifact. A reader takes
-the manifest first, compares the sha256 before it parses a byte, then the exact schema, then every value
-(``validate(full=True)``).
+A stage is committed by one rename: that of its manifest, written after its artifact. A reader takes the manifest
+first, checks its seal, compares the sha256 before it parses a byte, then the exact schema, then every value
+(``validate(full=True)``). Writing itself is :mod:`rlhf_core.contracts.durable`.
 
     RUN/iterations/000007/02_rollouts.arrow   Arrow IPC *file* format, schema and provenance in its metadata
     RUN/iterations/000007/02_rollouts.json    the manifest: name, sha256, rows, inputs, key, metrics, seconds
@@ -15,10 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +22,9 @@ from typing import Any, cast
 import pyarrow as pa
 
 from rlhf_core.contracts.config_io import canonical_json
+from rlhf_core.contracts.durable import hash_file, write_file, write_folder
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.records import read_record, seal, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
 META_PREFIX = "rlhf."
@@ -115,7 +112,7 @@ def commit_stage(
         state=dict(state),
         timing=dict(timing),
     )
-    write_file((run_dir / relative).with_suffix(".json"), canonical_json(asdict(manifest)) + b"\n")
+    write_record((run_dir / relative).with_suffix(".json"), asdict(manifest))
     return manifest
 
 
@@ -127,10 +124,9 @@ def read_manifest(run_dir: Path, stage: str, iteration: int) -> Manifest | None:
     """
     path = (run_dir / artifact_path(iteration, stage)).with_suffix(".json")
     try:
-        text = path.read_bytes()
+        values = read_record(path)
     except FileNotFoundError:
         return None
-    values = read_json(text, origin=str(path))
     try:
         fields: dict[str, Any] = {**values, "artifact": ArtifactRef(**values["artifact"])}
         manifest = Manifest(**fields)
@@ -208,119 +204,41 @@ def encode_table(table: pa.Table, provenance: Mapping[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def read_json(data: bytes, *, origin: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no NaN, no duplicate keys. Raises IntegrityError."""
-
-    def refuse(token: str) -> None:
-        raise ValueError(f"{token} is not JSON")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key stands twice")
-        return table
-
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{origin} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise IntegrityError(f"{origin} does not hold a JSON object")
-    return cast("dict[str, Any]", value)
-
-
-def write_file(path: Path, data: bytes) -> str:
-    """Write a file durably and atomically; returns its sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_folder(path: Path, fill: Callable[[Path], None]) -> dict[str, str]:
-    """Write a folder durably and atomically: ``fill`` a temporary one, sync every file, rename.
+def commit_folder(path: Path, fill: Callable[[Path], None], record: Mapping[str, Any]) -> dict[str, str]:
+    """Write a folder that commits itself: all of it appears at once, with the digest of every file.
 
     Args:
-        path: the folder to appear, which must not exist yet.
+        path: must not exist yet.
         fill: writes the files into the folder it is given.
-    Returns: relative path of each file -> sha256; also committed inside as ``manifest.json``.
+        record: what else its ``manifest.json`` says, beside ``files``.
+    Returns: relative path of each file -> sha256.
+    Raises: StorageError if the disk does not take it; nothing is then at ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        fill(temporary)
-        digests: dict[str, str] = {}
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            digests[str(file.relative_to(temporary))] = hash_file(file)
-            sync(file)
-        write_file(temporary / "manifest.json", canonical_json({"files": digests}) + b"\n")
-        for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
-            sync(folder)
-        temporary.chmod(0o755)
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(path.parent)
-    return digests
+    return write_folder(path, fill, lambda digests: seal({**record, "files": digests}))
 
 
-def check_folder(path: Path) -> dict[str, str]:
-    """Compare every file of a folder written by :func:`write_folder` with its digest. Raises IntegrityError."""
+def check_folder(path: Path) -> dict[str, Any]:
+    """The record of a folder written by :func:`commit_folder`, every file of it compared with its digest.
+
+    Returns: the content of ``manifest.json``: ``files`` (relative path -> sha256) and the rest.
+    Raises: IntegrityError if a file is missing, damaged, or was never committed.
+    """
     manifest = path / "manifest.json"
     if not manifest.is_file():
-        raise IntegrityError(f"{path} has no manifest.json: it is not a committed checkpoint")
-    files: Any = read_json(manifest.read_bytes(), origin=str(manifest)).get("files")
+        raise IntegrityError(f"{path} has no manifest.json: it was not committed")
+    record = read_record(manifest)
+    files: Any = record.get("files")
     if not isinstance(files, dict):
-        raise IntegrityError(f"{manifest} is not the manifest of a checkpoint")
+        raise IntegrityError(f"{manifest} is not the manifest of a folder")
     digests = cast("dict[str, str]", files)
     for name, expected in digests.items():
         file = path / name
         if not file.is_file():
-            raise IntegrityError(f"{file} is missing from its checkpoint")
+            raise IntegrityError(f"{file} is missing, though it was committed")
         if hash_file(file) != expected:
             raise IntegrityError(f"{file} is damaged: its sha256 is not the committed one")
-    return digests
-
-
-def write_link(path: Path, target: str) -> None:
-    """Point a symbolic link at a target beside it, durably and atomically: readers find the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a committed folder: renamed first, so that no reader meets half of it."""
-    doomed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.replace(doomed)
-    sync(path.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names inside a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    there = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+    surplus = sorted(there - digests.keys() - {"manifest.json"})
+    if surplus:
+        raise IntegrityError(f"{path} holds what was never committed there: {', '.join(surplus[:5])}; move it away")
+    return record

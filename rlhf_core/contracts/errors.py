@@ -5,6 +5,7 @@
     ├── IntegrityError         an artifact, manifest or checkpoint is missing, foreign or damaged
     ├── DriftError             a resumed run would not be the run that was stopped
     ├── RunLockedError         another process is working on this run folder
+    ├── StorageError           the disk did not take a write; what was committed before is intact
     ├── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
     └── GuardStopError         a guard rail has stopped the run; everything is on disk; exit code 3
 
@@ -14,6 +15,7 @@ argument of a public function, ``assert`` for a programmer's mistake.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -48,6 +50,18 @@ class DriftError(RlhfError):
 
 class RunLockedError(RlhfError):
     """Another process holds the lock of the run folder."""
+
+
+class StorageError(RlhfError):
+    """The disk did not take a write: full, read-only, or failing. What was committed before is intact."""
+
+    @classmethod
+    def of(cls, error: OSError, path: object) -> StorageError:
+        """The error of a write to ``path``, with what to do about it."""
+        reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "look after that disk or its permissions"
+        return cls(f"{path} was not written: {reason}; nothing is lost: {remedy}, then run the same again or resume")
 
 
 class NumericalError(RlhfError):

@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf_core.contracts.artifacts import Manifest, read_json, read_manifest, write_file, write_link
+from rlhf_core.contracts.artifacts import Manifest, read_manifest
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import build_config, canonical_json
+from rlhf_core.contracts.config_io import build_config
+from rlhf_core.contracts.durable import make_folder, write_link
 from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
 from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.loop_state import LoopState
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import STAGES
 
 
@@ -52,7 +54,7 @@ class RunFolder:
         record = path / "run.json"
         if not record.is_file():
             raise UserError(f"{path} is not a run folder: it has no run.json")
-        values = read_json(record.read_bytes(), origin=str(record))
+        values = read_record(record)
         if values.keys() != {"config", "identity"}:
             raise IntegrityError(f"{record} is not the record of a run")
         config = build_config(cast("dict[str, Any]", values["config"]))
@@ -115,12 +117,12 @@ class RunFolder:
 
     def _write_record(self) -> None:
         record = {"config": self.config.model_dump(), "identity": dict(self.identity)}
-        write_file(self.path / "run.json", canonical_json(record) + b"\n")
+        write_record(self.path / "run.json", record)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process. Raises RunLockedError at once if another one does."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:

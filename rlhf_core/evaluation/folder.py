@@ -25,11 +25,13 @@ from typing import Any, Final, cast
 
 import pyarrow as pa
 
-from rlhf_core.contracts.artifacts import conform, encode_table, read_json, write_file
+from rlhf_core.contracts.artifacts import conform, encode_table
 from rlhf_core.contracts.batches import Prompts
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import build_config, canonical_json, digest_json
+from rlhf_core.contracts.config_io import build_config, digest_json
+from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.evaluation.samples import PART, Samples, part_sizes
 from rlhf_core.identity import identity_digest
 
@@ -88,7 +90,7 @@ class EvaluationFolder:
         """Begin, or find again, an evaluation of these settings. Raises UserError if the folder holds anything else."""
         check_free(path, record)
         write_file(path / "prompts.arrow", encode_table(conform(prompts.to_table(), "sample_prompts"), {}))
-        write_file(path / RECORD, canonical_json(dict(record)) + b"\n")
+        write_record(path / RECORD, record)
         return cls.open(path)
 
     @classmethod
@@ -96,7 +98,7 @@ class EvaluationFolder:
         """An evaluation that was begun. Raises UserError if the folder holds none."""
         if not (path / RECORD).is_file():
             raise UserError(f"{path} is not an evaluation: it has no {RECORD}")
-        record = read_json((path / RECORD).read_bytes(), origin=str(path / RECORD))
+        record = read_record(path / RECORD)
         try:
             return cls(
                 path,
@@ -122,7 +124,7 @@ class EvaluationFolder:
         path = self._part(policy, part)
         sha256 = write_file(path, encode_table(samples.to_table(), {"policy": policy, "part": str(part), "key": key}))
         record = {"sha256": sha256, "key": key, "rows": len(samples.texts)}
-        write_file(path.with_suffix(".json"), canonical_json(record) + b"\n")
+        write_record(path.with_suffix(".json"), record)
 
     def has(self, policy: str, part: int, key: str) -> bool:
         """Whether a part is committed under this key, and intact."""
@@ -170,7 +172,7 @@ class EvaluationFolder:
         path = self._part(policy, part)
         if not path.with_suffix(".json").is_file() or not path.is_file():
             return None
-        record = read_json(path.with_suffix(".json").read_bytes(), origin=str(path.with_suffix(".json")))
+        record = read_record(path.with_suffix(".json"))
         if record.get("key") != key:
             return None
         data = path.read_bytes()
@@ -205,7 +207,7 @@ def check_free(path: Path, record: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     if path.is_dir() and (path / RECORD).is_file():
-        there = read_json((path / RECORD).read_bytes(), origin=str(path / RECORD))
+        there = read_record(path / RECORD)
         if there.get("identity") == record["identity"] and there.get("run") == record["run"]:
             return
         raise UserError(f"--out {path} holds an evaluation with other settings; choose a new folder")

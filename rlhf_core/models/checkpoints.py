@@ -6,7 +6,7 @@ checkpoints/000010/adapter/              the adapter, where policy.lora.save is 
 checkpoints/000010/critic/               critic.safetensors (+ config.json of a separate trunk)
 checkpoints/000010/optimizer.safetensors exp_avg, exp_avg_sq and step of every parameter
 checkpoints/000010/state.json            the loop state: iteration, β, cursor, moments, episodes
-checkpoints/000010/manifest.json         sha256 of each file above
+checkpoints/000010/manifest.json         sha256 of each file above, of all weights, and of the run's identity
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_core.contracts.artifacts import check_folder, read_json, write_folder
+from rlhf_core.contracts.artifacts import check_folder, commit_folder
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import IntegrityError, NumericalError
 from rlhf_core.contracts.loop_state import LoopState
+from rlhf_core.contracts.records import read_json
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
@@ -64,6 +65,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: LoopState,
     *,
+    identity: str = "",
     merge_adapter: bool = False,
 ) -> dict[str, str]:
     """Commit a checkpoint folder.
@@ -73,6 +75,7 @@ def save_checkpoint(
         trainer: after ``state.iteration`` updates.
         tokenizer: saved beside the policy, so that the folder is complete.
         state: the loop state of the next iteration.
+        identity: digest of the run's identity.
         merge_adapter: ``policy.lora.save`` is merged.
     Returns: each file -> sha256.
     Raises: NumericalError if a parameter is not finite: such a checkpoint is never committed.
@@ -93,18 +96,21 @@ def save_checkpoint(
         save_file(_optimizer_tensors(trainer), folder / "optimizer.safetensors")
         (folder / "state.json").write_bytes(canonical_json(state.to_json()) + b"\n")
 
-    return write_folder(path, fill)
+    record = {"iteration": state.iteration, "identity": identity, "weights": trainer.digest()}
+    return commit_folder(path, fill, record)
 
 
 def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tuple[Trainer, LoopState]:
     """Read a checkpoint folder after checking every digest. Raises IntegrityError if it is damaged."""
-    check_folder(path)
+    record = check_folder(path)
     state = LoopState.from_json(read_json((path / "state.json").read_bytes(), origin=str(path / "state.json")))
     policy = load_policy(config, device, checkpoint=path)
     critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
     actor_critic = ActorCritic(policy, critic)
     trainer = Trainer(actor_critic, new_optimizer(actor_critic, config), state.iteration)
     _restore_optimizer(trainer, load_file(path / "optimizer.safetensors"))
+    if trainer.digest() != record.get("weights"):
+        raise IntegrityError(f"{path} gives other weights than were saved: it does not belong to this config")
     return trainer, state
 
 

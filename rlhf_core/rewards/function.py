@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf_core.contracts.artifacts import hash_file
 from rlhf_core.contracts.batches import Message
+from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
 from rlhf_core.models.reward_model import Conversation

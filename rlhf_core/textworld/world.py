@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from rlhf_core.contracts.artifacts import hash_file, sync
+from rlhf_core.contracts.durable import hash_file, sync
 from rlhf_core.textworld import training
 from rlhf_core.textworld.grammar import openings, parse, sample_review
 from rlhf_core.textworld.recipe import Recipe

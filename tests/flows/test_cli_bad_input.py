@@ -19,11 +19,12 @@ from flows.cli import EXIT_MISTAKE, main
 from rlhf_core.contracts.artifacts import commit_stage
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 ROOT = Path(__file__).parents[2]
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -365,7 +366,7 @@ class TestRunFolder:
     def test_a_damaged_run(self, shell: Shell, command: str) -> None:
         (shell.folder / "run").mkdir()
         (shell.folder / "run" / "run.json").write_text('{"config"')
-        says(shell.refused(command, "run"), Mistake("run/run.json", "is not valid JSON", "line 1 column"))
+        says(shell.refused(command, "run"), Mistake("run/run.json", "is damaged or foreign", "the seal"))
 
 
 class TestResume:
@@ -395,9 +396,9 @@ class TestResume:
 
     def test_the_difference_is_printed_as_it_is(self, shell: Shell, run: Path) -> None:
         """Not as rich's markup."""
-        record = json.loads((run / "run.json").read_text())
+        record = read_record(run / "run.json")
         record["identity"]["device"] = "[/bold] card"
-        (run / "run.json").write_text(json.dumps(record))
+        write_record(run / "run.json", record)
         with pytest.raises(SystemExit):
             main(["resume", "run"])
         assert "\n  device: [/bold] card -> cpu\n" in shell.capsys.readouterr().err

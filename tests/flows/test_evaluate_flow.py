@@ -17,7 +17,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import FRONTIER, SIDE_BY_SIDE, EvaluationFolder
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 UNTRACKED = ("--set", "tracking.enabled=false")
 FEW = ("--num-prompts", "6", "--samples", "4", "--frontier-samples", "40")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import io
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,9 @@ from rich.console import Console
 
 from flows import guarding
 from flows.progress import Silent, watched_by
-from rlhf_core.contracts.config_io import build_config, canonical_json
+from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import GuardStopError, UserError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
 from tasks.guards import GuardRecord
@@ -87,9 +87,9 @@ def copied(stopped: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def copy(*overrides: str) -> Path:
         run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
-        record = json.loads((run_dir / "run.json").read_text())
+        record = read_record(run_dir / "run.json")
         record["config"] = build_config(record["config"], ["tracking.enabled=false", *overrides]).model_dump()
-        (run_dir / "run.json").write_bytes(canonical_json(record))
+        write_record(run_dir / "run.json", record)
         return run_dir
 
     return copy

@@ -18,6 +18,7 @@ from iteration import tiny_tree
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import DriftError, NumericalError, RunLockedError, UserError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
@@ -156,14 +157,13 @@ def test_a_killed_run_resumes_to_the_same_digests(
     script.write_text(
         "import json, os, signal, sys\n"
         "from pathlib import Path\n"
-        "import rlhf_core.contracts.artifacts as artifacts\n"
-        "write = artifacts.write_file\n"
-        "def write_then_die(path, data):\n"
-        "    digest = write(path, data)\n"
+        "from rlhf_core.contracts.durable import Disk\n"
+        "rename = Disk.rename\n"
+        "def rename_then_die(disk, source, path):\n"
+        "    rename(disk, source, path)\n"
         f"    if path.parent.name == {iteration_and_file[0]!r} and path.name == {iteration_and_file[1]!r}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return digest\n"
-        "artifacts.write_file = write_then_die\n"
+        "Disk.rename = rename_then_die\n"
         "import torch; torch.set_num_threads(1)\n"
         "from rlhf_core.contracts.config_io import build_config\n"
         "from flows.ppo import train\n"
@@ -210,9 +210,9 @@ def test_drift_is_refused_with_a_readable_difference(finished: Path, tmp_path: P
     from tasks.lifecycle import check_resumable
 
     run_dir = shutil.copytree(finished, tmp_path / "moved")
-    record = json.loads((run_dir / "run.json").read_text())
+    record = read_record(run_dir / "run.json")
     record["identity"]["versions"]["torch"] = "1.0.0"
-    (run_dir / "run.json").write_text(json.dumps(record))
+    write_record(run_dir / "run.json", record)
     with pytest.raises(DriftError, match=r"versions\.torch: 1\.0\.0 -> .*\n.*--accept-drift"):
         check_resumable(str(run_dir), accept_drift=False)
     assert check_resumable(str(run_dir), accept_drift=True).seed == 7

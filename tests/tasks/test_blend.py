@@ -40,7 +40,7 @@ def run(tiny_config: MakeConfig, tmp_path: Path) -> RunFolder:
 def test_the_folder_is_whole_and_is_committed_at_once(run: RunFolder, tiny: Any, tmp_path: Path) -> None:
     out = tmp_path / "deep/out"
     blend(str(run.path), str(out), share=0.3, kl=None, checkpoint="1")
-    assert {"model.safetensors", "config.json", "tokenizer.json", "blend.json"} <= set(check_folder(out))
+    assert {"model.safetensors", "config.json", "tokenizer.json", "blend.json"} <= set(check_folder(out)["files"])
     start, end, found = (
         load_file(folder / "model.safetensors") for folder in (tiny.policy, run.checkpoint_path(1) / "policy", out)
     )

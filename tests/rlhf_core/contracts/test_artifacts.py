@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +17,16 @@ from rlhf_core.contracts.artifacts import (
     Manifest,
     artifact_path,
     check_folder,
+    commit_folder,
     commit_stage,
     conform,
     encode_table,
-    hash_file,
     read_artifact,
-    read_json,
     read_manifest,
-    remove_folder,
-    write_file,
-    write_folder,
 )
-from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.durable import hash_file, write_file
+from rlhf_core.contracts.errors import IntegrityError, StorageError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
 STAGE = "reference_logprobs"
@@ -253,9 +248,9 @@ class TestConform:
 class TestManifest:
     def alter(self, run: Path, change: Callable[[dict[str, Any]], object]) -> None:
         path = (run / artifact_path(0, STAGE)).with_suffix(".json")
-        values = json.loads(path.read_bytes())
+        values = read_record(path)
         change(values)
-        path.write_text(json.dumps(values))
+        write_record(path, values)
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
@@ -284,62 +279,6 @@ class TestManifest:
         with pytest.raises(IntegrityError, match=f"belongs to {STAGE} of iteration 0"):
             read_manifest(tmp_path, STAGE, 1)
 
-    @pytest.mark.parametrize(
-        ("text", "reason"),
-        [
-            (b"", "is not valid JSON"),
-            (b'{"a": 1', "is not valid JSON"),
-            (b"\xff", "is not valid JSON"),
-            (b'{"a": NaN}', "NaN is not JSON"),
-            (b'{"a": -Infinity}', "-Infinity is not JSON"),
-            (b'{"a": 1, "a": 1}', "a key stands twice"),
-            (b"[" * 100_000, "is not valid JSON"),
-            (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
-            (b"[1]", "does not hold a JSON object"),
-            (b"null", "does not hold a JSON object"),
-        ],
-    )
-    def test_json_is_strict(self, text: bytes, reason: str) -> None:
-        with pytest.raises(IntegrityError, match=f"^it .*{reason}|^it {reason}"):
-            read_json(text, origin="it")
-
-
-class Disk:
-    """Records the durable operations of a test, and fails the one it is told to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.done: list[str] = []
-        self.fail_at: int | None = None
-        fsync, rename = os.fsync, Path.replace
-
-        def record(operation: str) -> None:
-            if len(self.done) == self.fail_at:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.done.append(operation)
-
-        def recorded_fsync(descriptor: int) -> None:
-            name = Path(f"/proc/self/fd/{descriptor}").readlink()
-            size = "" if name.is_dir() else f" {os.fstat(descriptor).st_size > 0}"
-            record(f"fsync {_plain(name.name)}{size}")
-            fsync(descriptor)
-
-        def recorded_rename(source: Path, target: Path) -> Path:
-            record(f"rename {_plain(source.name)} -> {target.name}")
-            return rename(source, target)
-
-        monkeypatch.setattr(os, "fsync", recorded_fsync)
-        monkeypatch.setattr(Path, "replace", recorded_rename)
-
-
-def _plain(name: str) -> str:
-    """``.run.json.a8f3.tmp`` as ``run.json~``: the random part left out."""
-    return f"{name[1:].rsplit('.', 2)[0]}~" if name.endswith(".tmp") else name
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch)
-
 
 def fill(folder: Path) -> None:
     (folder / "policy").mkdir()
@@ -347,125 +286,38 @@ def fill(folder: Path) -> None:
     (folder / "state.json").write_bytes(b"{}")
 
 
-class TestDurability:
-    """A write is: fsync of the written temporary file, rename, fsync of the folder; ``True``: it held data."""
-
-    def test_a_file(self, tmp_path: Path, disk: Disk) -> None:
-        sha256 = write_file(tmp_path / "run.json", b"{}")
-        assert sha256 == hashlib.sha256(b"{}").hexdigest() == hash_file(tmp_path / "run.json")
-        assert disk.done == ["fsync run.json~ True", "rename run.json~ -> run.json", f"fsync {tmp_path.name}"]
-        assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o644
-
-    def test_a_stage_is_committed_by_its_manifest(self, tmp_path: Path, disk: Disk) -> None:
-        commit(tmp_path)
-        stem = FILE_STEMS[STAGE]
-        assert disk.done == [
-            f"fsync {stem}.arrow~ True",
-            f"rename {stem}.arrow~ -> {stem}.arrow",
-            "fsync 000000",
-            f"fsync {stem}.json~ True",
-            f"rename {stem}.json~ -> {stem}.json",
-            "fsync 000000",
-        ]
-
-    def test_a_folder(self, tmp_path: Path, disk: Disk) -> None:
-        write_folder(tmp_path / "000010", fill)
-        assert disk.done[:2] == ["fsync model.safetensors True", "fsync state.json True"]
-        assert disk.done[2:4] == ["fsync manifest.json~ True", "rename manifest.json~ -> manifest.json"]
-        assert set(disk.done[4:-2]) == {"fsync 000010~", "fsync policy"}
-        assert disk.done[-2:] == ["rename 000010~ -> 000010", f"fsync {tmp_path.name}"]
-
-    def test_removing_a_folder(self, tmp_path: Path, disk: Disk) -> None:
-        write_folder(tmp_path / "000010", fill)
-        disk.done.clear()
-        remove_folder(tmp_path / "000010")
-        assert disk.done == ["rename 000010 -> .000010.removed", f"fsync {tmp_path.name}"]
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize("fail_at", range(6))
-    def test_a_failing_stage_leaves_the_old_commit(self, tmp_path: Path, disk: Disk, fail_at: int) -> None:
-        old = commit(tmp_path)
-        disk.fail_at = len(disk.done) + fail_at
-        with pytest.raises(OSError, match="No space left"):
-            commit(tmp_path, TABLE.slice(0, 1))
-        assert not [name for name in files_of(tmp_path) if name.endswith(".tmp")]
-        found = read_manifest(tmp_path, STAGE, 0)
-        assert found is not None
-        if fail_at < 5:  # the manifest is renamed by operation 4
-            assert found == old
-        if fail_at < 2:  # the artifact is renamed by operation 1
-            assert read_artifact(tmp_path, found.artifact).num_rows == 2
-        elif fail_at < 5:  # a torn pair is seen, never read
-            with pytest.raises(IntegrityError, match="is damaged"):
-                read_artifact(tmp_path, found.artifact)
-
-    @pytest.mark.parametrize("fail_at", range(7))
-    def test_a_failing_folder_never_appears(self, tmp_path: Path, disk: Disk, fail_at: int) -> None:
-        disk.fail_at = fail_at
-        with pytest.raises(OSError, match="No space left"):
-            write_folder(tmp_path / "000010", fill)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_failing_fill_never_appears(self, tmp_path: Path) -> None:
-        def fail(folder: Path) -> None:
-            fill(folder)
-            raise MemoryError
-
-        with pytest.raises(MemoryError):
-            write_folder(tmp_path / "000010", fail)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_failed_fsync_is_not_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls: list[int] = []
-
-        def fail(descriptor: int) -> None:
-            calls.append(descriptor)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="Input/output error"):
-            write_file(tmp_path / "run.json", b"{}")
-        assert len(calls) == 1
-        assert list(tmp_path.iterdir()) == []
-
-
 class TestFolder:
     def test_round_trip(self, tmp_path: Path) -> None:
-        digests = write_folder(tmp_path / "deep" / "000010", fill)
+        digests = commit_folder(tmp_path / "deep" / "000010", fill, {"iteration": 10})
         assert digests == {
             "policy/model.safetensors": hashlib.sha256(b"weights").hexdigest(),
             "state.json": hashlib.sha256(b"{}").hexdigest(),
         }
-        assert check_folder(tmp_path / "deep" / "000010") == digests
+        assert check_folder(tmp_path / "deep" / "000010") == {"iteration": 10, "files": digests}
         assert (tmp_path / "deep" / "000010").stat().st_mode & 0o777 == 0o755
 
     def test_it_is_never_written_over(self, tmp_path: Path) -> None:
-        write_folder(tmp_path / "000010", fill)
-        with pytest.raises(OSError, match=r"not empty|exists"):
-            write_folder(tmp_path / "000010", lambda folder: (folder / "other").touch())
-        assert check_folder(tmp_path / "000010").keys() == {"policy/model.safetensors", "state.json"}
+        commit_folder(tmp_path / "000010", fill, {})
+        with pytest.raises(StorageError, match=r"not empty|exists"):
+            commit_folder(tmp_path / "000010", lambda folder: (folder / "other").touch(), {})
+        assert check_folder(tmp_path / "000010")["files"].keys() == {"policy/model.safetensors", "state.json"}
         assert [p.name for p in tmp_path.iterdir()] == ["000010"]
 
     @pytest.mark.parametrize(
         ("damage", "sentence"),
         [
             (lambda f: (f / "policy/model.safetensors").write_bytes(b"weightz"), "model.safetensors is damaged"),
-            (lambda f: (f / "state.json").unlink(), "state.json is missing from its checkpoint"),
-            (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: it is not a committed checkpoint"),
-            (lambda f: (f / "manifest.json").write_bytes(b"{"), "manifest.json is not valid JSON"),
-            (lambda f: (f / "manifest.json").write_bytes(b"{}"), "manifest.json"),
-            (lambda f: (f / "manifest.json").write_bytes(b'{"files": ["state.json"]}'), "manifest.json"),
+            (lambda f: (f / "state.json").unlink(), "state.json is missing, though it was committed"),
+            (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: it was not committed"),
+            (lambda f: (f / "manifest.json").write_bytes(b"{"), "manifest.json is damaged or foreign"),
+            (lambda f: write_record(f / "manifest.json", {"file": 1}), "is not the manifest of a folder"),
+            (lambda f: write_record(f / "manifest.json", {"files": ["state.json"]}), "is not the manifest of a folder"),
+            (lambda f: (f / "policy/modeling.py").touch(), "never committed there: policy/modeling.py; move it away"),
+            (lambda f: (f / "policy/extra.json").symlink_to("/etc/passwd"), "never committed there: policy/extra.json"),
         ],
     )
     def test_damage(self, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
-        write_folder(tmp_path / "000010", fill)
+        commit_folder(tmp_path / "000010", fill, {})
         damage(tmp_path / "000010")
         with pytest.raises(IntegrityError, match=sentence):
             check_folder(tmp_path / "000010")
-
-    def test_removing_after_an_interrupted_removal(self, tmp_path: Path) -> None:
-        (tmp_path / ".000010.removed").mkdir()
-        (tmp_path / ".000010.removed" / "half").write_bytes(b"")
-        write_folder(tmp_path / "000010", fill)
-        remove_folder(tmp_path / "000010")
-        assert list(tmp_path.iterdir()) == []

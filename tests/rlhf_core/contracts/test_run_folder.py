@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from rlhf_core.contracts import run_folder
-from rlhf_core.contracts.artifacts import commit_stage, write_file, write_folder
+from rlhf_core.contracts.artifacts import commit_folder, commit_stage
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
+from rlhf_core.contracts.records import seal, write_record
 from rlhf_core.contracts.run_folder import RunFolder, check_vacant
 from rlhf_core.contracts.schemas import STAGES
 
@@ -74,15 +75,15 @@ class TestCreateAndOpen:
         other = build_config({"seed": 4})
         refused: list[type[RlhfError]] = []
 
-        def write_late(path: Path, data: bytes) -> str:
-            monkeypatch.setattr(run_folder, "write_file", write_file)
+        def write_late(path: Path, values: Mapping[str, Any]) -> str:
+            monkeypatch.setattr(run_folder, "write_record", write_record)
             try:
                 RunFolder.create(tmp_path / "run", other, IDENTITY)
             except RlhfError as error:
                 refused.append(type(error))
-            return write_file(path, data)
+            return write_record(path, values)
 
-        monkeypatch.setattr(run_folder, "write_file", write_late)
+        monkeypatch.setattr(run_folder, "write_record", write_late)
         winner = RunFolder.create(tmp_path / "run", CONFIG, IDENTITY)
         assert len(refused) == 1
         assert RunFolder.open(tmp_path / "run").config == winner.config
@@ -95,10 +96,10 @@ class TestCreateAndOpen:
     @pytest.mark.parametrize(
         ("record", "sentence"),
         [
-            (b"", "run.json is not valid JSON"),
-            (b'{"config": {}', "run.json is not valid JSON"),
-            (b'{"config": {}}', "run.json is not the record of a run"),
-            (b'{"config": {}, "identity": {}, "more": 1}', "run.json is not the record of a run"),
+            (b"", "run.json is damaged or foreign"),
+            (seal({"config": {}})[:-10], "run.json is damaged or foreign"),
+            (seal({"config": {}}), "run.json is not the record of a run"),
+            (seal({"config": {}, "identity": {}, "more": 1}), "run.json is not the record of a run"),
         ],
     )
     def test_a_damaged_record(self, tmp_path: Path, record: bytes, sentence: str) -> None:
@@ -108,7 +109,7 @@ class TestCreateAndOpen:
 
     @pytest.mark.parametrize("config", [{"sed": 1}, {"seed": "x"}, [1], "x", None])
     def test_a_record_with_a_config_that_is_none(self, tmp_path: Path, config: Any) -> None:
-        (tmp_path / "run.json").write_bytes(canonical_json({"config": config, "identity": {}}))
+        write_record(tmp_path / "run.json", {"config": config, "identity": {}})
         with pytest.raises(RlhfError):
             RunFolder.open(tmp_path)
 
@@ -200,7 +201,7 @@ class TestWhereTheLoopStands:
     def test_checkpoints(self, run: RunFolder) -> None:
         assert run.checkpoints() == []
         for iteration in (20, 10):
-            write_folder(run.checkpoint_path(iteration), lambda folder: (folder / "state.json").touch())
+            commit_folder(run.checkpoint_path(iteration), lambda folder: (folder / "state.json").touch(), {})
         (run.path / "checkpoints" / "000030").mkdir()  # no manifest
         (run.path / "checkpoints" / ".000040.removed").mkdir()
         assert run.checkpoints() == [10, 20]

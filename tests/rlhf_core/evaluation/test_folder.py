@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from rlhf_core.contracts.batches import Prompts
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.evaluation.folder import EvaluationFolder, new_record
 from rlhf_core.evaluation.samples import Samples
 
@@ -134,8 +134,8 @@ def test_results_are_files_that_anything_opens(folder: EvaluationFolder) -> None
 def test_what_is_no_evaluation_is_refused(folder: EvaluationFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not an evaluation: it has no evaluation\.json"):
         EvaluationFolder.open(tmp_path)
-    record = json.loads((folder.path / "evaluation.json").read_text())
+    record = read_record(folder.path / "evaluation.json")
     del record["identity"]
-    (folder.path / "evaluation.json").write_text(json.dumps(record))
+    write_record(folder.path / "evaluation.json", record)
     with pytest.raises(IntegrityError, match="'identity' is missing"):
         EvaluationFolder.open(folder.path)

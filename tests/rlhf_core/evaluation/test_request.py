@@ -24,7 +24,7 @@ from rlhf_core.evaluation.request import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from tiny_world import Tiny
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 ASKED = Request("runs/a", num_prompts=6)
