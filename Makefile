@@ -1,16 +1,19 @@
-# Two commands: `make quickstart` and `make test`. Each sets up .venv by itself.
+# Three commands: `make quickstart`, `make test` and `make torture`. Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test torture lint format clean
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
 
 test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
 	$(BIN)/python -m pytest -q
+
+torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -14,7 +15,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows import stopping
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
+from rlhf_core.contracts.secrets import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig
@@ -23,7 +26,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 console = Console()
 EXIT_MISTAKE = 2
 EXIT_GUARD = 3
-EXIT_INTERRUPTED = 130
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]
@@ -59,9 +61,10 @@ def train(
         from rlhf_core.preflight import preflight
 
         preflight(run_config)
+    from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
-    watch_run(run_dir, run_config, lambda: train_flow(run_config, str(run_dir)))
+    watch_run(run_dir, run_config, lambda: run_flow(train_flow, run_config, str(run_dir)))
 
 
 @app.command()
@@ -73,6 +76,9 @@ def resume(
     accept_guards: Annotated[
         bool, typer.Option(help="Go on although a guard has stopped it, until its number is back within the threshold.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option(help="First compute again what is damaged, and put it in place if its digests are the same.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="guards.a.b=c", help="Change a guard; may be repeated.")
     ] = None,
@@ -81,11 +87,16 @@ def resume(
     _prepare_environment()
     from tasks.lifecycle import check_resumable
 
+    if repair:
+        from flows.verify_display import repair_and_show
+
+        repair_and_show(console, run)
     with console.status("checking the run, its models and prompts"):
         run_config = check_resumable(str(run), accept_drift=accept_drift)
+    from flows.calling import run_flow
     from flows.ppo import resume as resume_flow
 
-    watch_run(run, run_config, lambda: resume_flow(str(run), accept_drift, accept_guards, set_))
+    watch_run(run, run_config, lambda: run_flow(resume_flow, str(run), accept_drift, accept_guards, set_))
 
 
 @app.command()
@@ -100,6 +111,19 @@ def inspect(
     from flows.inspect import show_run
 
     show_run(console, run, iteration=iteration, stage=stage, sample=sample, limit=limit)
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, and nothing else.")] = False,
+) -> None:
+    """Read again everything a run wrote: what is damaged, and what can be recovered. Works while the run is going."""
+    _prepare_environment()
+    from flows.verify_display import verify_and_show
+
+    if not verify_and_show(console, run, as_json=as_json):
+        raise typer.Exit(EXIT_MISTAKE)
 
 
 @app.command()
@@ -135,11 +159,8 @@ def evaluate(
         target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out and str(out),
         parse_shares(blend),
     )  # fmt: skip
-    try:
-        evaluate_and_show(console, request, request_config(target, config, set_ or []), as_json=as_json)
-    except KeyboardInterrupt:
-        console.print("[yellow]stopped[/]; the same command goes on from the samples that are there")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    stopping.on_stop(lambda: "stopped; the same command goes on from the samples that are there")
+    evaluate_and_show(console, request, request_config(target, config, set_ or []), as_json=as_json)
 
 
 @app.command()
@@ -174,7 +195,13 @@ def config_() -> None:
 
 
 @app.command()
-def check(config: ConfigOption, set_: SetOption = None) -> None:
+def check(
+    config: ConfigOption,
+    set_: SetOption = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="Where the run will be, for its disk's free space.")
+    ] = Path("runs"),
+) -> None:
     """Check a config against its files and models; print the plan. Loads no weights."""
     _prepare_environment()
     from flows.inspect import show_plan
@@ -184,7 +211,7 @@ def check(config: ConfigOption, set_: SetOption = None) -> None:
     run_config = load_config(config, set_ or [])
     with console.status("checking the config, models and prompts"):
         plan = preflight(run_config)
-    show_plan(console, run_config, plan)
+    show_plan(console, run_config, plan, run_dir)
 
 
 def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
@@ -193,18 +220,15 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
     from flows.progress import watched_by
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.inspection import before_and_after, iteration_rows
-    from tasks.tracking import tracking_uri
+    from tasks.tracking import shown_tracking_uri
 
     assert callable(run)
     done = 0
     with suppress(RlhfError):
         done = RunFolder.open(run_dir).num_finished()
-    try:
-        with TerminalWatcher(console, config.num_iterations, done) as terminal, watched_by(terminal):
-            run()
-    except KeyboardInterrupt:
-        console.print(f"[yellow]stopped[/]; continue with  rlhf resume {run_dir}")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    stopping.on_stop(lambda: how_to_go_on(run_dir))
+    with TerminalWatcher(console, config.num_iterations, done) as terminal, watched_by(terminal):
+        run()
     folder = RunFolder.open(run_dir)
     print_result(
         console,
@@ -212,19 +236,53 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
         iteration_rows(folder),
         before_and_after(folder),
         kl_target=config.kl.held_at,
-        tracking_uri=tracking_uri(folder),
+        tracking_uri=shown_tracking_uri(folder),
     )
 
 
+def how_to_go_on(run_dir: Path) -> str:
+    """What a person reads when a run was stopped."""
+    if (run_dir / "run.json").is_file():
+        return f"stopped; continue with  rlhf resume {run_dir}"
+    return "stopped before the run began; the same command starts it"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a deliberate error is printed in one sentence each, with exit code 2, or 3 if a guard stopped."""
+    """Entry point: a deliberate error is printed in one sentence each, with exit code 2, or 3 if a guard stopped.
+
+    Ctrl-C ends with 130, SIGTERM with 143, within seconds, and with how to go on.
+    """
+    code = 1
     try:
-        app(arguments)
+        with stopping.watching_signals():
+            code = _run(arguments)
+    finally:
+        if arguments is None:  # the process ends here
+            stopping.end_in_time(code)
+    raise SystemExit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit code."""
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as end:
+        if stopping.received() is None:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RlhfError as error:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         for line in str(error).splitlines():
             errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
-        raise SystemExit(EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE) from None
+        return EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE
+    except BaseException as error:
+        if stopping.received() is None:
+            if arguments is not None or not isinstance(error, Exception):
+                raise
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            return 1
+    if words := stopping.last_words():
+        console.print(words, highlight=False, soft_wrap=True, style="yellow")
+    return stopping.exit_code()
 
 
 def _prepare_environment() -> None:
@@ -232,11 +290,19 @@ def _prepare_environment() -> None:
     defaults = {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
+        "PREFECT_API_REQUEST_TIMEOUT": "10",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",  # 2 + 4 s for an API that is gone: the run goes on without it
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the shortest: deployments/zombies.yaml waits for three
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors reach the terminal as exceptions, once
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    api = os.environ.get("PREFECT_API_URL", "")
+    if without_credentials(api) != api:  # Prefect logs and stores the address of its pages
+        defaults["PREFECT_UI_URL"] = without_credentials(api).removesuffix("/").removesuffix("/api")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

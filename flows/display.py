@@ -78,6 +78,10 @@ class TerminalWatcher:
         """Print what the guards have seen, above the bar."""
         self._print_guards(sentences)
 
+    def warned(self, sentence: str) -> None:
+        """Print it above the bar."""
+        print_warning(self.console, sentence)
+
     def decide(self, sentences: Sequence[str]) -> bool | None:
         """Ask whoever sits at the terminal; None where nobody does."""
         if not (self.console.is_terminal and sys.stdin.isatty()):
@@ -107,6 +111,11 @@ class TerminalWatcher:
             values = [metrics[name] for metrics in self.history]
             grid.add_row(f"[bold]{label}", f"{values[-1]:.{digits}f}", Text(sparkline(values), style="green"))
         return Group(self._bar, grid)
+
+
+def print_warning(console: Console, sentence: str) -> None:
+    """A sentence about what is not as it should be."""
+    console.print(Text.assemble(("warning: ", "yellow"), sentence), soft_wrap=True)
 
 
 def print_result(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.calling import call, flow_body
 from flows.progress import watcher
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.evaluation.request import Request
 from tasks.evaluate import draw_samples, start_evaluation, write_evaluation
-from tasks.tracking import log_evaluation
+from tasks.evaluation_log import log_evaluation
 
 
-@flow(name="evaluate", flow_run_name="evaluate", persist_result=False)
+@flow(name="evaluate", flow_run_name="evaluate", persist_result=False, result_serializer="json")
 def evaluate(
     target: str,
     prompts: str | None = None,
@@ -44,11 +45,12 @@ def evaluate(
     request = Request(
         target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out, blend
     )  # fmt: skip
-    planned = start_evaluation(request, config)
-    for done, (policy, part, size) in enumerate(planned.parts):
-        watcher().stage_started(done, policy)
-        draw_samples(planned.folder, policy, planned.policies[policy], part, size)
-    watcher().stage_started(len(planned.parts), "numbers and picture")
-    write_evaluation(planned)
-    log_evaluation(planned.folder)
-    return planned.folder
+    with flow_body() as ended_with:
+        planned = start_evaluation(request, config)
+        for done, (policy, part, size) in enumerate(planned.parts):
+            watcher().stage_started(done, policy)
+            call(draw_samples, planned.folder, policy, planned.policies[policy], part, size)
+        watcher().stage_started(len(planned.parts), "numbers and picture")
+        call(write_evaluation, planned)
+        log_evaluation(planned.folder)
+        return ended_with(planned.folder)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from flows.display import side_by_side, table_of
+from flows.display import print_warning, side_by_side, table_of
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
 
@@ -50,11 +50,12 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
     from dataclasses import asdict
     from pathlib import Path
 
+    from flows.calling import run_flow
     from flows.evaluate import evaluate
     from rlhf_core.evaluation.folder import EvaluationFolder
 
     with PartsWatcher(progress, len(planned.parts)) as parts, watched_by(parts):
-        folder = evaluate(**asdict(request), config=config)
+        folder = run_flow(evaluate, **asdict(request), config=config)
     there = EvaluationFolder.open(Path(cast("str", folder)))
     if as_json:
         console.file.write((there.path / "summary.json").read_text())
@@ -78,6 +79,10 @@ class PartsWatcher(Silent):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def warned(self, sentence: str) -> None:
+        """Print it above the bar."""
+        print_warning(self._bar.console, sentence)
 
     def stage_started(self, iteration: int, stage: str) -> None:
         """``iteration`` parts are done; a part of the policy ``stage`` begins."""

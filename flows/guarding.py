@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
+from flows.calling import is_bare
+from flows.links import leave_note, warn
+from flows.outages import GOES_ON, outage
 from flows.progress import watcher
 from rlhf_core.contracts.errors import GuardStopError
 from rlhf_core.guards import Finding
@@ -39,7 +40,7 @@ def obey(guards: Guards, iteration: int) -> None:
     if new:
         watcher().guards_spoke(iteration, new)
         for sentence in new:
-            get_run_logger().warning(sentence)
+            warn(sentence)
     acting = [finding for finding in found if finding.acts]
     if not acting:
         return
@@ -54,13 +55,16 @@ def obey(guards: Guards, iteration: int) -> None:
 
 def _ask(guards: Guards, acting: Sequence[Finding]) -> str:
     """Why a person wants the run to stop, or nobody could be asked; empty to go on."""
-    if PREFECT_API_URL.value() is not None:
-        return _ask_on_server(guards, acting)
+    if PREFECT_API_URL.value() is not None and not is_bare():
+        try:
+            return _ask_on_server(guards, acting)
+        except Exception as error:  # whatever failed, somebody else is asked
+            outage.begins(GOES_ON, error)
     decision = watcher().decide([finding.sentence for finding in acting])
     if decision is None:
         return (
-            "nobody could be asked: there is neither a Prefect server that outlives this command (PREFECT_API_URL) "
-            "nor a terminal"
+            "nobody could be asked: there is neither a Prefect server that answers and outlives this command "
+            "(PREFECT_API_URL) nor a terminal"
         )
     return "" if decision else "a person decided to stop"
 
@@ -72,7 +76,7 @@ def _ask_on_server(guards: Guards, acting: Sequence[Finding]) -> str:
     where = flow_run.ui_url or f"flow run {flow_run.id}"
     watcher().guards_spoke(iteration, [text, f"the run is paused for up to {timeout_s} s; resume it at {where}"])
     watcher().stage_started(iteration, "paused")
-    get_run_logger().warning("paused for a person's decision: %s", text)
+    warn(f"paused for a person's decision: {text}")
     form = Decision.with_initial_data(description=f"{text}\n\nThe run folder is `{guards.run.path}`.", decision="go on")
     key = "-".join(["guards", str(iteration), *(finding.guard.replace("_", "-") for finding in acting)])
     try:
@@ -98,5 +102,5 @@ def _stop(guards: Guards, acting: Sequence[Finding], reason: str) -> None:
         f"  or with another threshold:   rlhf resume {run_dir} --set guards.{acting[0].guard}.threshold=...",
     ]
     guards.stop(names)
-    create_markdown_artifact(key="guard-stop", markdown="\n\n".join(line.strip() for line in lines))
+    leave_note("guard-stop", "\n\n".join(line.strip() for line in lines))
     raise GuardStopError("\n".join(lines))

@@ -18,9 +18,11 @@ from rlhf_core.inspection import (
     sample_tokens,
     stage_metrics,
     stage_rows,
+    standing,
 )
 
 if TYPE_CHECKING:
+    from rlhf_core.disk_use import DiskUse
     from rlhf_core.preflight import Plan
 
 
@@ -50,14 +52,19 @@ def show_run(
     finished, of = len(rows), run.config.num_iterations
     if not rows:
         console.print(f"{path}: no iteration of {of} is finished yet")
+        console.print(standing(run), highlight=False, markup=False, soft_wrap=True)
         return
     shown = rows if finished <= limit else rows[:: max(1, finished // limit)]
     console.print(table_of(shown, f"{path}: {finished} of {of} iterations"))
     console.print(f"checkpoints: {', '.join(f'{i:06d}' for i in run.checkpoints()) or 'none yet'}", highlight=False)
+    console.print(standing(run), highlight=False, markup=False, soft_wrap=True)
 
 
-def show_plan(console: Console, config: RunConfig, plan: Plan) -> None:
-    """Print the batch arithmetic, optimiser steps and memory of a run."""
+def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) -> None:
+    """Print the batch arithmetic, optimiser steps, memory and disk use of a run."""
+    from rlhf_core.disk_use import free_bytes, predict_disk_use  # torch, which inspecting a run does without
+
+    disk, free = predict_disk_use(config, plan), free_bytes(run_dir)
     prompts, ppo = config.prompts, config.ppo
     minibatch = prompts.batch_size // ppo.num_minibatches
     steps = ppo.num_ppo_epochs * ppo.num_minibatches
@@ -84,10 +91,17 @@ def show_plan(console: Console, config: RunConfig, plan: Plan) -> None:
         ("β", f"{config.kl.coef:g}, {config.kl.controller}" + _target(config)),
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
         ("memory", _memory(plan)),
+        ("disk", _disk(disk, free)),
         *(("note", note) for note in plan.notes),
     ):
         table.add_row(f"[bold]{label}", text)
     console.print(table)
+    if disk.run > free:
+        console.print(
+            f"[yellow]warning:[/] the run may take {disk.run / 1e9:,.2f} GB, and the disk of {run_dir} has "
+            f"{free / 1e9:,.2f} GB free: free some, or set artifacts.keep_iterations or a larger checkpoint.every"
+        )
+        return
     console.print("[green]no problem found[/]")
 
 
@@ -95,6 +109,16 @@ def _target(config: RunConfig) -> str:
     if config.kl.controller == "fixed":
         return ""
     return f", target {config.kl.target:g} nats a response, horizon {config.kl.horizon:g} episodes"
+
+
+def _disk(disk: DiskUse, free: int) -> str:
+    parts = [
+        f"about {disk.run / 1e9:,.2f} GB at most, of {free / 1e9:,.2f} GB free, of which",
+        f"{disk.loose} iterations x {disk.iteration / 1e6:,.2f} MB",
+        f"{disk.archived} in the archive x {disk.archived_iteration / 1e6:,.2f} MB",
+        f"{disk.checkpoints} checkpoints x {disk.checkpoint / 1e6:,.2f} MB",
+    ]
+    return "\n".join(part for part in parts if not part.startswith("0 "))
 
 
 def _memory(plan: Plan) -> str:

@@ -13,18 +13,19 @@ from typing import Any
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.calling import call, call_both
+from flows.calling import call, call_both, flow_body
 from flows.guarding import obey
-from flows.links import link_to_tracker, this_flow_run
+from flows.links import link_to_tracker, take_over, this_flow_run
 from flows.progress import watcher
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
-from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
+from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
 from tasks.report import write_report
+from tasks.retention import compact, compaction_is_due, remove_run_leftovers
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
@@ -34,7 +35,7 @@ SIDE_BY_SIDE: Any = ThreadPoolTaskRunner(max_workers=2)
 """score_rewards and reference_logprobs run at the same time."""
 
 
-@flow(name="ppo", flow_run_name="ppo", task_runner=SIDE_BY_SIDE, persist_result=False)
+@flow(name="ppo", flow_run_name="ppo", task_runner=SIDE_BY_SIDE, persist_result=False, result_serializer="json")
 def train(config: RunConfig, run_dir: str | None = None) -> str:
     """Train a policy with PPO.
 
@@ -43,12 +44,19 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
         run_dir: a new folder; default: ``runs/ppo-<date>-<time>``.
     Returns: the run folder.
     """
-    run_dir = run_dir or f"runs/ppo-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    start_run(config, run_dir)
-    return iterate(run_dir)
+    with flow_body() as ended_with:
+        run_dir = run_dir or f"runs/ppo-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        start_run(config, run_dir)
+        return ended_with(iterate(run_dir))
 
 
-@flow(name="ppo-resume", flow_run_name="ppo-resume", task_runner=SIDE_BY_SIDE)
+@flow(
+    name="ppo-resume",
+    flow_run_name="ppo-resume",
+    task_runner=SIDE_BY_SIDE,
+    persist_result=False,
+    result_serializer="json",
+)
 def resume(
     run_dir: str, accept_drift: bool = False, accept_guards: bool = False, set_guards: list[str] | None = None
 ) -> str:
@@ -61,25 +69,30 @@ def resume(
         set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
     Returns: the run folder.
     """
-    check_resumable(run_dir, accept_drift=accept_drift)
-    if set_guards:
-        change_guards(run_dir, set_guards)
-    if accept_guards:
-        accept_tripped(run_dir)
-    return iterate(run_dir)
+    with flow_body() as ended_with:
+        check_resumable(run_dir, accept_drift=accept_drift)
+        if accept_drift:
+            record_drift(run_dir)
+        if set_guards:
+            change_guards(run_dir, set_guards)
+        if accept_guards:
+            accept_tripped(run_dir)
+        return ended_with(iterate(run_dir))
 
 
 def iterate(run_dir: str) -> str:
     """Run the iterations that are missing."""
     run = RunFolder.open(Path(run_dir))
     with run.locked():
+        remove_run_leftovers(run)
+        take_over(run)
         guards = Guards(run)
-        tracker = Tracker(run, this_flow_run())
-        tracker.start()
-        try:
+        with Tracker(run, this_flow_run()) as tracker:
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
                 call(save_due_checkpoint, run_dir, iteration)
+                if compaction_is_due(run, iteration):
+                    call(compact, run_dir, iteration)
                 train_iteration(run_dir, iteration)
                 guards.check(iteration)
                 tracker.iteration_done(iteration)
@@ -87,8 +100,6 @@ def iterate(run_dir: str) -> str:
             obey(guards, run.config.num_iterations - 1)
             call(save_due_checkpoint, run_dir, run.config.num_iterations)
             call(write_report, run_dir)
-        finally:
-            tracker.close()
         link_to_tracker(tracker.page, tracker.uri, tracker.run_id)
     return run_dir
 

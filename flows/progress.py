@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class Watcher(Protocol):
     def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
         """Guards have tripped, and the run goes on."""
 
+    def warned(self, sentence: str) -> None:
+        """Something around the run is not as it should be, and the run goes on."""
+
     def decide(self, sentences: Sequence[str]) -> bool | None:
         """Whether a run that guards have paused shall go on; None where nobody can be asked."""
 
@@ -34,6 +38,10 @@ class Silent:
 
     def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
         """Ignored: the flow run's log has it."""
+
+    def warned(self, sentence: str) -> None:
+        """Told to the process's log: never silent."""
+        logging.getLogger("rlhf").warning(sentence)
 
     def decide(self, sentences: Sequence[str]) -> None:
         """Nobody is there to ask."""

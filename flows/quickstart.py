@@ -27,9 +27,10 @@ def quickstart(folder: Path, console: Console) -> None:
     """Build the world in ``folder/world`` (once), run PPO on it in ``folder/runs/<time>``, show the result."""
     config = quickstart_config(folder, console)
     run_dir = folder / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}"
+    from flows.calling import run_flow
     from flows.ppo import train
 
-    watch_run(run_dir, config, lambda: train(config, str(run_dir)))
+    watch_run(run_dir, config, lambda: run_flow(train, config, str(run_dir)))
 
 
 def quickstart_config(folder: Path, console: Console) -> RunConfig:

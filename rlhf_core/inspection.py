@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rlhf_core.contracts.artifacts import Manifest, read_artifact
-from rlhf_core.contracts.errors import IntegrityError, UserError
-from rlhf_core.contracts.records import read_json
+from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.models.tokenizers import load_tokenizer
@@ -41,17 +40,20 @@ def iteration_rows(run: RunFolder) -> list[Row]:
 def stage_rows(run: RunFolder, iteration: int) -> list[Row]:
     """One row a stage of an iteration: its file, rows, digest and seconds. Raises UserError if there is none."""
     manifests = _manifests(run, iteration)
-    return [
-        {
-            "stage": stage,
-            "file": manifest.artifact.path,
-            "rows": manifest.artifact.rows,
-            "bytes": _size(run.path / manifest.artifact.path),
-            "sha256": manifest.artifact.sha256,
-            "seconds": manifest.timing["total_s"],
-        }
-        for stage, manifest in manifests.items()
-    ]
+    rows: list[Row] = []
+    for stage, manifest in manifests.items():
+        path, data, _ = locate_artifact(run.path, manifest.artifact)
+        rows.append(
+            {
+                "stage": stage,
+                "file": str(path.relative_to(run.path)),
+                "rows": manifest.artifact.rows,
+                "bytes": len(data),
+                "sha256": manifest.artifact.sha256,
+                "seconds": manifest.timing["total_s"],
+            }
+        )
+    return rows
 
 
 def stage_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
@@ -109,7 +111,22 @@ def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
 def before_and_after(run: RunFolder) -> list[Row]:
     """Responses to the same prompts before and after training; empty until the run is finished."""
     path = run.path / "before_after.json"
-    return read_json(path.read_bytes(), origin=str(path))["samples"] if path.is_file() else []
+    return read_record(path)["samples"] if path.is_file() else []
+
+
+def standing(run: RunFolder) -> str:
+    """Whether a process is working on the run, or it has stopped, or is finished: one sentence, and what to do."""
+    finished, of = run.num_finished(), run.config.num_iterations
+    if run.is_locked():
+        return f"a process is working on it, in iteration {finished} of {of}"
+    guards = run.path / "guards.json"
+    if guards.is_file() and (reason := read_record(guards).get("stopped")):
+        return f"stopped by a guard after {finished} iterations: {reason}"
+    if finished < of:
+        return f"stopped in iteration {finished} of {of}: nobody works on it; continue with  rlhf resume {run.path}"
+    if not (run.path / "before_after.json").is_file():
+        return f"stopped before its report: nobody works on it; finish it with  rlhf resume {run.path}"
+    return "finished"
 
 
 def _token_texts(run: RunFolder, token_ids: list[int]) -> list[str]:
@@ -129,12 +146,6 @@ def latest_iteration(run: RunFolder) -> int:
     if finished == 0:
         raise UserError(f"{run.path} has no committed stage yet")
     return finished - 1
-
-
-def _size(path: Path) -> int:
-    if not path.is_file():
-        raise IntegrityError(f"{path} is missing, though its stage is committed")
-    return path.stat().st_size
 
 
 def _manifests(run: RunFolder, iteration: int) -> dict[str, Manifest]:

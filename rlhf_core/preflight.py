@@ -21,7 +21,9 @@ from rlhf_core.models.sizes import (
     peak_memory,
     trained_adapter_size,
 )
+from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer, vocabulary_digest
+from rlhf_core.models.untrusted import check_is_data, check_model_config
 from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
 from rlhf_core.rewards.function import load_function
@@ -38,6 +40,7 @@ class Plan:
     tokenizer: PolicyTokenizer
     max_prompt_len: int
     context_len: int
+    vocab_size: int
     device: str
     num_threads: int
     parameters: dict[str, int]
@@ -95,6 +98,7 @@ def preflight(config: RunConfig) -> Plan:
         tokenizer=tokenizer,
         max_prompt_len=limits[0],
         context_len=limits[1],
+        vocab_size=int(policy.get_text_config().vocab_size),
         device=device.type,
         num_threads=resolve_num_threads(config.num_threads),
         parameters=parameters,
@@ -118,14 +122,17 @@ def _model_config(name: str, field: str) -> Any:
         raise UserError(f"{field} is not set; give a model folder or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        check_is_data(name, field)
         _check_weights(folder, name, field)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{field} {name!r} is not a folder here; give a model folder or a hub id")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{field} {name!r} is neither a model folder nor a hub id that loads: {reason}") from None
+    check_model_config({"attn_implementation": config._attn_implementation, **config.to_dict()}, f"{field} {name!r}")
+    return config
 
 
 def _check_weights(folder: Path, name: str, field: str) -> None:
@@ -249,6 +256,8 @@ def _check_prompts(config: RunConfig, prompt_set: PromptSet, tokenizer: PolicyTo
             f"prompts.source {config.prompts.source!r} has {len(entries)} prompts, but an iteration takes {wanted} "
             "different ones; lower prompts.batch_size or raise prompts.samples_per_prompt"
         )
+    if not isinstance(entries[0], str):
+        check_template(tokenizer.tokenizer.chat_template, entries[0], f"policy.model {config.policy.model!r}")
     render_prompt(entries[0], tokenizer.tokenizer)
     if config.prompts.over_long != "refuse":
         return

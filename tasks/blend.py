@@ -19,7 +19,8 @@ from rlhf_core.models.interpolation import Interpolation
 from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import load_policy_tokenizer
 from rlhf_core.ops.comparison import Interval
-from tasks.lifecycle import named_checkpoints
+from rlhf_core.rewards.foreign import check_functions
+from tasks.retention import named_checkpoints
 
 RECORD = "blend.json"
 
@@ -89,6 +90,7 @@ def _check(out: str, share: float | None, kl: float | None, checkpoint: str) -> 
 def _prompts(run: RunFolder) -> Prepared:
     """Prompts of training, drawn by the seed 0."""
     request = Request(str(run.path), num_prompts=NUM_PROMPTS)
+    check_functions(run.config, run.identity, run.path)
     return prepare(request, run.config, trained_on=run.config.prompts, model=None)
 
 

@@ -35,10 +35,11 @@ from rlhf_core.inspection import iteration_rows
 from rlhf_core.models.devices import using_threads
 from rlhf_core.models.interpolation import Interpolation
 from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.rewards.foreign import check_functions
 from rlhf_core.stages.score_rewards import score_rewards
 from tasks.figures import draw_evaluation
-from tasks.lifecycle import named_checkpoints
 from tasks.resources import Resources
+from tasks.retention import named_checkpoints
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def start_evaluation(request: Request, config: RunConfig | None) -> PlannedEvalu
     return planned
 
 
-@task(task_run_name="draw_samples-{policy}-{part}", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    task_run_name="draw_samples-{policy}-{part}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json"
+)
 def draw_samples(folder: str, policy: str, digest: str, part: int, num_samples: int) -> None:
     """Commit one part of a policy's samples, unless it is there."""
     there = EvaluationFolder.open(Path(folder))
@@ -120,7 +123,7 @@ def draw_samples(folder: str, policy: str, digest: str, part: int, num_samples: 
     there.commit(policy, part, samples, key)
 
 
-@task(task_run_name="write_evaluation", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="write_evaluation", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def write_evaluation(planned: PlannedEvaluation) -> None:
     """Write samples.arrow, frontier.arrow, evaluation.png and summary.json, from the committed parts."""
     there = EvaluationFolder.open(Path(planned.folder))
@@ -182,6 +185,8 @@ def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation
     check_request(request)
     target = Path(request.target)
     run = RunFolder.open(target) if (target / "run.json").is_file() else None
+    if run:
+        check_functions(run.config, run.identity, run.path)
     evaluated = _checkpoints(run, request) if run else _bare_model(request, config)
     policies = {REFERENCE: ""} | _with_blends(evaluated, request.blend)
     ours = config or (run.config if run else RunConfig())

@@ -16,6 +16,7 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.typed import typed
 from rlhf_core.guards import Finding, Metrics, findings, last_good
 from tasks.resources import resources
 
@@ -40,8 +41,8 @@ class GuardRecord:
         if not path.is_file():
             return cls()
         try:
-            return cls(**read_record(path))
-        except TypeError:
+            return typed(cls, read_record(path))
+        except ValueError:
             raise IntegrityError(f"{path} is not the record of a run's guards") from None
 
     def write(self, run: RunFolder) -> None:

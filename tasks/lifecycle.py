@@ -1,21 +1,31 @@
-"""The beginning of a run, its checkpoints, and what is kept of them."""
+"""The beginning of a run, its resumption, and its checkpoints."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.durable import remove_folder
-from rlhf_core.contracts.errors import DriftError, UserError
-from rlhf_core.contracts.run_folder import RunFolder, check_vacant
+from rlhf_core.contracts.errors import DriftError, IntegrityError
+from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.checkpoints import save_checkpoint
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
+from rlhf_core.rewards.foreign import changed_functions
+from rlhf_core.verification.run import verify_run
 from tasks.resources import Resources, resources
+from tasks.retention import drop_expired_checkpoints
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOWN = 10
+"""Findings that a refusal names."""
 
 
 def start_run(config: RunConfig, run_dir: str) -> None:
@@ -32,22 +42,103 @@ def start_run(config: RunConfig, run_dir: str) -> None:
 def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
     """The config of a stopped run, if resuming it here would give the same run.
 
+    Everything that the run wrote is read again: what is damaged is refused, or told where the resume itself cures it.
+
     Raises:
         UserError: no run there, or its models or prompts are gone.
         DriftError: machine, libraries, models, prompts or source differ, and the drift is not accepted.
+        IntegrityError: it is damaged; the message says what, and how it is recovered.
     """
-    run = RunFolder.open(Path(run_dir))
-    drift = identity_drift(run.identity, run_identity(run.config, preflight(run.config).prompt_set))
-    if drift and not accept_drift:
-        raise DriftError(
-            f"{run_dir} was started under other conditions, so that resuming it would not give the same run:\n  "
-            + "\n  ".join(drift)
-            + "\nresume it where it was started, or pass --accept-drift to go on all the same"
-        )
+    path = Path(run_dir)
+    try:
+        run = RunFolder.open(path)
+    except IntegrityError:
+        _refuse_damage(path)
+        raise
+    if not accept_drift:
+        check_identity(run, "resuming")
+    _refuse_damage(path)
     return run.config
 
 
-@task(task_run_name="save_checkpoint-{iteration}", cache_policy=NO_CACHE, persist_result=False)
+def check_identity(run: RunFolder, doing: str) -> None:
+    """Raise DriftError if the run would not be the same here. ``doing``: resuming or repairing."""
+    # first without importing what the run names: it may be somebody else's
+    drift = changed_functions(run.config, run.identity, run.path) or _drift(run)[1]
+    if drift:
+        raise DriftError(
+            f"{run.path} was started under other conditions, so that {doing} it would not give the same run:\n  "
+            + "\n  ".join(drift)
+            + "\nresume it where it was started, or pass --accept-drift to go on all the same"
+        )
+
+
+def record_drift(run_dir: str) -> list[str]:
+    """Give a run the identity that it has here from its next iteration on, and record that in its ``run.json``.
+
+    The weights are computed again under the new conditions where no checkpoint holds them, so that their bits may
+    differ: they are recorded, and kept as a checkpoint if they do. From here on a resume is exact again. Stages of an
+    unfinished iteration have another key now, and are computed again.
+
+    Returns: what has changed, one line each; nothing if the run would be the same here.
+    """
+    with RunFolder.open(Path(run_dir)).locked():
+        run = RunFolder.open(Path(run_dir))
+        identity, changes = _drift(run)
+        if not changes:
+            return []
+        iteration, committed = run.num_finished(), Resources(run).policy_digest(run.num_finished())
+        drift = Drift(iteration, run.identity, changes, weights="")
+        kept = Resources(run.with_drift(identity, drift, write=False))
+        weights = committed
+        if iteration > 0:
+            with using_threads(kept.num_threads):
+                weights = kept.trainer(iteration).digest()
+        kept.run = run.with_drift(identity, replace(drift, weights=weights), write=True)
+        if weights != committed and iteration not in run.checkpoints():
+            save_state(kept, iteration)
+        resources.cache_clear()
+    return changes
+
+
+def _drift(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
+    """The identity that the run would have here, and how it differs from the recorded one."""
+    identity = run_identity(run.config, preflight(run.config).prompt_set)
+    return identity, identity_drift(run.identity, identity)
+
+
+_verified: dict[str, int] = {}
+"""Run folder -> fingerprint of its files when this process read them all: the command line and the flow both ask."""
+
+
+def _refuse_damage(path: Path) -> None:
+    before = _fingerprint(path)
+    if _verified.get(str(path)) == before:
+        return
+    found = verify_run(path, load_weights=False)
+    if found.obstacles:
+        shown = [
+            f"  {f.path} ({f.kind}): {f.problem}" + ("" if f.recoverable else f"; {f.remedy}")
+            for f in found.obstacles[:MAX_SHOWN]
+        ]
+        if len(found.obstacles) > MAX_SHOWN:
+            shown.append(f"  and {len(found.obstacles) - MAX_SHOWN} more: `rlhf verify {path}` shows all")
+        raise IntegrityError("\n".join([f"{path} is damaged, and was not resumed:", *shown, found.summary()]))
+    for finding in found.damage:
+        logger.warning("%s (%s): %s; %s", finding.path, finding.kind, finding.problem, finding.remedy)
+    _verified[str(path)] = before
+
+
+def _fingerprint(path: Path) -> int:
+    """Names, sizes and times of every file of a run: another one means that something has changed."""
+    files = [p for p in path.rglob("*") if p.name != "lock"]
+    about = [(str(p), s.st_ino, s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
+    return hash(tuple(sorted(about)))
+
+
+@task(
+    task_run_name="save_checkpoint-{iteration}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json"
+)
 def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
     """Save the state before ``iteration`` if it is due and not saved yet, then drop what retention lets go.
 
@@ -56,24 +147,27 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
     kept = resources(run_dir)
     config, run = kept.run.config, kept.run
     is_due = iteration % config.checkpoint.every == 0 or iteration == config.num_iterations
-    if iteration == 0 or not is_due or iteration in run.checkpoints():
+    if iteration == 0 or not is_due:
         return None
-    _save(kept, iteration)
-    _drop_expired(run)
-    return str(run.checkpoint_path(iteration))
+    is_new = iteration not in run.checkpoints()
+    if is_new:
+        save_state(kept, iteration)
+    drop_expired_checkpoints(run)  # also what a process that was killed between the two has left
+    return str(run.checkpoint_path(iteration)) if is_new else None
 
 
-@task(task_run_name="keep_last_good-{iteration}", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="keep_last_good-{iteration}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def keep_last_good(run_dir: str, iteration: int) -> None:
     """Keep the state before ``iteration`` as ``RUN/checkpoints/last_good``, out of reach of retention."""
     kept = resources(run_dir)
     if iteration not in kept.run.checkpoints():
-        _save(kept, iteration)
+        save_state(kept, iteration)
     kept.run.keep_as_last_good(iteration)
-    _drop_expired(kept.run)
+    drop_expired_checkpoints(kept.run)
 
 
-def _save(kept: Resources, iteration: int) -> None:
+def save_state(kept: Resources, iteration: int) -> None:
+    """Commit the state before an iteration as a checkpoint."""
     with using_threads(kept.num_threads):
         save_checkpoint(
             kept.run.checkpoint_path(iteration),
@@ -83,67 +177,3 @@ def _save(kept: Resources, iteration: int) -> None:
             identity=kept.identity,
             merge_adapter=kept.run.config.policy.lora.save == "merged",
         )
-
-
-def _drop_expired(run: RunFolder) -> None:
-    for old in expired_checkpoints(run):
-        remove_folder(run.checkpoint_path(old))
-
-
-def checkpoint_value(run: RunFolder, iteration: int) -> float:
-    """How good a checkpoint is: score - kl.coef x KL, a mean over the iterations since the one before it."""
-    since = max(0, iteration - run.config.checkpoint.every)
-    values: list[float] = []
-    for i in range(since, iteration):
-        manifest = run.manifest("shape_rewards", i)
-        if manifest is not None:
-            metrics = manifest.metrics
-            values.append(metrics["objective/scores"] - run.config.kl.coef * metrics["objective/kl"])
-    return sum(values) / len(values) if values else float("-inf")
-
-
-def best_checkpoint(run: RunFolder) -> int | None:
-    """The iteration of the best checkpoint on disk; the later one of equals."""
-    return max(run.checkpoints(), key=lambda i: (checkpoint_value(run, i), i), default=None)
-
-
-def named_checkpoints(run: RunFolder, name: str) -> list[int]:
-    """The checkpoints that a command line names, ascending.
-
-    Args:
-        run: that has them.
-        name: newest, best, last_good, all, or an iteration.
-    Raises: UserError if there is none of it.
-    """
-    saved = run.checkpoints()
-    if not saved:
-        raise UserError(
-            f"{run.path} has no checkpoint yet: the first comes after {run.config.checkpoint.every} iterations "
-            "(checkpoint.every)"
-        )
-    best, last_good = best_checkpoint(run), run.last_good
-    assert best is not None
-    if name == "last_good" and last_good is None:
-        raise UserError(f"--checkpoint is last_good, but no guard has stopped {run.path}; choose newest, best or all")
-    chosen = {"newest": saved[-1:], "best": [best], "all": saved, "last_good": [last_good or 0]}.get(name)
-    if chosen is None:
-        if not name.isdecimal():
-            raise UserError(f"--checkpoint is {name!r}; choose newest, best, last_good, all or an iteration")
-        chosen = [int(name)]
-        if chosen[0] not in saved:
-            raise UserError(f"--checkpoint {name} is not kept in {run.path}; there are: {', '.join(map(str, saved))}")
-    return chosen
-
-
-def expired_checkpoints(run: RunFolder) -> list[int]:
-    """Checkpoints that are neither among the newest ``keep_last`` nor the best nor the last good one.
-
-    Where a guard may stop the run, at least the newest two are kept: the newest is not proved good yet.
-    """
-    saved = run.checkpoints()
-    kept = set(saved[-max(run.config.checkpoint.keep_last, 1 + run.config.guards.may_stop) :])
-    if run.last_good is not None:
-        kept.add(run.last_good)
-    if run.config.checkpoint.keep_best and (best := best_checkpoint(run)) is not None:
-        kept.add(best)
-    return [i for i in saved if i not in kept]

@@ -9,8 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.batches import Prompts
-from rlhf_core.contracts.config_io import canonical_json
-from rlhf_core.contracts.durable import write_file
+from rlhf_core.contracts.records import write_record
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards
@@ -18,12 +17,12 @@ from tasks.figures import draw_run
 from tasks.resources import Resources, resources
 
 
-@task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def write_report(run_dir: str, limit: int = 5) -> None:
     """Write ``RUN/before_after.json`` and ``RUN/report.png``."""
     kept = resources(run_dir)
     rows = compare_samples(kept, limit)
-    write_file(kept.run.path / "before_after.json", canonical_json({"samples": rows}) + b"\n")
+    write_record(kept.run.path / "before_after.json", {"samples": rows})
     draw_run(kept.run, kept.run.path / "report.png")
 
 

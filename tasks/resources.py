@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from rlhf_core.contracts.artifacts import ArtifactRef, read_artifact
-from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, Rollouts, Scores
+from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, Rollouts, Scores, check_vocabulary
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
@@ -61,7 +61,9 @@ class Resources:
         return max(1, self.num_threads // 2)
 
     def policy_digest(self, iteration: int) -> str:
-        """Identity of the weights before an iteration: as its predecessor committed them."""
+        """Identity of the weights before an iteration: as its predecessor committed them, or a drift gave them."""
+        if (drift := self.run.drift_at(iteration)) is not None:
+            return drift.weights
         if iteration == 0:
             return "initial"
         manifest = self.run.manifest("ppo_update", iteration - 1)
@@ -142,11 +144,15 @@ class Resources:
 
     def prompts(self, ref: ArtifactRef) -> Prompts:
         """The prompts of an artifact."""
-        return Prompts.from_table(read_artifact(self.run.path, ref))
+        prompts = Prompts.from_table(read_artifact(self.run.path, ref))
+        check_vocabulary(prompts.prompt_ids, prompts.tokens_QP, self.plan.vocab_size)
+        return prompts
 
     def rollouts(self, ref: ArtifactRef, prompts: Prompts) -> Rollouts:
         """The rollouts of an artifact."""
-        return Rollouts.from_table(read_artifact(self.run.path, ref), prompts)
+        rollouts = Rollouts.from_table(read_artifact(self.run.path, ref), prompts)
+        check_vocabulary(rollouts.sample_ids, rollouts.tokens_BR, self.plan.vocab_size)
+        return rollouts
 
     def scores(self, ref: ArtifactRef) -> Scores:
         """The scores of an artifact."""
@@ -163,7 +169,8 @@ class Resources:
     def _nearest_checkpoint(self, iteration: int) -> Trainer:
         earlier = [i for i in self.run.checkpoints() if i <= iteration]
         if earlier:
-            return load_checkpoint(self.run.checkpoint_path(earlier[-1]), self.run.config, self.device)[0]
+            path = self.run.checkpoint_path(earlier[-1])
+            return load_checkpoint(path, self.run.config, self.device, identities=self.run.identities)[0]
         return new_trainer(self.run.config, self.device)
 
     def _replay_update(self, trainer: Trainer) -> None:
@@ -185,10 +192,16 @@ class Resources:
             iteration=iteration,
             num_iterations=config.num_iterations,
         )
-        if trainer.digest() != manifests["ppo_update"].inputs["policy_after"]:
+        expected = manifests["ppo_update"].inputs["policy_after"]
+        newest = self.run.drifts[-1] if self.run.drifts else None
+        if newest is not None and trainer.iteration <= newest.iteration:
+            # computed under other conditions then: what counts is where they lead; "" while a drift is being accepted
+            expected = newest.weights if trainer.iteration == newest.iteration else ""
+        if expected and trainer.digest() != expected:
             raise IntegrityError(
                 f"the update of iteration {iteration}, computed again from its artifacts, gives other weights than it "
-                "committed: the machine, its threads or its libraries differ, or a checkpoint was changed"
+                "committed: the machine, its threads or its libraries differ, or a checkpoint was changed; "
+                f"`rlhf verify {self.run.path}` reads everything again"
             )
 
     def _frozen(self, name: str, make: Callable[[], Value]) -> Value:

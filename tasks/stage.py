@@ -18,11 +18,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import MissingContextError
 from prefect.tasks import Task
 
-from rlhf_core.contracts.artifacts import ArtifactRef, Manifest, commit_stage, read_artifact
+from rlhf_core.contracts.artifacts import ArtifactRef, Manifest, commit_stage, read_artifact, stage_key
 from rlhf_core.contracts.batches import StageResult
-from rlhf_core.contracts.config_io import digest_json
-from rlhf_core.contracts.errors import IntegrityError
-from rlhf_core.contracts.schemas import SCHEMA_VERSION
+from rlhf_core.contracts.errors import IntegrityError, StorageError
 from rlhf_core.models.devices import using_threads
 from tasks.resources import Resources
 
@@ -31,7 +29,7 @@ Batch = TypeVar("Batch")
 
 def retry_io_errors(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Retry what another try may cure (a full or flaky disk), never a mistake or a number."""
-    return isinstance(state.result(raise_on_failure=False), OSError)
+    return isinstance(state.result(raise_on_failure=False), OSError | StorageError)
 
 
 def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
@@ -41,6 +39,7 @@ def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
         task_run_name=f"{function.__name__}-{{iteration}}",
         cache_policy=NO_CACHE,
         persist_result=False,
+        result_serializer="json",
         retries=1,
         retry_delay_seconds=1,
         retry_condition_fn=retry_io_errors,
@@ -73,10 +72,8 @@ def run_stage(
         outputs: digests of results that are not in the artifact, recorded beside the inputs.
         num_threads: default: the run's.
     """
-    key = digest_json(
-        {"stage": stage, "version": SCHEMA_VERSION, "iteration": iteration, "run": resources.identity} | dict(inputs)
-    )
-    committed = resources.run.manifest(stage, iteration)
+    key = stage_key(stage, iteration, resources.identity, inputs)
+    committed = _committed(resources, stage, iteration)
     if committed is not None and committed.key == key and _is_intact(resources, committed):
         return committed.artifact
     started = time.perf_counter()
@@ -101,6 +98,14 @@ def run_stage(
         timing={"compute_s": computed - started, "total_s": time.perf_counter() - started},
     )
     return manifest.artifact
+
+
+def _committed(resources: Resources, stage: str, iteration: int) -> Manifest | None:
+    try:
+        return resources.run.manifest(stage, iteration)
+    except IntegrityError as error:
+        _warn(f"{error}; computing it again")
+        return None
 
 
 def _is_intact(resources: Resources, manifest: Manifest) -> bool:

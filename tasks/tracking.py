@@ -1,52 +1,63 @@
 """MLflow: a replayable log of what the run folder says. The only file that imports mlflow.
 
-Metrics are on disk (in the stages' manifests) before they are sent. A thread sends them in iteration order;
-what has arrived is asked of the tracker itself, so that a resumed run sends the rest and nothing twice. A
-tracker that is down or slow never stops training: the loop goes on, and what is missing is sent at the end
-or by the next resume.
+What is sent, and how it is found again after a lost answer; `outbox.py` decides when. A run that died stays RUNNING
+in MLflow, which asks nobody: the next resume corrects it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import math
 import os
-import queue
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Self
 
-from rlhf_core.contracts.config_io import config_digest, config_template, digest_json, flat_params
-from rlhf_core.contracts.records import read_record, write_record
+from rlhf_core.contracts.config_io import config_digest, config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.evaluation.folder import EvaluationFolder
-from rlhf_core.evaluation.summary import metrics as evaluation_metrics
+from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
 from tasks.figures import draw_run
 from tasks.guards import GuardRecord, guard_metrics
-from tasks.lifecycle import best_checkpoint, checkpoint_value
+from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
+from tasks.retention import best_checkpoint, checkpoint_value
 
 logger = logging.getLogger(__name__)
 
 SENTINEL = "episode"
 """Sent with every iteration: the steps that have it have arrived."""
-MAX_PARAMS = 100
-"""MLflow takes no more params at a time."""
-CLOSE_TIMEOUT_S = 60.0
-"""How long the end of a run waits for the tracker."""
-EVALUATION_SAMPLES = 200
-"""Rows of an evaluation's sample table."""
+MAX_PARAMS, MAX_METRICS = 100, 1000
+"""MLflow takes no more at a time."""
+LIMITS: Final = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds without an answer
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the password
+}
+"""Of MLflow, where the user has set nothing else."""
+ONCE: Final = (
+    "create_experiment",
+    "create_run",
+    "log_batch",
+    "log_metric",
+    "create_logged_model",
+    "create_model_version",
+)
+"""Calls that are not simply repeated when their answer is lost."""
+OUTBOX_TAG, TABLES_TAG = "rlhf.outbox", "mlflow.loggedArtifacts"
 
 
 def tracking_uri(run: RunFolder) -> str:
     """The configured tracker, MLFLOW_TRACKING_URI, or an sqlite file beside the run folder."""
     default = f"sqlite:///{run.path.resolve().parent / 'mlflow.db'}"
     return run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def shown_tracking_uri(run: RunFolder) -> str:
+    """The tracker as it may be shown and stored: without user, password or key."""
+    return without_credentials(tracking_uri(run))
 
 
 def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
@@ -73,127 +84,155 @@ class Tracker:
     """
 
     def __init__(self, run: RunFolder, prefect_run: Mapping[str, str]) -> None:
-        self.run, self.prefect_run = run, dict(prefect_run)
-        self.uri = tracking_uri(run)
-        self.run_id: str | None = None
-        self._wanted: queue.Queue[int | None] = queue.Queue()
-        self._given_up = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self.run = run
+        self.uri = shown_tracking_uri(run)
+        self._outbox = Outbox(lambda is_over: _Sender(run, prefect_run, is_over), run.path, logger)
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once the tracker has answered."""
+        return self._outbox.run_id
 
     @property
     def page(self) -> str | None:
         """Address of the run in the MLflow UI, where the tracker is a server."""
-        recorded = _recorded(self.run)
-        if not self.uri.startswith("http") or recorded is None:
+        if not self.uri.startswith("http") or self.run_id is None:
             return None
-        return f"{self.uri}/#/experiments/{recorded['experiment_id']}/runs/{recorded['run_id']}"
+        return f"{self.uri}/#/experiments/{self._outbox.experiment_id}/runs/{self.run_id}"
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Begin sending; earlier iterations that have not arrived go first."""
         if self.run.config.tracking.enabled:
-            self._thread.start()
-            self._wanted.put(self.run.num_finished())
+            self._outbox.start(self.run.num_finished())
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Wait a bounded time for what is left, a second where a signal ends the run; say what has not arrived."""
+        if self.run.config.tracking.enabled:
+            self._outbox.close(brief=error is not None and not issubclass(error, Exception))
 
     def iteration_done(self, iteration: int) -> None:
-        """Send an iteration that is committed."""
-        self._wanted.put(iteration + 1)
-
-    def close(self) -> None:
-        """Wait a bounded time for what is left; say what has not arrived."""
-        if not self.run.config.tracking.enabled:
-            return
-        self._wanted.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            self._given_up.set()
-            logger.warning("MLflow has not taken everything in %.0f s; `rlhf resume` sends the rest", CLOSE_TIMEOUT_S)
-
-    def _work(self) -> None:
-        sender: _Sender | None = None
-        finished, closing = 0, False
-        while not closing and not self._given_up.is_set():
-            wanted = self._wanted.get()
-            closing = wanted is None
-            finished = finished if wanted is None else wanted
-            try:
-                sender = sender or _Sender(self.run, self.prefect_run)
-                self.run_id = sender.run_id
-                sender.send_up_to(finished)
-                if closing:
-                    sender.finish()
-            except Exception as error:  # a tracker's failure must never reach training
-                sender = None
-                logger.warning("MLflow did not take iteration %d: %s", finished - 1, str(error).split("\n")[0])
-                time.sleep(0.5)
+        """Send an iteration that is committed; returns at once."""
+        self._outbox.put(iteration + 1)
 
 
 class _Sender:
     """The conversation with one tracker. Every method may raise whatever the tracker raises."""
 
-    def __init__(self, run: RunFolder, prefect_run: Mapping[str, str]) -> None:
-        from mlflow.tracking import MlflowClient
-
+    def __init__(
+        self, run: RunFolder, prefect_run: Mapping[str, str], is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         self.run = run
-        uri = tracking_uri(run)
-        with _store_lock(uri):
-            _make_default(uri)
-            self.client: Any = MlflowClient(uri)
-            self.run_id = self._open_run(prefect_run)
-        self.next = self._arrived()
-        self.models = self._logged_models()
+        self.ledger = Ledger.of(run.path).named(run.path)
+        self.client, self.experiment_id = connect(run, is_over)
+        self.run_id = self._open_run(prefect_run)
+        self.next = self.ledger.sending.first if self.ledger.sending else self._num_arrived()
+        self.models = self._registered()
 
     def send_up_to(self, finished: int) -> None:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
-        from mlflow.entities import Metric
-
-        for iteration in range(self.next, finished):
-            now = int(time.time() * 1000)
-            values = iteration_metrics(self.run, iteration)
-            dropped = sum(not math.isfinite(value) for value in values.values())
-            values["guard/dropped_metrics"] = float(dropped)
-            metrics = [Metric(k, v, now, iteration) for k, v in sorted(values.items()) if math.isfinite(v)]
-            self.client.log_batch(self.run_id, metrics=metrics)
-            self.next = iteration + 1
+        while self.next < finished:
+            sending, had = self.ledger.sending, set[tuple[str, int]]()
+            values = self._values(self.next, min(finished, sending.after) if sending else finished)
+            after = max(values) + 1
+            if sending is None:
+                sending = Sending(self.next, after, int(time.time() * 1000))
+                self.ledger = self.ledger.change(self.run.path, sending=sending, sent=self.next)
+            else:  # whether an earlier try has arrived is not known
+                had = self._arrived_of(values)
+            new = {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
+            log_metrics(self.client, self.run_id, sending.timestamp_ms, new)
+            self.next = after  # on disk with the next batch
+            rest = replace(sending, first=after) if after < sending.after else None
+            self.ledger = replace(self.ledger, sending=rest, sent=after)
         for iteration in self.run.checkpoints():
             if iteration not in self.models:
                 self._log_checkpoint(iteration)
 
-    def finish(self) -> None:
+    def finish(self, *, brief: bool) -> None:
         """The figure, the sample table, the aliases of the best and last good checkpoint, and the run's end."""
-        self._log_samples()
-        figure = self.run.path / "report.png"
-        if figure.is_file() or draw_run(self.run, figure):
-            self.client.log_artifact(self.run_id, str(figure))
-        name = self.run.config.tracking.registered_model
-        for alias, iteration in (("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)):
-            if iteration in self.models:
-                self.client.set_registered_model_alias(name, alias, self.models[iteration])
+        self.ledger = self.ledger.change(self.run.path)
+        if not brief:
+            self._remove_doubles()
+            self._log_samples()
+            figure = self.run.path / "report.png"
+            if figure.is_file() or draw_run(self.run, figure):
+                self.client.log_artifact(self.run_id, str(figure))
+            name, newest = self.run.config.tracking.registered_model, max(self.models, default=None)
+            for alias, iteration in (
+                ("newest", newest), ("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)
+            ):  # fmt: skip
+                if iteration in self.models:
+                    self.client.set_registered_model_alias(name, alias, self.models[iteration])
         stopped_by = GuardRecord.of(self.run).stopped
         self.client.set_tag(self.run_id, "rlhf.stopped_by", stopped_by or "")
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
+    def _values(self, first: int, after: int) -> dict[int, dict[str, float]]:
+        """Metrics of iterations, as many as a batch takes; what is not finite is left out and counted."""
+        found: dict[int, dict[str, float]] = {}
+        for iteration in range(first, after):
+            values = iteration_metrics(self.run, iteration)
+            dropped = sum(not math.isfinite(value) for value in values.values())
+            values["guard/dropped_metrics"] = float(dropped)
+            if found and sum(map(len, found.values())) + len(values) > MAX_METRICS:
+                break
+            found[iteration] = {name: value for name, value in values.items() if math.isfinite(value)}
+        return found
+
+    def _arrived_of(self, values: Mapping[int, Mapping[str, float]]) -> set[tuple[str, int]]:
+        """Which metrics of these iterations the tracker has: a batch may be taken in part."""
+        names = sorted(set().union(*values.values()))
+        return {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n) if m.step in values}
+
     def _open_run(self, prefect_run: Mapping[str, str]) -> str:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
-        tracking = self.run.config.tracking
-        recorded = _recorded(self.run)
-        if recorded is not None:
-            self.client.update_run(recorded["run_id"], status="RUNNING")
-            for name, value in prefect_run.items():
-                self.client.set_tag(recorded["run_id"], f"prefect.{name}", value)
-            return recorded["run_id"]
-        experiment_id = _experiment(self.client, self.run)
-        tags = {
-            "rlhf.run_dir": str(self.run.path.resolve()),
-            "rlhf.config_sha256": config_digest(self.run.config),
-            **{f"rlhf.{name}": str(self.run.identity[name]) for name in ("source", "prompts", "device")},
-            **{f"prefect.{name}": value for name, value in prefect_run.items()},
-        }
-        created = self.client.create_run(experiment_id, run_name=tracking.run_name or self.run.path.name, tags=tags)
-        run_id: str = created.info.run_id
-        self._describe(run_id)
-        write_record(self.run.path / "mlflow.json", {"run_id": run_id, "experiment_id": experiment_id})
+        tracking, run_id = self.run.config.tracking, self.ledger.run_id
+        if run_id is None:
+            tags = {
+                OUTBOX_TAG: self.ledger.outbox,
+                "rlhf.run_dir": str(self.run.path.resolve()),
+                "rlhf.config_sha256": config_digest(self.run.config),
+                **{f"rlhf.{name}": str(self.run.identity[name]) for name in ("source", "prompts", "device")},
+            }
+            there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
+            run_name = tracking.run_name or self.run.path.name
+            created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
+            run_id = created.info.run_id if created else there[0]
+            self.ledger = self.ledger.change(
+                self.run.path, run_id=run_id, experiment_id=self.experiment_id, is_described=False
+            )
+        self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
+        for name, value in prefect_run.items():
+            self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
+        if not self.ledger.is_described:
+            self._describe(run_id)
+            self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
+
+    def _runs_of_outbox(self) -> list[str]:
+        """Runs that this run folder has made in the tracker, the oldest first: more than one if answers came late."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`{OUTBOX_TAG}` = '{self.ledger.outbox}'",
+            order_by=["attributes.start_time ASC"],
+        )
+        return [run.info.run_id for run in found]
+
+    def _remove_doubles(self) -> None:
+        """Undo what was created twice, because a first request was carried out after we had given it up."""
+        for run_id in self._runs_of_outbox():
+            if run_id != self.run_id:
+                self.client.delete_run(run_id)
+        self.models = self._registered()
+        sources = [str(version.source) for version in self._versions()]
+        for iteration in self.models:
+            same = self._logged_models(self._model_name(iteration))
+            kept = next((m for m in same if any(m.model_id in source for source in sources)), None)
+            for model in same:
+                if kept is not None and model is not kept:
+                    self.client.delete_logged_model(model.model_id)
 
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
@@ -215,164 +254,139 @@ class _Sender:
         )
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "prompts")])])
 
-    def _arrived(self) -> int:
+    def _num_arrived(self) -> int:
         """Iterations whose sentinel the tracker has."""
         history = self.client.get_metric_history(self.run_id, SENTINEL)
         return max((metric.step for metric in history), default=-1) + 1
 
-    def _logged_models(self) -> dict[int, str]:
-        """Iteration of each checkpoint of this run that is registered -> its version."""
+    def _versions(self) -> list[Any]:
+        """The registered versions of this run, the oldest first."""
         name = self.run.config.tracking.registered_model
-        versions = self.client.search_model_versions(f"name = '{name}'")
-        return {
-            int(version.tags["rlhf.iteration"]): str(version.version)
-            for version in versions
-            if version.tags.get("rlhf.run_id") == self.run_id
-        }
+        found = self.client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        return sorted(found, key=lambda version: int(version.version))
+
+    def _registered(self) -> dict[int, str]:
+        """Iteration of each checkpoint that is registered -> its version; a second one is removed."""
+        kept: dict[int, str] = {}
+        for version in self._versions():
+            iteration = int(version.tags["rlhf.iteration"])
+            if iteration in kept:
+                self.client.delete_model_version(version.name, str(version.version))
+            else:
+                kept[iteration] = str(version.version)
+        return kept
+
+    def _logged_models(self, *names: str) -> list[Any]:
+        """The logged models of this run, or those of a name, the oldest first."""
+        named = "".join(f" and name = '{name}'" for name in names)
+        order = [{"field_name": "creation_timestamp", "ascending": True}]
+        filters = f"source_run_id = '{self.run_id}'{named}"
+        return list(self.client.search_logged_models([self.experiment_id], filters, order_by=order))
+
+    def _model_name(self, iteration: int) -> str:
+        return f"{self.run.path.name}-{iteration:06d}"
 
     def _log_checkpoint(self, iteration: int) -> None:
-        """A checkpoint's policy folder as a logged model and a registered version."""
-        from mlflow.exceptions import MlflowException
-
+        """A checkpoint's policy folder as a logged model and a registered version, which says that all is there."""
         folder = self.run.checkpoint_path(iteration) / "policy"
         if not folder.is_dir():  # retention was faster
             return
-        recorded = _recorded(self.run)
-        assert recorded is not None
-        name = self.run.config.tracking.registered_model
-        model = self.client.create_logged_model(
-            recorded["experiment_id"],
-            name=f"{self.run.path.name}-{iteration:06d}",
+        there = self._logged_models(self._model_name(iteration))
+        model = there[0] if there else self.client.create_logged_model(
+            self.experiment_id,
+            name=self._model_name(iteration),
             source_run_id=self.run_id,
             params={"iteration": str(iteration)},
             model_type="transformers-policy",
-        )
+        )  # fmt: skip
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
-        with contextlib.suppress(MlflowException):  # it exists
-            self.client.create_registered_model(name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)}
-        version = self.client.create_model_version(
-            name, f"models:/{model.model_id}", run_id=self.run_id, tags=tags, model_id=model.model_id
-        )
-        self.models[iteration] = str(version.version)
-        if iteration == max(self.models):  # the last good one is written late
-            self.client.set_registered_model_alias(name, "newest", version.version)
         value = checkpoint_value(self.run, iteration)
-        if math.isfinite(value):
-            self.client.log_metric(self.run_id, "checkpoint/value", value, step=iteration, model_id=model.model_id)
+        history = self.client.get_metric_history(self.run_id, "checkpoint/value")
+        if math.isfinite(value) and iteration not in {metric.step for metric in history}:
+            self.client.log_metric(
+                self.run_id, "checkpoint/value", value, model.creation_timestamp, iteration, model_id=model.model_id
+            )
+        name = self.run.config.tracking.registered_model
+        _create_registered_model(self.client, name)
+        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)}
+        if iteration not in (registered := self._registered()):
+            version = self.client.create_model_version(
+                name,
+                f"models:/{model.model_id}",
+                run_id=self.run_id,
+                tags=tags,
+                model_id=model.model_id,
+                await_creation_for=0,
+            )
+            registered[iteration] = str(version.version)
+        self.models |= registered
+        if iteration == max(self.models):  # the last good one is written late
+            self.client.set_registered_model_alias(name, "newest", self.models[iteration])
 
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""
-        samples = before_and_after(self.run)
-        if samples:
-            self.client.log_table(self.run_id, {k: [row[k] for row in samples] for k in samples[0]}, "samples.json")
+        if samples := before_and_after(self.run):
+            log_table(self.client, self.run_id, samples, "samples.json")
 
 
-def log_evaluation(folder: str) -> None:
-    """Send an evaluation to its run's MLflow run, or a bare model's to one of its own: metrics, figure, samples.
+def connect(run: RunFolder, is_over: Callable[[], bool] = lambda: False) -> tuple[Any, str]:
+    """A client of the run's tracker, and the run's experiment there, made if it is not.
 
-    Once for each result. A tracker that is down or slow is a warning: the results are in the folder.
-    """
-    there = EvaluationFolder.open(Path(folder))
-    if not there.config.tracking.enabled:
-        return
-
-    def work() -> None:
-        try:
-            _send_evaluation(there)
-        except Exception as error:  # a tracker's failure must never fail an evaluation
-            logger.warning("MLflow did not take the evaluation: %s", str(error).split("\n")[0])
-
-    thread = threading.Thread(target=work, name="mlflow", daemon=True)
-    thread.start()
-    thread.join(CLOSE_TIMEOUT_S)
-    if thread.is_alive():
-        logger.warning("MLflow has not taken the evaluation in %.0f s; evaluate again to send it", CLOSE_TIMEOUT_S)
-
-
-def _send_evaluation(there: EvaluationFolder) -> None:
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
-
-    run = RunFolder.open(there.run_dir) if there.run_dir else RunFolder(there.path, there.config, there.identity)
-    uri, numbers, sent = tracking_uri(run), there.summary(), there.path / "mlflow.json"
-    before = read_record(sent) if sent.is_file() else {}
-    result = digest_json({"uri": uri, "numbers": numbers})
-    if before.get("result") == result:
-        return
-    with _store_lock(uri):
-        _make_default(uri)
-        client: Any = MlflowClient(uri)
-        experiment_id = _experiment(client, run)
-    if there.run_dir is None:
-        name, tags = there.path.resolve().name, {"rlhf.evaluation": str(there.path.resolve())}
-        run_id = before.get("run_id") or client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-    else:
-        recorded = _recorded(run)
-        if recorded is None:
-            raise ValueError(f"it does not have the run {run.path.name}; `rlhf resume` sends it")
-        run_id = recorded["run_id"]
-    now = int(time.time() * 1000)
-    for policy, values in numbers["policies"].items():
-        if values["blend"] < 1:  # one policy a step: an interpolation is in the summary and the picture
-            continue
-        step = int(policy) if policy.isdecimal() else 0
-        found = evaluation_metrics(values)
-        client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in sorted(found.items())])
-    place = "/".join(("evaluations", there.path.resolve().name))
-    for file in ("evaluation.png", "summary.json", "frontier.arrow"):
-        client.log_artifact(run_id, str(there.path / file), artifact_path=place)
-    rows = there.side_by_side(EVALUATION_SAMPLES)
-    client.log_table(run_id, {k: [row[k] for row in rows] for k in rows[0]}, f"{place}/samples-{result[:8]}.json")
-    if there.run_dir is None:
-        client.set_terminated(run_id, "FINISHED")
-    write_record(sent, {"run_id": run_id, "result": result})
-
-
-def _experiment(client: Any, run: RunFolder) -> str:
-    """The run's experiment, made if it is not there."""
-    from mlflow.exceptions import MlflowException
-
-    name = run.config.tracking.experiment
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
-    folder = run.path.resolve().parent / "mlartifacts"
-    location = folder.as_uri() if tracking_uri(run).startswith("sqlite:") else None
-    try:
-        return str(client.create_experiment(name, artifact_location=location))
-    except MlflowException:  # another run created it in between
-        return str(client.get_experiment_by_name(name).experiment_id)
-
-
-def _recorded(run: RunFolder) -> dict[str, str] | None:
-    path = run.path / "mlflow.json"
-    return read_record(path) if path.is_file() else None
-
-
-def _make_default(uri: str) -> None:
-    """Make a tracker MLflow's default: it looks up a version's source ``models:/...`` there.
-
-    MLflow writes its default into MLFLOW_TRACKING_URI too, where the next run of this process would take it
-    for the user's choice: that is undone.
+    A try takes as long as ``LIMITS`` says, and fails for us to see: MLflow's own retries would create things twice.
+    The tracker also becomes MLflow's default, because a version's source ``models:/...`` is looked up there. MLflow
+    writes its default into MLFLOW_TRACKING_URI too, where the next run of this process would take it for the
+    user's choice: that is undone.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
 
-    chosen = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if chosen is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = chosen
+    for limit, value in LIMITS.items():
+        os.environ.setdefault(limit, value)
+    uri, name, chosen = tracking_uri(run), run.config.tracking.experiment, os.environ.get("MLFLOW_TRACKING_URI")
+    with store_lock(uri):
+        mlflow.set_tracking_uri(uri)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if chosen is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = chosen
+        client: Any = Patient(MlflowClient(uri), ONCE, is_over)
+        if found := client.get_experiment_by_name(name):
+            return client, str(found.experiment_id)
+        folder = run.path.resolve().parent / "mlartifacts"
+        location = folder.as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return client, str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another run created it in between, or an answer was lost
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return client, str(found.experiment_id)
 
 
-@contextlib.contextmanager
-def _store_lock(uri: str) -> Iterator[None]:
-    """One process at a time creates and migrates a fresh sqlite store: two of them crash each other."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with (database.parent / f".{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int, Mapping[str, float]]) -> None:
+    """Send metrics by step in one batch. The same metrics with the same time stamp arrive once."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(k, v, timestamp_ms, step) for step, of in values.items() for k, v in sorted(of.items())]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+
+
+def log_table(client: Any, run_id: str, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+    """Write a table as MLflow shows it. ``client.log_table`` would append to the table of an earlier try."""
+    table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+    client.log_text(run_id, json.dumps(table, ensure_ascii=False), file)
+    listed = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+    if (entry := {"path": file, "type": "table"}) not in listed:
+        client.set_tag(run_id, TABLES_TAG, json.dumps([*listed, entry]))
+
+
+def _create_registered_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

@@ -3,23 +3,9 @@
 # ruff: noqa: E402 - the environment stands above the imports that read it
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
+from environment import be_quiet_and_private
 
-_PREFECT_HOME = tempfile.mkdtemp(prefix="rlhf-tests-prefect-")
-atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
-os.environ |= {  # read when prefect and transformers are imported, so it stands above their imports
-    "DO_NOT_TRACK": "true",
-    "PREFECT_HOME": _PREFECT_HOME,
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+be_quiet_and_private()
 
 from collections.abc import Callable, Iterator, Sequence
 

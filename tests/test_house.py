@@ -27,8 +27,9 @@ OPS = sorted((ROOT / "rlhf_core" / "ops").glob("*.py"))
 README = ROOT / "README.md"
 MAX_LINES = 400
 MAX_FLOW_LINES = 40
-ROOMS_OF_TESTS = {"golden"}
-"""Folders of tests/ that are no package: numbers from outside, with the scripts that made them."""
+ROOMS_OF_TESTS = {"golden", "torture", "benchmarks"}
+"""Folders of tests/ that mirror no package: numbers from outside with the scripts that made them, the battery, and
+programs that measure time."""
 SELF_EVIDENT = {
     "reward.components.dtype",
     "ppo.adam_beta1",
@@ -159,7 +160,8 @@ class TestLayers:
         strays: list[str] = []
         for path in tests.rglob("test_*.py"):
             folder = path.parent.relative_to(tests)
-            if folder != Path() and not (ROOT / folder / "__init__.py").is_file():
+            mirrors = folder == Path() or (ROOT / folder / "__init__.py").is_file()
+            if not mirrors and not set(folder.parts) & ROOMS_OF_TESTS:
                 strays.append(name_of(path))
         assert strays == []
         rooms = {p.name for p in tests.iterdir() if p.is_dir() and p.name != "__pycache__"}

@@ -38,11 +38,16 @@ class Tiny:
     """40 different texts, JSONL {"prompt": ...}; each has fewer than 20 tokens."""
 
 
+def tiny_in(root: Path) -> Tiny:
+    """The tiny world of a folder."""
+    return Tiny(root, root / "policy", root / "reward", root / "prompts.jsonl")
+
+
 def make_tiny(root: Path) -> Tiny:
     """Write the tiny world into an empty folder."""
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-    made = Tiny(root, root / "policy", root / "reward", root / "prompts.jsonl")
+    made = tiny_in(root)
     texts = [f"{subject} {verb} {ending}" for subject in SUBJECTS for verb in VERBS for ending in ENDINGS][:40]
     made.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     tokenizer = _tokenizer(texts)

@@ -21,11 +21,14 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from rlhf_core.contracts.config_io import canonical_json
-from rlhf_core.contracts.durable import hash_file, write_file, write_folder
-from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.archive import MANIFESTS, Segment, find_segment
+from rlhf_core.contracts.config_io import canonical_json, digest_json
+from rlhf_core.contracts.durable import hash_file, read_file, write_file, write_folder
+from rlhf_core.contracts.errors import IntegrityError, NumericalError
 from rlhf_core.contracts.records import read_record, seal, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
+from rlhf_core.contracts.typed import typed
+from rlhf_core.contracts.values import not_finite, wrong_values
 
 META_PREFIX = "rlhf."
 
@@ -52,7 +55,7 @@ class Manifest:
     artifact: ArtifactRef
     schema_version: int
     key: str
-    """sha256 over everything the artifact depends on: see ``tasks.stage``."""
+    """sha256 over everything the artifact depends on: :func:`stage_key`."""
     inputs: Mapping[str, str]
     """Name of each input -> its sha256."""
     seed: int
@@ -64,6 +67,20 @@ class Manifest:
     """What the stage adds to the loop state (cursor, moments, β)."""
     timing: Mapping[str, float] = field(default_factory=dict[str, float])
     """Seconds and rates: measured, so not part of any identity."""
+
+
+def stage_key(stage: str, iteration: int, identity: str, inputs: Mapping[str, str]) -> str:
+    """sha256 over everything a stage's artifact depends on: a committed artifact of the same key is used again.
+
+    Args:
+        stage: its name.
+        iteration: from 0.
+        identity: digest of the run's identity.
+        inputs: name -> digest of everything that it reads and that changes from iteration to iteration.
+    """
+    return digest_json(
+        {"stage": stage, "version": SCHEMA_VERSION, "iteration": iteration, "run": identity} | dict(inputs)
+    )
 
 
 def artifact_path(iteration: int, stage: str) -> str:
@@ -89,16 +106,18 @@ def commit_stage(
 
     Raises:
         ValueError: the table does not fit the stage's schema (a null, a missing column, another type).
+        NumericalError: a value or metric that must not be kept; nothing is written then.
     """
-    provenance = {
-        "schema": f"{stage}/{SCHEMA_VERSION}",
-        "iteration": str(iteration),
-        "seed": str(seed),
-        "inputs": canonical_json(dict(inputs)).decode(),
-        "key": key,
-        "identity": identity,
-    }
-    data = encode_table(conform(table, stage), provenance)
+    fitted = conform(table, stage)
+    wrong = wrong_values(fitted, stage) or ", ".join(not_finite(metrics))
+    if wrong:
+        raise NumericalError(
+            f"{stage} of iteration {iteration} has computed {wrong}; nothing of it is committed: resume to compute it "
+            "again; if it comes back, the weights have diverged or the scores are too large: begin again with a lower "
+            "ppo.learning_rate, with shaping.score_clip, or with smaller weights of reward.components"
+        )
+    origin = provenance(stage, iteration, key=key, inputs=inputs, seed=seed, identity=identity)
+    data = encode_table(fitted, origin)
     relative = artifact_path(iteration, stage)
     sha256 = write_file(run_dir / relative, data)
     manifest = Manifest(
@@ -116,8 +135,22 @@ def commit_stage(
     return manifest
 
 
+def provenance(
+    stage: str, iteration: int, *, key: str, inputs: Mapping[str, str], seed: int, identity: str
+) -> dict[str, str]:
+    """What an artifact says of itself in its schema's metadata: the deciding part of its manifest."""
+    return {
+        "schema": f"{stage}/{SCHEMA_VERSION}",
+        "iteration": str(iteration),
+        "seed": str(seed),
+        "inputs": canonical_json(dict(inputs)).decode(),
+        "key": key,
+        "identity": identity,
+    }
+
+
 def read_manifest(run_dir: Path, stage: str, iteration: int) -> Manifest | None:
-    """The commit record of a stage, or None while it is not committed.
+    """The commit record of a stage, loose or archived; None while it is not committed.
 
     Raises:
         IntegrityError: the file is not a manifest of this stage and iteration.
@@ -125,36 +158,43 @@ def read_manifest(run_dir: Path, stage: str, iteration: int) -> Manifest | None:
     path = (run_dir / artifact_path(iteration, stage)).with_suffix(".json")
     try:
         values = read_record(path)
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError:  # a loose iteration is removed after its archive is there, so this order misses none
+        segment = find_segment(run_dir, iteration)
+        if segment is None:
+            return None
+        path, values = segment.path / MANIFESTS, segment.record(stage, iteration)
+    return parse_manifest(values, stage, iteration, origin=str(path))
+
+
+def parse_manifest(values: Mapping[str, Any], stage: str, iteration: int, *, origin: str) -> Manifest:
+    """The manifest of a stage from its record. Raises IntegrityError if it is another one's, or none."""
     try:
-        fields: dict[str, Any] = {**values, "artifact": ArtifactRef(**values["artifact"])}
-        manifest = Manifest(**fields)
-    except (TypeError, KeyError) as error:
-        raise IntegrityError(f"{path} is not a stage manifest: {error}") from None
+        manifest = typed(Manifest, dict(values))
+    except ValueError as error:
+        raise IntegrityError(f"{origin} is not a stage manifest: {error}") from None
     expected = (stage, iteration, artifact_path(iteration, stage))
     if (manifest.artifact.stage, manifest.artifact.iteration, manifest.artifact.path) != expected:
-        raise IntegrityError(f"{path} belongs to {manifest.artifact.stage} of iteration {manifest.artifact.iteration}")
+        raise IntegrityError(
+            f"{origin} belongs to {manifest.artifact.stage} of iteration {manifest.artifact.iteration}"
+        )
     if manifest.schema_version != SCHEMA_VERSION:
         raise IntegrityError(
-            f"{path} has schema version {manifest.schema_version}, this release reads {SCHEMA_VERSION}"
+            f"{origin} has schema version {manifest.schema_version}, this release reads {SCHEMA_VERSION}"
         )
     return manifest
 
 
 def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
-    """Read an artifact after checking its digest, then its schema, then all its values.
+    """Read an artifact, loose or archived, after checking its digest, then its schema, then all its values.
 
     Raises:
         IntegrityError: missing, damaged (digest), foreign (schema) or invalid (values).
+        StorageError: the disk does not give it.
     """
-    path = run_dir / ref.path
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is missing, though its stage is committed") from None
+    path, data, segment = locate_artifact(run_dir, ref)
+    is_vouched_for = segment is not None and segment.pyarrow != pa.__version__  # by the digest of the segment's file
     digest = hashlib.sha256(data).hexdigest()
-    if digest != ref.sha256:
+    if digest != ref.sha256 and not is_vouched_for:
         raise IntegrityError(f"{path} is damaged: sha256 {digest[:12]}…, committed as {ref.sha256[:12]}…")
     try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
@@ -167,7 +207,30 @@ def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
             f"{path} has another schema than {ref.stage} writes.\nexpected:\n{expected}\n"
             f"found:\n{table.schema.remove_metadata()}"
         )
+    wrong = wrong_values(table, ref.stage)
+    if table.num_rows != ref.rows:
+        wrong = f"{table.num_rows} rows where {ref.rows} were committed"
+    if wrong:
+        raise IntegrityError(
+            f"{path} holds {wrong}: this release never writes such a file, though its digest is the committed one; "
+            f"`rlhf resume {run_dir}` computes it again (with --repair where its iteration is finished)"
+        )
     return table
+
+
+def locate_artifact(run_dir: Path, ref: ArtifactRef) -> tuple[Path, bytes, Segment | None]:
+    """An artifact's file, its bytes as its stage wrote them, not checked yet, and the segment if it is archived.
+
+    Raises: IntegrityError if it is gone, or its segment is damaged.
+    """
+    path = run_dir / ref.path
+    try:
+        return path, read_file(path), None
+    except FileNotFoundError:
+        segment = find_segment(run_dir, ref.iteration)
+        if segment is None:
+            raise IntegrityError(f"{path} is missing, though its stage is committed") from None
+        return segment.file(ref.stage), encode_archived(segment, ref), segment
 
 
 def conform(table: pa.Table, stage: str) -> pa.Table:
@@ -193,6 +256,35 @@ def _refuse_nulls(array: pa.Array, name: str) -> None:
     elif isinstance(array, pa.StructArray):
         for field, child in zip(array.type, array.flatten(), strict=True):
             _refuse_nulls(child, f"{name}.{field.name}")
+
+
+def encode_archived(segment: Segment, ref: ArtifactRef) -> bytes:
+    """The bytes of an artifact that was archived, as its stage committed them.
+
+    Another pyarrow may encode the same values as other bytes: then the digest of the segment's file stands for them.
+
+    Raises: IntegrityError if the segment is damaged, or holds another artifact of this stage and iteration.
+    """
+    stage, iteration = ref.stage, ref.iteration
+    origin = str(segment.path / MANIFESTS)
+    manifest = parse_manifest(segment.record(stage, iteration), stage, iteration, origin=origin)
+    if manifest.artifact != ref:
+        raise IntegrityError(f"{origin} has archived another {stage} of iteration {iteration} than was asked for")
+    return encode_again(segment.table(stage, iteration).combine_chunks(), manifest)
+
+
+def encode_again(table: pa.Table, manifest: Manifest) -> bytes:
+    """The bytes of an artifact, from its table and its manifest."""
+    ref = manifest.artifact
+    origin = provenance(
+        ref.stage,
+        ref.iteration,
+        key=manifest.key,
+        inputs=manifest.inputs,
+        seed=manifest.seed,
+        identity=manifest.identity,
+    )
+    return encode_table(table, origin)
 
 
 def encode_table(table: pa.Table, provenance: Mapping[str, str]) -> bytes:
@@ -231,13 +323,13 @@ def check_folder(path: Path) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise IntegrityError(f"{manifest} is not the manifest of a folder")
     digests = cast("dict[str, str]", files)
+    there = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
     for name, expected in digests.items():
         file = path / name
-        if not file.is_file():
+        if name not in there or file.is_symlink():  # also a name that leads out of the folder
             raise IntegrityError(f"{file} is missing, though it was committed")
         if hash_file(file) != expected:
             raise IntegrityError(f"{file} is damaged: its sha256 is not the committed one")
-    there = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
     surplus = sorted(there - digests.keys() - {"manifest.json"})
     if surplus:
         raise IntegrityError(f"{path} holds what was never committed there: {', '.join(surplus[:5])}; move it away")

@@ -153,6 +153,9 @@ class Rollouts:
         ids = cast("list[int]", table["prompt_id"].to_pylist())
         if not row_of.keys() >= set(ids):
             raise IntegrityError(f"rollouts name prompts that were not sampled: {sorted(set(ids) - set(row_of))[:5]}")
+        prompt_rows = [row_of[i] for i in ids]
+        if prompt_rows != sorted(prompt_rows):
+            raise IntegrityError(f"the rollouts stand in another order than their prompts; {_COMPUTE_AGAIN}")
         tokens, mask = pad_lists(table["response_tokens"], torch.int64)
         values, values_mask = pad_lists(table["values"], torch.float32)
         support_tokens = cast("list[Any]", table["support_tokens"].to_pylist())
@@ -162,7 +165,7 @@ class Rollouts:
         ]
         return cls(
             sample_ids=cast("list[str]", table["sample_id"].to_pylist()),
-            prompt_rows=torch.tensor([row_of[i] for i in ids], dtype=torch.int64),
+            prompt_rows=torch.tensor(prompt_rows, dtype=torch.int64),
             sample_indices=cast("list[int]", table["sample_index"].to_pylist()),
             texts=cast("list[str]", table["response_text"].to_pylist()),
             tokens_BR=tokens,
@@ -311,7 +314,40 @@ def check_aligned(sample_ids: Sequence[str], *others: Sequence[str]) -> None:
     """Raise IntegrityError unless all artifacts hold the same samples in the same order."""
     for other in others:
         if list(sample_ids) != list(other):
-            raise IntegrityError("the artifacts of this iteration hold different samples or another order")
+            raise IntegrityError(
+                "the artifacts of this iteration hold different samples or another order: one of them was changed; "
+                "delete that artifact with its manifest (.json), or all after 01_prompts, and resume: they are computed again"
+            )
+
+
+def check_as_long(sample_ids: Sequence[str], mask_BR: Tensor, **others_BR: Tensor) -> None:
+    """Raise IntegrityError, naming samples, unless other artifacts have as many tokens of each response."""
+    for name, other_BR in others_BR.items():
+        bad_B = other_BR.sum(dim=1) != mask_BR.sum(dim=1)
+        if bool(bad_B.any()):
+            raise IntegrityError(
+                f"{name} of {some_rows(sample_ids, bad_B)} is of another length than the response; {_COMPUTE_AGAIN}"
+            )
+
+
+def check_vocabulary(names: Sequence[object], tokens_BR: Tensor, num_tokens: int) -> None:
+    """Raise IntegrityError, naming rows, for a token that the policy's vocabulary does not have; padding is 0."""
+    bad_B = (tokens_BR >= num_tokens).any(dim=1)
+    if bool(bad_B.any()):
+        raise IntegrityError(
+            f"token {int(tokens_BR.max())} in {some_rows(names, bad_B)} is not in the vocabulary of policy.model "
+            f"(0 to {num_tokens - 1}); {_COMPUTE_AGAIN}"
+        )
+
+
+_COMPUTE_AGAIN = "delete that artifact with its manifest (.json) and resume, which computes it again"
+
+
+def some_rows(names: Sequence[object], bad_B: Tensor) -> str:
+    """How many rows are bad, and the first of them by name: ``4 of 64 rows (i0-p3-s0, i0-p5-s0, i0-p8-s1 …)``."""
+    rows = cast("list[int]", bad_B.nonzero()[:, 0].tolist())
+    shown = ", ".join(str(names[row]) for row in rows[:3])
+    return f"{len(rows)} of {len(bad_B)} rows ({shown}{' …' if rows[3:] else ''})"
 
 
 def _floats(table: pa.Table, name: str) -> Tensor:

@@ -8,13 +8,14 @@ model stand in :mod:`rlhf_core.preflight`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.reward_config import GIVEN, RewardConfig
+from rlhf_core.contracts.secrets import config_secrets
 from rlhf_core.contracts.section import Dtype, Fraction, Positive, PositiveFloat, Section
 
 
@@ -205,6 +206,16 @@ class CheckpointConfig(Section):
     )
 
 
+class ArtifactsConfig(Section):
+    """How long an iteration's artifacts stay files of their own."""
+
+    keep_iterations: Positive | None = Field(
+        default=None,
+        description="older iterations go into the archive, one zstd file a stage for each so many of them; between "
+        "once and twice so many stay loose; null: all; changes no number",
+    )
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -240,8 +251,16 @@ class RunConfig(Section):
     shaping: ShapingConfig = ShapingConfig()
     ppo: PPOConfig = PPOConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    artifacts: ArtifactsConfig = ArtifactsConfig()
     guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, tree: Any) -> Any:
+        if problems := config_secrets(tree):
+            raise ValueError("\n".join(problems))
+        return tree
 
     @property
     def reference_model(self) -> str:

@@ -20,11 +20,12 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RewardConfig
+from rlhf_core.contracts.secrets import without_secrets
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -78,6 +79,11 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     try:
         depth = 0
         for event in cast("Iterator[Any]", yaml.parse(text)):
+            if isinstance(event, DocumentStartEvent) and event.explicit and (event.version or event.tags):
+                raise UserError(
+                    f"{origin} begins with a YAML directive (%YAML or %TAG), which changes what its words mean; "
+                    "leave it out"
+                )
             if isinstance(event, AliasEvent):
                 raise UserError(f"{origin} uses a YAML alias (*name), which is not accepted; write the value out")
             depth += type(event).__name__.endswith("StartEvent")
@@ -98,7 +104,7 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 
 def config_digest(config: RunConfig) -> str:
     """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
-    return digest_json(config.model_dump(exclude={"tracking", "frozen_models", "guards"}))
+    return digest_json(config.model_dump(exclude={"tracking", "frozen_models", "guards", "artifacts"}))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -203,7 +209,12 @@ def _sentence(detail: ErrorDetails) -> list[str]:
         close = difflib.get_close_matches(str(value["kind"]), RewardConfig.KINDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return [f"{where}.kind is {given}, which is no kind of component; known are {_and(RewardConfig.KINDS)}{hint}"]
-    shown = "missing" if kind == "missing" else "null" if value is None else repr(value)
+    if kind == "string_pattern_mismatch" and where.endswith("token_env"):
+        return [
+            f"{where} is not the name of an environment variable (and is not shown: it may be the token itself); "
+            "put the token into a variable, and name that here"
+        ]
+    shown = "missing" if kind == "missing" else "null" if value is None else without_secrets(repr(value))
     if kind in ("model_type", "model_attributes_type"):
         return [f"{where} is {shown}: it is a section, so a mapping of keys is needed"]
     message = detail["msg"][0].lower() + detail["msg"][1:]

@@ -5,7 +5,8 @@ reader finds under a name is whole; what a function here has returned from survi
 never repeated on the same file: the temporary one is dropped, and another try writes a new one.
 
 Temporary names are ``.<name>.<random>.tmp``; a folder on its way out is ``.<name>.removed``. Readers ignore both,
-and :func:`remove_leftovers` takes them away.
+and :func:`remove_leftovers` takes them away. A killed process may also leave a name that is visible, but would not
+survive a power cut: whoever takes a folder over calls :func:`settle` before he builds on what he sees.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
+import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from rlhf_core.contracts.errors import StorageError
+from rlhf_core.contracts.errors import IntegrityError, StorageError
 
 TEMPORARY = ".tmp"
 REMOVED = ".removed"
+LONGEST_NAME = 200
+"""Bytes of a name that stand in its temporary name: a disk takes 255."""
 
 
 class Disk:
-    """The calls that change a disk, one method each. Tests put a failing or a recording one in its place."""
+    """The calls that reach a disk, one method each. Tests put a failing or a recording one in its place."""
 
     def create(self, path: Path) -> int:
         """Descriptor of a new, empty file. Raises FileExistsError if there is one."""
@@ -68,6 +73,18 @@ class Disk:
         """Remove an empty folder."""
         path.rmdir()
 
+    def lock(self, path: Path) -> int:
+        """Descriptor of a file to lock, made if need be; never through a link."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+    def reader(self, path: Path) -> BinaryIO:
+        """A file, open for reading; never a pipe or a device, which might have no end."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise IntegrityError(f"{path} is no file, but a folder, a pipe or a device; remove it")
+        return os.fdopen(descriptor, "rb")
+
 
 _disk = Disk()
 
@@ -84,7 +101,10 @@ def using_disk(other: Disk) -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> str:
-    """Write a file durably and atomically; returns its sha256. Raises StorageError; the old file is then intact."""
+    """Write a file durably and atomically; returns its sha256.
+
+    Raises: StorageError; the old file is then there, or the new one if only its name could not be made durable.
+    """
     with _told(path):
         make_folder(path.parent)
         temporary = _temporary_name(path)
@@ -92,7 +112,7 @@ def write_file(path: Path, data: bytes) -> str:
             _write_new(temporary, data)
             _disk.rename(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _drop(temporary)
             raise
         sync(path.parent)
     return hashlib.sha256(data).hexdigest()
@@ -112,19 +132,21 @@ def write_folder(path: Path, fill: Callable[[Path], None], commit: Callable[[dic
         make_folder(path.parent)
         temporary = _temporary_name(path)
         _disk.mkdir(temporary)
+        mode = temporary.stat().st_mode & 0o666  # as the umask wants it: safetensors makes its files private
         try:
-            fill(temporary)
+            _filled(fill, temporary)
             digests: dict[str, str] = {}
             for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                digests[str(file.relative_to(temporary))] = hash_file(file)
+                file.chmod(mode)
                 sync(file)
+                digests[str(file.relative_to(temporary))] = hash_file(file)
             _write_new(temporary / "manifest.json", commit(digests))
             for folder in sorted((p for p in temporary.rglob("*") if p.is_dir()), reverse=True):
                 sync(folder)
             sync(temporary)
             _disk.rename(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _drop(temporary)
             raise
         sync(path.parent)
     return digests
@@ -134,8 +156,12 @@ def write_link(path: Path, target: str) -> None:
     """Point a symbolic link at a target beside it, durably and atomically: readers find the old or the new one."""
     with _told(path):
         temporary = _temporary_name(path)
-        _disk.symlink(temporary, target)
-        _disk.rename(temporary, path)
+        try:
+            _disk.symlink(temporary, target)
+            _disk.rename(temporary, path)
+        except BaseException:
+            _drop(temporary)
+            raise
         sync(path.parent)
 
 
@@ -144,15 +170,27 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        _disk.mkdir(path)
-    sync(path.parent)
+    with _told(path):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            _disk.mkdir(path)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file or a dangling link has its name")
+        sync(path.parent)
+
+
+def move(path: Path, target: Path) -> None:
+    """Put a file or folder somewhere else on the same disk, durably. What is at ``target`` is replaced."""
+    with _told(path, "moved"):
+        make_folder(target.parent)
+        _disk.rename(path, target)
+        sync(target.parent)
+        sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a committed folder: renamed first, so that no reader meets half of it."""
-    with _told(path):
-        doomed = path.with_name(f".{path.name}{REMOVED}")
+    with _told(path, "removed"):
+        doomed = path.with_name(f".{_short(path.name)}{REMOVED}")
         _remove_tree(doomed)
         _disk.rename(path, doomed)
         sync(path.parent)
@@ -161,7 +199,7 @@ def remove_folder(path: Path) -> None:
 
 def remove_file(path: Path) -> None:
     """Remove a file, durably."""
-    with _told(path):
+    with _told(path, "removed"):
         _disk.unlink(path)
         sync(path.parent)
 
@@ -171,21 +209,59 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith((TEMPORARY, REMOVED))
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Take away what killed processes left anywhere below a folder. Returns: what was removed.
+def remove_leftovers(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Take away what killed processes left in a folder, and in those below it if ``deep``. Returns: what was removed.
 
     The caller holds the lock of the run: a temporary name of a living process would be taken too.
     """
-    found = [p for p in sorted(folder.rglob(".*")) if is_leftover(p)]
-    with _told(folder):
+    found = [p for p in sorted(folder.rglob(".*") if deep else folder.glob(".*")) if is_leftover(p)]
+    with _told(folder, "cleaned"):
         for path in found:
             _remove_tree(path)
     return found
 
 
+def open_lock(path: Path) -> int:
+    """Descriptor of a file to lock, made if need be. Raises StorageError, also if it is a link."""
+    with _told(path):
+        return _disk.lock(path)
+
+
+def settle(folder: Path, *, links: Collection[str] = ()) -> None:
+    """Take over a folder that another process wrote: make the names in it durable, and refuse links.
+
+    What a killed process had renamed but not synced is visible, and a commit that builds on it would outlive it in a
+    power cut. Iterations are synced as they end, so of numbered folders the newest one is enough.
+
+    Args:
+        folder: of a run; the caller holds its lock.
+        links: relative paths that may be links, to a name beside them.
+    Raises:
+        IntegrityError: another link, through which a write would leave the folder.
+        StorageError: the disk fails.
+    """
+    with _told(folder, "read"):
+        for path, is_link in _below(folder):
+            if is_link and not (str(path.relative_to(folder)) in links and len(path.readlink().parts) == 1):
+                raise IntegrityError(f"{path} is a link: a run folder holds none, since a write could leave it; remove it")
+    with _told(folder):
+        rooms = [p for p in sorted(folder.iterdir()) if p.is_dir()]
+        newest = [max(numbered) for room in rooms if (numbered := [p for p in room.iterdir() if p.name.isdecimal()])]
+        for path in [*newest, *rooms, folder]:
+            sync(path)
+        with contextlib.suppress(PermissionError):  # others' folder around it: then it was made durable by them
+            sync(folder.parent)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises FileNotFoundError, or StorageError if the disk does not give them."""
+    with _told(path, "read"), _disk.reader(path) as file:
+        return file.read()
+
+
 def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    """sha256 of a file's bytes, in hex. Raises FileNotFoundError, or StorageError if the disk does not give them."""
+    with _told(path, "read"), _disk.reader(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -221,16 +297,50 @@ def _remove_tree(path: Path) -> None:
         _disk.unlink(path)
 
 
+def _drop(temporary: Path) -> None:
+    """Take a temporary name away after a failure, if the disk still does that: another one is told already."""
+    with contextlib.suppress(OSError):
+        _remove_tree(temporary)
+
+
+def _filled(fill: Callable[[Path], None], folder: Path) -> None:
+    """Let a library write its files; those in Rust name the operating system's error only in their text."""
+    try:
+        fill(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything below a folder, and whether it is a link; links are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield Path(entry.path), entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                yield from _below(Path(entry.path))
+
+
 def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _short(name: str) -> str:
+    return name.encode()[:LONGEST_NAME].decode(errors="ignore")
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Say which file a failing disk could not take, and what to do."""
+def _told(path: Path, action: str = "written") -> Iterator[None]:
+    """Say which file a failing disk could not take or give, and what to do."""
     try:
         yield
-    except StorageError:
-        raise
+    except FileNotFoundError as error:
+        if action == "read":
+            raise
+        raise StorageError.of(error, path, action) from error
     except OSError as error:
-        raise StorageError.of(error, path) from error
+        raise StorageError.of(error, path, action) from error

@@ -5,7 +5,7 @@
     ├── IntegrityError         an artifact, manifest or checkpoint is missing, foreign or damaged
     ├── DriftError             a resumed run would not be the run that was stopped
     ├── RunLockedError         another process is working on this run folder
-    ├── StorageError           the disk did not take a write; what was committed before is intact
+    ├── StorageError           the disk did not take or give something; what was committed before is intact
     ├── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
     └── GuardStopError         a guard rail has stopped the run; everything is on disk; exit code 3
 
@@ -53,15 +53,38 @@ class RunLockedError(RlhfError):
 
 
 class StorageError(RlhfError):
-    """The disk did not take a write: full, read-only, or failing. What was committed before is intact."""
+    """The disk did not take or give something: full, read-only, or failing. What was committed before is intact."""
 
     @classmethod
-    def of(cls, error: OSError, path: object) -> StorageError:
-        """The error of a write to ``path``, with what to do about it."""
+    def of(cls, error: OSError, path: object, action: str = "written") -> StorageError:
+        """The error at ``path``, with what to do about it.
+
+        Args:
+            error: of the operating system.
+            path: the file or folder.
+            action: what was not done to it: written, read, removed, cleaned.
+        """
         reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "look after that disk or its permissions"
-        return cls(f"{path} was not written: {reason}; nothing is lost: {remedy}, then run the same again or resume")
+        remedy = _REMEDIES.get(error.errno or 0, "look after that disk")
+        comfort = "nothing was changed" if action == "read" else "nothing is lost"
+        return cls(f"{path} was not {action}: {reason}; {comfort}: {remedy}, then run the same again or resume")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or inodes",
+    errno.EDQUOT: "free some space or raise the quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "make the disk writable",
+    errno.EACCES: "give yourself the permission",
+    errno.EPERM: "give yourself the permission",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link that has its name",
+    errno.ENOTDIR: "move away what is there, or choose another path",
+    errno.ENOTEMPTY: "move away what is there, or choose another path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs' files",
+}
+"""Error of the operating system -> what a person does about it."""
 
 
 class NumericalError(RlhfError):

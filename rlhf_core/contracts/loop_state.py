@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,6 +55,32 @@ class LoopState:
         """From :meth:`to_json`. Raises IntegrityError for anything else."""
         try:
             parts: dict[str, Any] = {"cursor": Cursor(**values["cursor"]), "moments": ScoreMoments(**values["moments"])}
-            return cls(**{**values, **parts})
+            state = cls(**{**values, **parts})
+            wrong = state._wrong()
         except (TypeError, KeyError) as error:
             raise IntegrityError(f"not a loop state: {error}") from None
+        if wrong:
+            raise IntegrityError(
+                f"not a loop state: {wrong}; it was changed after it was computed: delete the manifest (06_update.json) or "
+                "the checkpoint that holds it; `rlhf resume RUN --repair` computes it again"
+            )
+        return state
+
+    def _wrong(self) -> str | None:
+        """The first number that no run could have come to."""
+        counts = {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "cursor.epoch": self.cursor.epoch,
+            "cursor.position": self.cursor.position,
+            "moments.count": self.moments.count,
+        }
+        amounts = {"kl_coef": self.kl_coef, "moments.m2": self.moments.m2}
+        numbers = {"moments.mean": self.moments.mean, "kl_error": 0.0 if self.kl_error is None else self.kl_error}
+        for name, value in counts.items():
+            if type(value) is not int or value < 0:
+                return f"{name} is {value!r}, not a count"
+        for name, value in (amounts | numbers).items():
+            if type(value) not in (int, float) or not math.isfinite(value) or (name in amounts and value < 0):
+                return f"{name} is {value!r}"
+        return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
 from rlhf_core.contracts.config_io import canonical_json
-from rlhf_core.contracts.durable import write_file
+from rlhf_core.contracts.durable import read_file, write_file
 from rlhf_core.contracts.errors import IntegrityError
 
 _SEAL: Final = re.compile(rb',"seal":"([0-9a-f]{64})"\}\n\Z')
@@ -32,8 +33,9 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none.
         IntegrityError: damaged, or no record at all.
+        StorageError: the disk does not give it.
     """
-    return unseal(path.read_bytes(), origin=str(path))
+    return unseal(read_file(path), origin=str(path))
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
@@ -61,6 +63,12 @@ def read_json(data: bytes, *, origin: str) -> dict[str, Any]:
     def refuse(token: str) -> None:
         raise ValueError(f"{token} is not JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise ValueError(f"{digits} is too large for a number")
+        return number
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
@@ -68,9 +76,11 @@ def read_json(data: bytes, *, origin: str) -> dict[str, Any]:
         return table
 
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse, object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{origin} is not valid JSON: {error}") from None
+        raise IntegrityError(
+            f"{origin} is not valid JSON: {error}; `rlhf verify` says what of its run can be recovered"
+        ) from None
     if not isinstance(value, dict):
         raise IntegrityError(f"{origin} does not hold a JSON object")
     return cast("dict[str, Any]", value)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloat, Section
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -108,7 +109,8 @@ class HttpReward(ComponentSection):
     @classmethod
     def _plain_url(cls, url: str) -> str:
         if url and not (_URL.fullmatch(url) and _port_fits(url)):
-            raise ValueError(f"the address {url!r} is not plain http or https, as http://localhost:8000/score")
+            shown = "(not shown: a password may be in it)" if "@" in url else repr(without_credentials(url))
+            raise ValueError(f"the address {shown} is not plain http or https, as http://localhost:8000/score")
         return url
 
     @property

@@ -1,7 +1,8 @@
 """The folder of a run: its layout, its lock, and where its loop stands.
 
-    RUN/run.json                        the config and the identity of the run
+    RUN/run.json                        the config and the identity of the run, and each drift that was accepted
     RUN/iterations/000007/01_….arrow    six artifacts, each with its manifest 01_….json
+    RUN/archive/000000-000099/          old iterations, one file a stage: artifacts.keep_iterations
     RUN/checkpoints/000010/             policy/, critic/, optimizer.safetensors, state.json, manifest.json
     RUN/checkpoints/last_good           link to the newest good one, where a guard has stopped the run
     RUN/lock                            flock: one process at a time
@@ -13,21 +14,47 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from rlhf_core.contracts.archive import newest_archived
 from rlhf_core.contracts.artifacts import Manifest, read_manifest
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import build_config
-from rlhf_core.contracts.durable import make_folder, write_link
+from rlhf_core.contracts.config_io import build_config, digest_json
+from rlhf_core.contracts.durable import make_folder, open_lock, settle, write_link
 from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
 from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.typed import typed
+
+ASKING_S = 0.02
+"""Far longer than it takes to ask whether a run is locked."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Other conditions, accepted by a person: from an iteration on the run has another identity."""
+
+    iteration: int
+    """The first one under the new conditions."""
+    before: Mapping[str, Any]
+    """The identity until then."""
+    changes: Sequence[str]
+    """One line for each entry of the identity that differs."""
+    weights: str
+    """Digest of the weights that ``iteration`` starts from, as the new conditions give them; "" if not known yet."""
+
+
+@dataclass(frozen=True)
+class _Drifts:
+    drifts: tuple[Drift, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +64,9 @@ class RunFolder:
     path: Path
     config: RunConfig
     identity: Mapping[str, Any]
+    """In force now."""
+    drifts: tuple[Drift, ...] = ()
+    """In the order in which they were accepted."""
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunFolder:
@@ -55,14 +85,40 @@ class RunFolder:
         if not record.is_file():
             raise UserError(f"{path} is not a run folder: it has no run.json")
         values = read_record(record)
-        if values.keys() != {"config", "identity"}:
-            raise IntegrityError(f"{record} is not the record of a run")
+        if values.keys() - {"drifts"} != {"config", "identity"}:
+            raise IntegrityError(f"{record} is not the record of a run; put it back from a copy")
+        try:
+            drifts = typed(_Drifts, {"drifts": values.get("drifts", [])}).drifts
+            if not isinstance(values["config"], dict) or not isinstance(values["identity"], dict):
+                raise ValueError("config or identity is no object")
+        except ValueError as error:
+            raise IntegrityError(f"{record} is not the record of a run: {error}; put it back from a copy") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
-        return cls(path, config, cast("dict[str, Any]", values["identity"]))
+        return cls(path, config, cast("dict[str, Any]", values["identity"]), drifts)
+
+    def identity_at(self, iteration: int) -> Mapping[str, Any]:
+        """The identity that an iteration was, or will be, computed under."""
+        return next((drift.before for drift in self.drifts if drift.iteration > iteration), self.identity)
+
+    @functools.cached_property
+    def identities(self) -> frozenset[str]:
+        """Digests of every identity that the run has had."""
+        had = [drift.before for drift in self.drifts]
+        return frozenset(digest_json(dict(identity)) for identity in (*had, self.identity))
+
+    def drift_at(self, iteration: int) -> Drift | None:
+        """The newest drift that was accepted before an iteration, if one was accepted just there."""
+        return next((drift for drift in reversed(self.drifts) if drift.iteration == iteration), None)
 
     def manifest(self, stage: str, iteration: int) -> Manifest | None:
-        """The commit record of a stage, or None."""
-        return read_manifest(self.path, stage, iteration)
+        """The commit record of a stage, or None. Raises IntegrityError if it is damaged, or of another run."""
+        manifest = read_manifest(self.path, stage, iteration)
+        if manifest is not None and manifest.identity not in self.identities:
+            raise IntegrityError(
+                f"{self.path / manifest.artifact.path}, or run.json, is of another run: their identities differ; "
+                f"`rlhf verify {self.path}` tells which"
+            )
+        return manifest
 
     def manifests(self, iteration: int) -> dict[str, Manifest]:
         """The commit records of an iteration, in flow order."""
@@ -78,7 +134,8 @@ class RunFolder:
         for name in names:
             if self.manifest("ppo_update", int(name)) is not None:
                 return int(name) + 1
-        return 0
+        archived = newest_archived(self.path)
+        return 0 if archived is None else archived + 1
 
     def state_before(self, iteration: int) -> LoopState:
         """The loop state that an iteration starts from. Raises IntegrityError if its predecessor is not done."""
@@ -97,13 +154,19 @@ class RunFolder:
         """Iterations that have a committed checkpoint, ascending."""
         folder = self.path / "checkpoints"
         paths = folder.iterdir() if folder.is_dir() else []
-        return sorted(int(p.name) for p in paths if p.name.isdecimal() and (p / "manifest.json").is_file())
+        named = [p for p in paths if p.name.isdecimal() and p.name == self.checkpoint_path(int(p.name)).name]
+        return sorted(int(p.name) for p in named if (p / "manifest.json").is_file())
 
     @property
     def last_good(self) -> int | None:
         """The iteration of the checkpoint that is kept under the alias ``last_good``."""
         link = self.path / "checkpoints" / "last_good"
-        return int(link.readlink().name) if link.is_symlink() else None
+        if not link.is_symlink():
+            return None
+        name = link.readlink().name
+        if not (name.isascii() and name.isdecimal() and len(name) < 12):
+            raise IntegrityError(f"{link} leads to {name}, which is no checkpoint; remove that link")
+        return int(name)
 
     def keep_as_last_good(self, iteration: int) -> None:
         """Give a committed checkpoint the alias ``last_good``."""
@@ -115,23 +178,71 @@ class RunFolder:
         run._write_record()
         return run
 
+    def with_drift(self, identity: Mapping[str, Any], drift: Drift, *, write: bool) -> RunFolder:
+        """The run under another identity.
+
+        Args:
+            identity: from ``drift.iteration`` on.
+            drift: since when, and what has changed.
+            write: record it on disk; the caller then holds the lock.
+        """
+        run = replace(self, identity=dict(identity), drifts=(*self.drifts, drift))
+        if write:
+            run._write_record()
+        return run
+
     def _write_record(self) -> None:
-        record = {"config": self.config.model_dump(), "identity": dict(self.identity)}
+        record: dict[str, Any] = {"config": self.config.model_dump(), "identity": dict(self.identity)}
+        if self.drifts:
+            record["drifts"] = [asdict(drift) for drift in self.drifts]
         write_record(self.path / "run.json", record)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunLockedError at once if another one does."""
-        make_folder(self.path)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def is_locked(self) -> bool:
+        """Whether a process is working on the run."""
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunLockedError(f"another process is working on {self.path}; wait for it, or stop it") from None
+            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no process has ever held it, or it cannot be asked
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @contextlib.contextmanager
+    def locked(self, *, settled: bool = True) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Args:
+            settled: what another process wrote is made durable first, and links are refused.
+        Raises: RunLockedError at once if another process holds it.
+        """
+        make_folder(self.path)
+        descriptor = open_lock(self.path / "lock")
+        try:
+            if not (_take(descriptor) or _take_again(descriptor)):
+                raise RunLockedError(f"another process is working on {self.path}; wait for it, or stop it")
+            if settled:
+                settle(self.path, links=("checkpoints/last_good",))
             yield
         finally:
             os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _take_again(descriptor: int) -> bool:
+    """Once more, after whoever was only asking (:meth:`RunFolder.is_locked`) has let go."""
+    time.sleep(ASKING_S)
+    return _take(descriptor)
 
 
 def check_vacant(path: Path) -> None:

@@ -24,4 +24,11 @@ ModelName = Annotated[str, AfterValidator(_expand_home)]
 class Section(BaseModel):
     """Base of all sections: unknown keys, wrong types, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it might be a secret
+    )

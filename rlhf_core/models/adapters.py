@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.policy_config import ALL_LINEAR
 from rlhf_core.contracts.policy_config import LoraConfig as LoraSection
+from rlhf_core.models.untrusted import check_is_data, read_small_json
+from rlhf_core.ops.finite import first_not_finite
 from rlhf_core.ops.randomness import seeded_generator
 
 if TYPE_CHECKING:
@@ -50,6 +53,9 @@ ORIGIN = {
     "peft_type",
     "task_type",
 }
+MAX_PATTERN, MAX_RANK = 256, 1 << 16
+REPEAT, SLOW = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+"""A repetition, and one of a group."""
 PLAIN_FIELDS = SHAPE | PLACE | ORIGIN
 """What a LoRA adapter may say of itself; anything else must stand at peft's default."""
 
@@ -112,7 +118,7 @@ def is_adapter(name: str) -> bool:
 
 def base_of(name: str) -> str:
     """Folder or hub id of the model that an adapter folder was trained on."""
-    return str(json.loads((Path(name) / CONFIG_FILE).read_text()).get("base_model_name_or_path"))
+    return str(read_small_json(Path(name) / CONFIG_FILE, repr(name)).get("base_model_name_or_path"))
 
 
 def new_adapter(section: LoraSection, model: Any) -> peft.LoraConfig:
@@ -156,6 +162,7 @@ def read_adapter(name: str, field: str) -> tuple[peft.LoraConfig, Path]:
     import peft
     from huggingface_hub import hf_hub_download
 
+    check_is_data(name, field)
     folder = Path(name)
     try:
         if not folder.is_dir():
@@ -171,6 +178,7 @@ def read_adapter(name: str, field: str) -> tuple[peft.LoraConfig, Path]:
     if config.task_type not in (None, "CAUSAL_LM"):
         task = getattr(config.task_type, "value", config.task_type)
         raise UserError(f"{field} {name!r} was trained for {task}; an adapter of a policy is for CAUSAL_LM")
+    _check_patterns(config, f"{field} {name!r}")
     default = peft.LoraConfig().to_dict()
     special = [k for k, v in config.to_dict().items() if k not in PLAIN_FIELDS and v != default[k] and v]
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
@@ -185,6 +193,23 @@ def read_adapter(name: str, field: str) -> tuple[peft.LoraConfig, Path]:
     config.lora_dropout = 0.0
     config.init_lora_weights = True
     return config, folder / WEIGHTS_FILE
+
+
+def _check_patterns(config: peft.LoraConfig, named: str) -> None:
+    """Refuse what peft would use as a pattern and could search for ever, and a rank that no layer has."""
+    texts: list[Any] = [config.target_modules, config.exclude_modules, config.layers_pattern]
+    texts += [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+    for text in texts:
+        if isinstance(text, str) and (len(text) > MAX_PATTERN or SLOW.search(text) or len(REPEAT.findall(text)) > 4):
+            raise UserError(
+                f"{named} has the pattern {text[:60]!r} in its {CONFIG_FILE}, which could take for ever to search; list "
+                "the names of the layers instead"
+            )
+    ranks: list[Any] = [config.r, *(config.rank_pattern or {}).values()]
+    if any(not isinstance(rank, int) or rank > MAX_RANK for rank in ranks):
+        raise UserError(
+            f"{named} has the rank {max(map(str, ranks), key=len)[:20]} in its {CONFIG_FILE}; at most {MAX_RANK}"
+        )
 
 
 def add_adapter(
@@ -227,8 +252,11 @@ def check_fit(peft_model: peft.PeftModel, adapter: str, weights: Path, *, name: 
 
     place = peft.get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     wanted = {key: tuple(tensor.shape) for key, tensor in place.items()}
-    with safe_open(weights, "pt") as file:
-        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(weights, "pt") as file:
+            saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{field} {name!r} has a {WEIGHTS_FILE} that does not load: {error}") from None
     base: Any = peft_model.get_base_model()
     _check_head(base, name, field)
     problem = ""
@@ -268,7 +296,12 @@ def attach(
         peft_model = _add_saved(model, place, name, field, peft_model)
         weights = read_adapter(name, field)[1]
         check_fit(peft_model, place, weights, name=name, field=field)
-        peft.set_peft_model_state_dict(peft_model, _float32(load_file(weights)), adapter_name=place)
+        tensors = _float32(load_file(weights))
+        if (broken := first_not_finite(tensors.items())) is not None:
+            raise UserError(
+                f"{field} {name!r} holds a weight that is NaN or infinite ({broken}); take an intact copy of it"
+            )
+        peft.set_peft_model_state_dict(peft_model, tensors, adapter_name=place)
     assert peft_model is not None, "an adapter to attach"
     peft_model.set_adapter(TRAINED)
     return Adapters(peft_model, base)

@@ -12,27 +12,36 @@ checkpoints/000010/manifest.json         sha256 of each file above, of all weigh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_core.contracts.artifacts import check_folder, commit_folder
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import canonical_json
-from rlhf_core.contracts.errors import IntegrityError, NumericalError
+from rlhf_core.contracts.config_io import canonical_json, digest_json
+from rlhf_core.contracts.durable import read_file
+from rlhf_core.contracts.errors import IntegrityError, NumericalError, UserError
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_json
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.policy import load_policy, save_policy
+from rlhf_core.models.untrusted import check_is_data, check_size
+from rlhf_core.ops.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SLOTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of a parameter."""
 
 
 @dataclass
@@ -46,11 +55,30 @@ class Trainer:
 
     def digest(self) -> str:
         """sha256 over every trained parameter: the identity of the weights."""
-        digest = hashlib.sha256()
+        named = list(self.actor_critic.named_parameters())
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing lets go of the interpreter
+            digests = list(threads.map(_tensor_digest, (parameter.detach() for _, parameter in named)))
+        return digest_json([[name, digest] for (name, _), digest in zip(named, digests, strict=True)])
+
+    def check_finite(self) -> None:
+        """Raise NumericalError naming the first weight or optimizer moment that is not finite."""
+        if (name := self.first_not_finite()) is not None:
+            raise NumericalError(
+                f"{name} is not finite after {self.iteration} updates: nothing of it is saved, and the checkpoints and "
+                "artifacts before it are intact; begin again with a lower ppo.learning_rate"
+            )
+
+    def first_not_finite(self) -> str | None:
+        """The first weight or optimizer moment that is not finite."""
+        named = [(name, parameter.detach()) for name, parameter in self.actor_critic.named_parameters()]
         for name, parameter in self.actor_critic.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+            moments = self.optimizer.state.get(parameter, {})
+            named += [(f"{slot} of {name}", value) for slot, value in moments.items()]
+        return first_not_finite(named)
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def new_trainer(config: RunConfig, device: torch.device) -> Trainer:
@@ -78,11 +106,9 @@ def save_checkpoint(
         identity: digest of the run's identity.
         merge_adapter: ``policy.lora.save`` is merged.
     Returns: each file -> sha256.
-    Raises: NumericalError if a parameter is not finite: such a checkpoint is never committed.
+    Raises: NumericalError if a weight or moment is not finite: such a checkpoint is never committed.
     """
-    for name, parameter in trainer.actor_critic.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NumericalError(f"parameter {name} is not finite after iteration {state.iteration - 1}; not saved")
+    trainer.check_finite()
 
     def fill(folder: Path) -> None:
         save_policy(trainer.actor_critic.policy, folder, merge=merge_adapter)
@@ -100,15 +126,37 @@ def save_checkpoint(
     return commit_folder(path, fill, record)
 
 
-def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tuple[Trainer, LoopState]:
-    """Read a checkpoint folder after checking every digest. Raises IntegrityError if it is damaged."""
+def load_checkpoint(
+    path: Path, config: RunConfig, device: torch.device, *, identities: Collection[str] | None = None
+) -> tuple[Trainer, LoopState]:
+    """Read a checkpoint folder after checking every digest.
+
+    Args:
+        path: of the folder; one that is named by a number holds the state before that iteration.
+        config: of its run.
+        device: for the models.
+        identities: digests of those that the run has had; None where any run's checkpoint will do.
+    Raises: IntegrityError if it is damaged, or another one than its place says.
+    """
     record = check_folder(path)
-    state = LoopState.from_json(read_json((path / "state.json").read_bytes(), origin=str(path / "state.json")))
-    policy = load_policy(config, device, checkpoint=path)
-    critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
+    if path.name.isdecimal() and record.get("iteration") != int(path.name):
+        raise IntegrityError(f"{path} holds the checkpoint of iteration {record.get('iteration')}: it was moved there")
+    if identities is not None and record.get("identity") not in identities:
+        raise IntegrityError(f"{path} is a checkpoint of another run: its identity is not that of run.json")
+    state = LoopState.from_json(read_json(read_file(path / "state.json"), origin=str(path / "state.json")))
+    try:
+        policy = load_policy(config, device, checkpoint=path)
+        critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
+    except UserError as error:
+        raise IntegrityError(f"{path} does not load, though its digests hold: {error}") from None
     actor_critic = ActorCritic(policy, critic)
     trainer = Trainer(actor_critic, new_optimizer(actor_critic, config), state.iteration)
-    _restore_optimizer(trainer, load_file(path / "optimizer.safetensors"))
+    _restore_optimizer(trainer, _tensors(path / "optimizer.safetensors"))
+    if (broken := trainer.first_not_finite()) is not None:
+        raise IntegrityError(
+            f"{path} holds a number that is not finite, in {broken}: this release never saves such a checkpoint; delete "
+            "it and resume, which starts from the one before"
+        )
     if trainer.digest() != record.get("weights"):
         raise IntegrityError(f"{path} gives other weights than were saved: it does not belong to this config")
     return trainer, state
@@ -117,18 +165,30 @@ def load_checkpoint(path: Path, config: RunConfig, device: torch.device) -> tupl
 def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
     from transformers import AutoConfig, AutoModel
 
-    tensors = load_file(path / "critic.safetensors")
+    tensors = _tensors(path / "critic.safetensors")
     trunk: Any = None
     if (path / "config.json").is_file():
-        trunk = trainable_trunk(AutoModel.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32), config)
-    critic = Critic(ValueHead(tensors["head.weight"].shape[1]), trunk, dtype=DTYPES[config.policy.dtype])
+        check_is_data(str(path), "critic")
+        check_size("AutoModel", str(path), "critic")
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        trunk = AutoModel.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
+        trunk = trainable_trunk(trunk, config)
+    width = tensors["head.weight"].shape[-1] if "head.weight" in tensors else 0
+    critic = Critic(ValueHead(width), trunk, dtype=DTYPES[config.policy.dtype])
     parameters = dict(critic.named_parameters())
-    if parameters.keys() != tensors.keys():
-        raise IntegrityError(f"{path} does not hold the weights of this critic")
+    if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise IntegrityError(f"{path} does not hold the weights of this critic; delete this checkpoint and resume")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return critic.to(device)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} is no safetensors file: {error}; delete this checkpoint and resume") from None
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -146,6 +206,10 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         parameter = parameters.get(name)
         if parameter is None:
             raise IntegrityError(f"the optimizer state names {name}, which this model does not have")
+        if slot not in SLOTS or value.shape not in (parameter.shape, torch.Size([])):
+            raise IntegrityError(
+                f"the optimizer state has {key}, which does not fit; delete this checkpoint and resume"
+            )
         trainer.optimizer.state[parameter][slot] = value.to(parameter.device)
 
 

@@ -12,6 +12,8 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_of, is_adapter
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.sequences import Sequences
+from rlhf_core.models.untrusted import check_is_data, check_size
+from rlhf_core.ops.finite import first_not_finite
 from rlhf_core.ops.logprobs import Projection, token_logprobs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,16 +68,21 @@ class LanguageModel:
         if is_adapter(name):
             if trainable:
                 raise UserError(f"{field} {name!r} is a LoRA adapter; name its base there and this as policy.adapter")
-            return cls.adapted(base_of(name), name, dtype=dtype, device=device, field=field)
+            return cls.adapted(base_of(name), name, dtype=dtype, device=device, field=field, local_files_only=True)
         stored = torch.float32 if trainable else DTYPES[dtype]
         model = load_transformers_model("AutoModelForCausalLM", name, stored, field)
         model.requires_grad_(trainable)
         return cls(model, dtype=DTYPES[dtype], device=device).checked(name, field)
 
     @classmethod
-    def adapted(cls, base: str, adapter: str, *, dtype: str, device: torch.device, field: str) -> LanguageModel:
-        """A frozen base with a frozen adapter. Raises UserError if either does not load, or they do not fit."""
-        model = load_transformers_model("AutoModelForCausalLM", base, DTYPES[dtype], field)
+    def adapted(
+        cls, base: str, adapter: str, *, dtype: str, device: torch.device, field: str, **options: Any
+    ) -> LanguageModel:
+        """A frozen base with a frozen adapter. Raises UserError if either does not load, or they do not fit.
+
+        A base that only the adapter itself names is loaded with ``local_files_only``: a file opens no connection.
+        """
+        model = load_transformers_model("AutoModelForCausalLM", base, DTYPES[dtype], field, **options)
         adapters = attach(model, base, {TRAINED: (adapter, field)})
         model.requires_grad_(False)
         return cls(model, dtype=DTYPES[dtype], device=device, adapters=adapters).checked(base, field)
@@ -155,15 +162,23 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     """
     import transformers
 
+    check_is_data(name, field)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # it advises attention masks where right padding needs none
     try:
+        check_size(auto_class, name, field)
         model, info = getattr(transformers, auto_class).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{field} {name!r} does not load as {auto_class}: {reason}") from None
+    if (broken := first_not_finite(cast("nn.Module", model).named_parameters())) is not None:
+        raise UserError(
+            f"{field} {name!r} holds a weight that is NaN or infinite ({broken}); take an intact copy of it"
+        )
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise UserError(f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {shown}")

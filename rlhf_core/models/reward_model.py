@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,15 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES
+from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
+from rlhf_core.models.untrusted import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROBE: Final = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+"""What a chat template must be able to render."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class RewardModel:
     @torch.no_grad()
     def score(self, conversations: Sequence[Conversation]) -> Tensor:
         """[B] float32 raw scores on the CPU."""
+        if not (self.chat_template or self.reads_policy_tokens) and any(c.messages for c in conversations):
+            check_template(self.tokenizer.chat_template, PROBE, f"the reward model {self.tokenizer.name_or_path!r}")
         rows = [self._token_ids(c)[-self.max_len :] for c in conversations]
         scores_B = torch.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
@@ -175,9 +182,9 @@ def load_reward_tokenizer(config: ModelReward, *, field: str) -> tuple[PreTraine
     if config.chat_template is None:
         return tokenizer, None
     template = chat_template_text(config.chat_template, field=f"{field}.chat_template")
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    check_template(template, PROBE, f"{field}.chat_template")
     try:
-        text = cast("str", tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
+        text = cast("str", tokenizer.apply_chat_template([dict(m) for m in PROBE], tokenize=False, chat_template=template))
     except Exception as error:  # jinja2's, and whatever a template raises
         reason = " ".join(str(error).split())
         raise UserError(f"{field}.chat_template does not render a question and its answer: {reason}") from None
@@ -191,6 +198,9 @@ def chat_template_text(template: str, *, field: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        path = Path(template).expanduser()
+        if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:  # a pipe or a device would never end
+            raise OSError
+        return path.read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError):
         raise UserError(f"{field} {template!r} is neither Jinja ({{{{ … }}}} or {{% … %}}) nor a file of it") from None

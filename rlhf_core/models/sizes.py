@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.adapters import TRAINED, add_adapter, check_adapter, count_adapter, new_adapter
 from rlhf_core.ops.logprobs import CHUNK_ELEMENTS
@@ -21,11 +22,17 @@ UPDATE_PARTS = ("activations of a micro-batch", "logits held at a time")
 
 
 def empty_model(model_config: Any, auto_class: str = "AutoModelForCausalLM") -> Any:
-    """An architecture on the meta device: shapes without weights."""
+    """An architecture on the meta device: shapes without weights. Raises UserError if there is no such one."""
     import transformers
 
-    with torch.device("meta"):
-        return getattr(transformers, auto_class).from_config(model_config)
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, auto_class).from_config(model_config, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the config.json of {model_config.name_or_path!r} describes nothing that {auto_class} can build: {reason}"
+        ) from None
 
 
 def trained_adapter_size(config: RunConfig, policy: Any) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.untrusted import check_is_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub id. Raises UserError naming ``field``."""
     from transformers import AutoTokenizer
 
+    check_is_data(name, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -94,4 +96,12 @@ def _generation_eos_ids(name: str) -> set[int]:
         eos: Any = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:  # the file is optional
         return set()
-    return set(cast("list[int]", eos)) if isinstance(eos, list) else set() if eos is None else {int(eos)}
+    except Exception as error:
+        raise UserError(f"policy.model {name!r} has a generation_config.json that does not load: {error}") from None
+    ids: list[Any] = cast("list[Any]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise UserError(
+            f"policy.model {name!r} has the eos_token_id {str(wrong[0])[:40]!r} in its generation_config.json, which is no "
+            "token id; set it to the number of the token that ends a text"
+        )
+    return set(ids)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """A log-ratio is clamped to ± this before exp: e^20 is still a float32."""
+KL_COEF_BOUNDS = (1e-30, 1e30)
+"""A controller keeps β within: far beyond anything of use, but never 0 for good, and never infinite."""
 
 
 def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, estimator: str) -> Tensor:
@@ -55,7 +57,7 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
         target: nats, positive.
         horizon: episodes, at least 0.2 · num_samples (else β could turn negative).
         num_samples: episodes in this iteration.
-    Returns: β of the next iteration.
+    Returns: β of the next iteration, always positive.
     Raises: ValueError if target or horizon is out of range, or the KL is not finite.
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
 
@@ -69,7 +71,7 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
     if not math.isfinite(kl):
         raise ValueError(f"a KL of {kl} must not enter β")
     error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * num_samples / horizon)
+    return _bounded(kl_coef * (1.0 + error * num_samples / horizon))
 
 
 def kl_error(kl: float, *, target: float) -> float:
@@ -115,4 +117,10 @@ def log_pi_kl_coef(
     if proportional_gain < 0 or integral_gain < 0:
         raise ValueError(f"gains must not be negative, got {proportional_gain} and {integral_gain}")
     bounded = min(max(error, -0.2), 0.2)
-    return kl_coef * math.exp(proportional_gain * (error - last_error) + integral_gain * bounded)
+    change = proportional_gain * (error - last_error) + integral_gain * bounded
+    return _bounded(kl_coef * math.exp(min(change, math.log(KL_COEF_BOUNDS[1]))))
+
+
+def _bounded(kl_coef: float) -> float:
+    least, most = KL_COEF_BOUNDS
+    return min(max(kl_coef, least), most)

@@ -61,7 +61,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
         uniforms_B: [B] float32 in [0, 1).
         top_k: see :func:`truncated_support`.
         top_p: see :func:`truncated_support`.
-    Returns: a Draw; log-probs and entropies are those of the (truncated) distribution.
+    Returns: a Draw; log-probs and entropies are those of the (truncated) distribution: NaN where a logit is.
     Raises: ValueError for a bad top_k or top_p.
     Source: inverse transform sampling. One number a row makes a draw a function of (seed, row, step) alone,
         whatever else is in the batch.
@@ -75,6 +75,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
     cumulative_BV = probs_BV.cumsum(dim=1, dtype=wide)
     targets_B1 = uniforms_B.clamp(max=MAX_UNIFORM)[:, None] * cumulative_BV[:, -1:]
     tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    tokens_B1 = tokens_B1.clamp(max=logits_BV.shape[1] - 1)  # NaN logits find no place: the log-prob tells of them
     surprise_BV = logprobs_BV.masked_fill(probs_BV == 0, 0.0)  # 0 · -inf is NaN
     return Draw(
         tokens_B=tokens_B1[:, 0],

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.prompts.foreign import check_dataset_folder
 from rlhf_core.prompts.readers import Choose, Rows, reason, refuse_split, refuse_subset
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def read_folder(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
     """
     import datasets
 
+    check_dataset_folder(path, f"prompts.source {config.source!r}")
     folder = str(path.absolute())  # a relative one might be taken for a reader of that name, as "json"
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if saved:

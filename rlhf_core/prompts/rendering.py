@@ -24,8 +24,6 @@ def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase) -> str
     """
     if isinstance(entry, str):
         return entry
-    from jinja2 import TemplateError
-
     named = f"the tokenizer of policy.model ({tokenizer.name_or_path!r})"
     if not tokenizer.chat_template:
         raise UserError(
@@ -34,7 +32,7 @@ def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase) -> str
         )
     try:
         text = tokenizer.apply_chat_template(entry, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # jinja2's, and whatever a template's own expressions raise
         roles = ", ".join(message["role"] for message in entry)
         raise UserError(
             f"prompts.column holds a chat of the roles {roles}, which the chat template of {named} refuses: {error}"

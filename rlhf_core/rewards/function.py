@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,13 @@ from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
 from rlhf_core.models.reward_model import Conversation
+from rlhf_core.rewards.foreign import module_file
 from rlhf_core.rewards.ready_made import READY_MADE
 
 Function = Callable[..., Any]
+_LIBRARIES = tuple(
+    Path(folder).resolve() for folder in {sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
 
 
 class FunctionComponent:
@@ -81,6 +86,8 @@ def load_function(config: FunctionReward, *, field: str, columns: Sequence[str])
     """
     function = _find(config.function, f"{field}.function")
     named = f"{field}.function {config.function!r}"
+    if config.function not in READY_MADE:
+        _refuse_library_calls(function, named)
     for name in config.params:
         if name in GIVEN or name in columns:
             taken = "every function gets" if name in GIVEN else "is a dataset column in prompts.columns"
@@ -103,20 +110,46 @@ def load_function(config: FunctionReward, *, field: str, columns: Sequence[str])
 
 
 def function_digest(config: FunctionReward) -> str:
-    """Identity of a function: sha256 of the file that defines it, not of what that imports."""
+    """Identity of a function: sha256 of the module named, and of the file that defines it if that is another."""
     if config.function in READY_MADE:  # this package's own source stands in the identity already
         lexicon = importlib.metadata.version("vaderSentiment") if config.function == "sentiment" else ""
         return f"{config.function} {lexicon}".strip()
-    function = _find(config.function, "function")
+    source = _source(_find(config.function, "function"))
+    module = module_file(config.function.partition(":")[0])
+    digests = [hash_file(file) for file in (module, source) if file is not None]
+    return " ".join(dict.fromkeys(digests)) or f"{config.function} without source"
+
+
+def _source(function: Function) -> Path | None:
+    """The file that defines a function; None if it is made by C."""
     while isinstance(function, partial):
         function = cast("Function", function.func)
     function = inspect.unwrap(function)
     has_source = inspect.isroutine(function) or inspect.isclass(function)
     try:
         source = inspect.getsourcefile(function if has_source else type(function))
-    except TypeError:  # made by C
-        source = None
-    return hash_file(Path(source)) if source and Path(source).is_file() else f"{config.function} without source"
+    except TypeError:
+        return None
+    return Path(source) if source and Path(source).is_file() else None
+
+
+def _refuse_library_calls(function: Function, named: str) -> None:
+    """A config could name any function that is installed, and its arguments: os.system, torch.hub.load.
+
+    One that is not the user's own file is called only if it is made for this: if it takes what is scored, by name.
+    """
+    source = _source(function)
+    if source is not None and not any(source.resolve().is_relative_to(folder) for folder in _LIBRARIES):
+        return
+    try:
+        names = inspect.signature(function).parameters.keys()
+    except (TypeError, ValueError):  # told next
+        return
+    if not set(names) & set(GIVEN):
+        raise UserError(
+            f"{named} is a function of a library that takes none of {', '.join(GIVEN)}: it is not made to score a "
+            "response, and could do anything; wrap it in a function of your own"
+        )
 
 
 def _find(name: str, field: str) -> Function:
@@ -141,6 +174,10 @@ def _find(name: str, field: str) -> Function:
 
 
 def _import(module_name: str, name: str, field: str) -> Any:
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(
+            f"{field} {name!r} is in Python's own library, where nothing scores responses; name a function of your own"
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that no folder here hides a library

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import HttpReward
+from rlhf_core.contracts.secrets import HIDDEN
 from rlhf_core.models.reward_model import Conversation
 from rlhf_core.prompts.entries import shown
 from rlhf_core.rewards.function import asked
@@ -34,7 +35,7 @@ class HttpComponent:
     """
 
     def __init__(self, config: HttpReward, token: str | None) -> None:
-        self.config = config
+        self.config, self._token = config, token
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -48,7 +49,13 @@ class HttpComponent:
         async with httpx.AsyncClient(headers=self._headers, timeout=None, trust_env=False) as client:
             for start in range(0, len(conversations), size):
                 outcomes += await self._score_batch(client, conversations[start : start + size])
-        return outcomes
+        return [self._without_token(outcome) for outcome in outcomes]
+
+    def _without_token(self, outcome: Outcome) -> Outcome:
+        """The outcome; a reason that quotes an answer may repeat our token."""
+        if self._token is None or not isinstance(outcome, Failure):
+            return outcome
+        return Failure(outcome.reason.replace(self._token, HIDDEN), outcome.error)
 
     async def _score_batch(self, client: httpx.AsyncClient, batch: Sequence[Conversation]) -> list[Outcome]:
         import httpx
@@ -118,7 +125,8 @@ def load_http(config: HttpReward, *, field: str) -> HttpComponent:
         return HttpComponent(config, None)
     token = os.environ.get(config.token_env)
     if not token:
-        raise UserError(f"{field}.token_env names {config.token_env}, which is not set in the environment")
+        name = config.token_env if config.token_env.isupper() else "a variable (not shown: it may be the token itself)"
+        raise UserError(f"{field}.token_env names {name}, which is not set in the environment")
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise UserError(
             f"{field}.token_env names {config.token_env}, whose value holds what a header cannot: take white space "

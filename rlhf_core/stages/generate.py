@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.contracts.batches import Prompts, Rollouts, StageResult
+from rlhf_core.contracts.batches import Prompts, Rollouts, StageResult, some_rows
 from rlhf_core.contracts.config import GenerationConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.actor_critic import ActorCritic
@@ -143,15 +143,16 @@ def _with_values(rollouts: Rollouts, prompts: Prompts, actor_critic: ActorCritic
 
 
 def _check_finite(rollouts: Rollouts) -> None:
+    mask_BR = rollouts.response_mask_BR
     finite_BR = torch.isfinite(rollouts.logprobs_BR) & torch.isfinite(rollouts.entropies_BR)
     if rollouts.values_BR is not None:
         finite_BR &= torch.isfinite(rollouts.values_BR)
+    finite_BR |= ~mask_BR
     if not bool(finite_BR.all()):
-        row = int((~finite_BR).any(dim=1).nonzero()[0])
         raise NumericalError(
-            f"sample {rollouts.sample_ids[row]} has a log-prob, entropy or value that is not finite: "
-            "the policy's or critic's weights have diverged; resume from an earlier checkpoint with a lower "
-            "ppo.learning_rate"
+            f"a log-prob, entropy or value is not finite in {some_rows(rollouts.sample_ids, (~finite_BR).any(dim=1))}: "
+            "the weights of policy or critic have diverged, or generation.temperature is too small; nothing of this "
+            "stage is committed: resume, and if it comes back, begin again with a lower ppo.learning_rate"
         )
 
 

@@ -17,6 +17,7 @@ from rlhf_core.contracts.batches import (
     StageResult,
     UpdateStatistics,
     check_aligned,
+    check_as_long,
 )
 from rlhf_core.contracts.config import PPOConfig
 from rlhf_core.contracts.errors import NumericalError
@@ -105,10 +106,12 @@ def ppo_update(
         num_iterations: of the run, for the learning-rate schedule.
         on_step: called with (step, of) after each optimiser step.
     Returns: one record an optimiser step, and their means as metrics.
-    Raises: NumericalError if ρ is not 1 on the first minibatch, or too many steps in a row are not finite.
+    Raises: NumericalError if ρ is not 1 on the first minibatch, too many steps in a row are not finite, or a step has
+        left a weight or moment that is not finite.
     Source: Schulman et al. 2017 (arXiv 1707.06347); expectations as in SEMANTICS.
     """
     check_aligned(rollouts.sample_ids, experience.sample_ids)
+    check_as_long(rollouts.sample_ids, rollouts.response_mask_BR, advantages=experience.response_mask_BR)
     device = trainer.actor_critic.policy.device
     batch = _Batch(
         Sequences.build(prompts, rollouts).to(device),
@@ -133,13 +136,14 @@ def ppo_update(
                 raise NumericalError(
                     f"{skipped_in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
                     f"(iteration {iteration}); the weights are as before them and the iteration's artifacts are "
-                    "intact; lower ppo.learning_rate, or use policy.dtype float32"
+                    "intact; begin again with a lower ppo.learning_rate or kl.coef, or with policy.dtype float32"
                 )
             if on_step is not None:
                 on_step(len(steps), config.num_ppo_epochs * config.num_minibatches)
         if config.target_kl is not None and _epoch_kl(steps, epoch) > config.target_kl:
             break
     trainer.iteration += 1
+    trainer.check_finite()
     return StageResult(UpdateStatistics(steps), _metrics(steps, config))
 
 
@@ -228,11 +232,18 @@ def _loss(
 
 
 def _check_ratio(worst: float, dtype: torch.dtype) -> None:
+    if not math.isfinite(worst):
+        raise NumericalError(
+            "the policy's log-probs are not finite on the first minibatch, though they were when it generated: its "
+            "weights in memory are broken; resume, which reads them from the newest checkpoint again"
+        )
     if not worst <= RATIO_TOLERANCE[dtype]:
         raise NumericalError(
             f"the ratio to the behaviour policy must be 1 on the first minibatch, but a token's log-ratio is "
             f"{worst:.3g} (tolerance {RATIO_TOLERANCE[dtype]:g}); likely cause: the rollouts come from other "
-            "weights, another temperature, or an architecture whose cached decoding disagrees with its full pass"
+            "weights, another temperature (a tiny generation.temperature magnifies every rounding), or an architecture "
+            "whose cached decoding disagrees with its full pass; nothing of this stage is committed: resume, and if it "
+            "comes back, raise generation.temperature or choose another architecture"
         )
 
 

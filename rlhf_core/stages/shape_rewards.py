@@ -7,7 +7,16 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from rlhf_core.contracts.batches import Experience, ReferenceLogprobs, Rollouts, Scores, StageResult, check_aligned
+from rlhf_core.contracts.batches import (
+    Experience,
+    ReferenceLogprobs,
+    Rollouts,
+    Scores,
+    StageResult,
+    check_aligned,
+    check_as_long,
+    some_rows,
+)
 from rlhf_core.contracts.config import KLConfig, ShapingConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.contracts.loop_state import ScoreMoments
@@ -24,6 +33,18 @@ from rlhf_core.ops.kl import token_kl
 from rlhf_core.ops.losses import explained_variance
 from rlhf_core.ops.masking import masked_std, whiten
 from rlhf_core.ops.rewards import normalize_scores, penalize_missing_eos, shaped_rewards, update_moments
+
+_CAUSES = {
+    "score_B": "a reward component; mend it",
+    "score_normalized_B": "scores too large for their running mean and std; give their component a smaller weight",
+    "score_shaped_B": "scores too large for float32; set shaping.score_clip",
+    "kl_B": "a log-prob of -inf under the reference: another vocabulary or support; check reference.model",
+    "rewards_BR": "β times the KL is too large for float32; begin again with a smaller kl.coef",
+    "advantages_BR": "rewards or values too large for float32; set shaping.score_clip or a smaller kl.coef",
+    "returns_BR": "rewards or values too large for float32; set shaping.score_clip or a smaller kl.coef",
+    "rlhf_reward_B": "β times the KL is too large for float32; begin again with a smaller kl.coef",
+}
+"""What is checked, and why it may not be finite."""
 
 ZERO_KL_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
 """Nats a token, decoding against a teacher-forced pass: less than 1e-4 was seen in float32, 0.03 in bfloat16."""
@@ -59,6 +80,7 @@ def shape_rewards(
     """
     check_aligned(rollouts.sample_ids, scores.sample_ids, reference.sample_ids)
     mask_BR = rollouts.response_mask_BR
+    check_as_long(rollouts.sample_ids, mask_BR, ref_logprobs=reference.response_mask_BR)
     k1_BR, k3_BR, penalty_BR = (
         token_kl(rollouts.logprobs_BR, reference.ref_logprobs_BR, mask_BR, estimator=estimator)
         for estimator in ("k1", "k3", kl_config.estimator)
@@ -91,7 +113,7 @@ def shape_rewards(
         returns_BR=returns_BR,
         response_mask_BR=mask_BR,
     )
-    _check_finite(experience)
+    _check_finite(experience, kl_coef)
     metrics = _metrics(experience, rollouts, raw_advantages_BR, kl_coef, kl_config) | {"guard/flat_batch": float(flat)}
     metrics |= _spreads(scores)
     return StageResult(experience, metrics, state={"moments": asdict(moments_now)})
@@ -148,7 +170,7 @@ def _whiten_advantages(advantages_BR: Tensor, mask_BR: Tensor, estimator: str) -
 
 def _check_zero(k1_BR: Tensor, tolerance: float) -> None:
     worst = float(k1_BR.abs().max())
-    if worst > tolerance:
+    if worst > tolerance:  # a NaN is told by the next check
         raise NumericalError(
             f"KL must be 0 at iteration 0, where the policy is the reference, but a token differs by {worst:.3g} nats; "
             "likely cause: policy and reference are loaded in different dtypes, or the model's decoding with a cache "
@@ -156,14 +178,15 @@ def _check_zero(k1_BR: Tensor, tolerance: float) -> None:
         )
 
 
-def _check_finite(experience: Experience) -> None:
-    for name in ("rewards_BR", "advantages_BR", "returns_BR", "kl_B"):
+def _check_finite(experience: Experience, kl_coef: float) -> None:
+    """In the order in which one comes from the other, so that the first to be wrong is named."""
+    for name, cause in _CAUSES.items():
         value = getattr(experience, name)
         if value is not None and not bool(torch.isfinite(value).all()):
-            row = int((~torch.isfinite(value)).reshape(len(value), -1).any(dim=1).nonzero()[0])
+            bad_B = (~torch.isfinite(value)).reshape(len(value), -1).any(dim=1)
             raise NumericalError(
-                f"{name[: name.rindex('_')]} of sample {experience.sample_ids[row]} is not finite; "
-                "likely cause: a log-prob of -inf under the reference (another vocabulary or support)"
+                f"{name[: name.rindex('_')]} is not finite in {some_rows(experience.sample_ids, bad_B)}, "
+                f"with β = {kl_coef:g}; likely cause: {cause}; nothing of this stage is committed"
             )
 
 

@@ -18,7 +18,7 @@ import torch
 from flows.cli import EXIT_MISTAKE, main
 from rlhf_core.contracts.artifacts import commit_stage
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import config_template
+from rlhf_core.contracts.config_io import config_template, digest_json
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
@@ -415,7 +415,7 @@ class TestInspect:
         run = RunFolder.create(shell.folder / "run", tiny_config([]), {})
         for stage in ("sample_prompts", "generate"):
             commit_stage(
-                run.path, stage, 0, one_row(stage), key="k", inputs={}, seed=0, identity="i",
+                run.path, stage, 0, one_row(stage), key="k", inputs={}, seed=0, identity=digest_json({}),
                 metrics={"prompts/epoch": 0.0}, state={}, timing={"total_s": 0.1},
             )  # fmt: skip
         return run.path

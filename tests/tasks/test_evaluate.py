@@ -82,7 +82,7 @@ def test_checkpoints_are_chosen_by_name(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = run_with_checkpoints(tmp_path / "run", tiny_config(["policy.critic.kind=shared"]), 1, 2, 3)
-    monkeypatch.setattr("tasks.lifecycle.best_checkpoint", lambda run: 2)
+    monkeypatch.setattr("tasks.retention.best_checkpoint", lambda run: 2)
 
     def chosen(checkpoint: str) -> list[str]:
         planned = check_evaluation(Request(str(run.path), checkpoint=checkpoint, **SIZES), None)

@@ -15,7 +15,7 @@ from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks import guards as module
 from tasks.guards import GuardRecord, Guards, accept_tripped, change_guards, guard_metrics
-from tasks.lifecycle import expired_checkpoints
+from tasks.retention import expired_checkpoints
 
 KL = [1.0, 5.0, 20.0, 20.0, 1.0, 20.0]
 STOP = ("guards.kl_ceiling.threshold=10", "guards.kl_ceiling.action=stop")
@@ -207,6 +207,7 @@ class TestRetention:
         write_record(run.path / "mlflow.json", {"run_id": "r", "experiment_id": "1"})
         sender: Any = object.__new__(tracking._Sender)
         sender.run, sender.client, sender.run_id, sender.models = run, Client(), "r", {4: "1"}
+        sender.experiment_id = "1"
         for iteration, version in ((3, "2"), (5, "3")):
             (run.checkpoint_path(iteration) / "policy").mkdir()
             sender.client.create_model_version.return_value.version = version

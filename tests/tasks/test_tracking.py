@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run_and_sends_nothing_twice(t
     folder = shutil.copytree(tracked.parent, tmp_path / "copy")
     run_dir = folder / "run-a"
     (run_dir / "iterations/000002/06_update.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints/000003")
     resume(str(run_dir))
     client, run = client_of(run_dir)
     for name in ("objective/kl", "episode", "val/ratio"):
@@ -115,15 +118,18 @@ def test_a_tracker_that_is_down_never_stops_training_and_gets_the_rest_later(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     train(build_config(tree(tiny)), str(run_dir))
     assert RunFolder.open(run_dir).num_finished() == 3
-    assert any("MLflow did not take iteration" in warning for warning in warnings)
+    assert any("MLflow did not take" in warning for warning in warnings)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     resume(str(run_dir))
     client, run = client_of(run_dir)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "objective/kl")] == [0, 1, 2]
 
 
-def test_numbers_that_are_not_finite_are_dropped_and_counted(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_not_finite_are_dropped_and_counted(
+    tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tasks import tracking
+    from tasks.outbox import Ledger
 
     sent: dict[str, float] = {}
 
@@ -132,8 +138,175 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(tracked: Path, monk
             sent.update({metric.key: metric.value for metric in metrics})
 
     sender = object.__new__(tracking._Sender)
-    sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(tracked), Client(), "r", 0
-    sender.models = dict.fromkeys(sender.run.checkpoints(), "1")
+    run_dir = shutil.copytree(tracked, tmp_path / "run")
+    sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(run_dir), Client(), "r", 0
+    sender.ledger, sender.models = Ledger.of(run_dir), dict.fromkeys(sender.run.checkpoints(), "1")
     monkeypatch.setattr(tracking, "iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")})
     sender.send_up_to(1)
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
+
+
+class TestAnAnswerThatIsLost:
+    """A request is carried out, and its client is told otherwise: at each place of the conversation."""
+
+    @pytest.fixture(scope="class")
+    def empty_store(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A database of MLflow's, with its tables: making them takes seconds."""
+        from mlflow.tracking import MlflowClient
+
+        path = tmp_path_factory.mktemp("store") / "mlflow.db"
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+        return path
+
+    @pytest.fixture
+    def fresh(self, tracked: Path, tmp_path: Path, empty_store: Path) -> Path:
+        """A finished run of which no tracker knows anything."""
+        run_dir = shutil.copytree(tracked, tmp_path / "run")
+        (run_dir / "mlflow.json").unlink()
+        shutil.copy(empty_store, tmp_path / "mlflow.db")
+        return run_dir
+
+    @staticmethod
+    def once_each(run_dir: Path) -> None:
+        """Raise AssertionError unless everything is there, once."""
+        client, run = client_of(run_dir)
+        with sqlite3.connect(run_dir.parent / "mlflow.db") as database:
+            counts = database.execute("select key, step, count(*) from metrics group by 1, 2").fetchall()
+        assert {count for _, _, count in counts} == {1}
+        assert {step for key, step, _ in counts if key == "episode"} == {0, 1, 2}
+        assert {step for key, step, _ in counts if key == "checkpoint/value"} == {2, 3}
+        versions = client.search_model_versions("name = 'rlhf-policy'")
+        assert sorted(int(version.tags["rlhf.iteration"]) for version in versions) == [2, 3]
+        models = client.search_logged_models([run.info.experiment_id])
+        assert sorted(model.name for model in models) == ["run-000002", "run-000003"]
+        assert run.info.status == "FINISHED"
+        assert run.data.params["kl.coef"] == "0.15"
+
+    def test_is_asked_for_again_and_nothing_is_there_twice(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mlflow.tracking import MlflowClient
+
+        from tasks import outbox, tracking
+
+        calls = (
+            "create_experiment", "create_run", "log_batch", "log_text", "log_inputs", "create_logged_model",
+            "log_model_artifacts", "finalize_logged_model", "log_metric", "create_registered_model",
+            "create_model_version", "set_registered_model_alias", "log_artifact", "set_terminated",
+        )  # fmt: skip
+        lost: list[str] = []
+        for name in calls:
+            real = getattr(MlflowClient, name)
+
+            def lose(*arguments: Any, name: str = name, real: Any = real, **named: Any) -> Any:
+                answer = real(*arguments, **named)
+                if name not in lost:
+                    lost.append(name)
+                    raise ConnectionError("no answer")
+                return answer
+
+            monkeypatch.setattr(MlflowClient, name, lose)
+        monkeypatch.setattr(outbox, "LAST_TRIES", len(calls))
+        with tracking.Tracker(RunFolder.open(fresh), {}):
+            pass
+        assert sorted(lost) == sorted(calls)
+        self.once_each(fresh)
+
+    def test_a_batch_that_is_taken_after_the_next_try_is_there_once(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow.tracking import MlflowClient
+
+        from tasks import tracking
+
+        real, late = MlflowClient.log_batch, []
+
+        def delay(client: Any, run_id: str, **named: Any) -> Any:
+            if named.get("metrics") and not late:
+                late.append((client, run_id, named))
+                raise TimeoutError("no answer")
+            return real(client, run_id, **named)
+
+        monkeypatch.setattr(MlflowClient, "log_batch", delay)
+        with tracking.Tracker(RunFolder.open(fresh), {}):
+            pass
+        ((client, run_id, named),) = late
+        real(client, run_id, **named)
+        self.once_each(fresh)
+
+    def test_what_a_request_creates_after_it_was_given_up_is_removed(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow.tracking import MlflowClient
+
+        from tasks import tracking
+
+        for name in ("create_run", "create_logged_model", "create_model_version"):
+            real = getattr(MlflowClient, name)
+
+            def twice(*arguments: Any, real: Any = real, **named: Any) -> Any:
+                real(*arguments, **named)
+                return real(*arguments, **named)
+
+            monkeypatch.setattr(MlflowClient, name, twice)
+        with tracking.Tracker(RunFolder.open(fresh), {}):
+            pass
+        self.once_each(fresh)
+
+    def test_a_sender_that_died_in_between_leaves_what_the_next_needs(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tasks import tracking
+        from tasks.outbox import Ledger
+
+        run = RunFolder.open(fresh)
+        real = tracking.log_metrics
+
+        def die(*arguments: Any) -> None:
+            real(*arguments)
+            raise SystemExit
+
+        monkeypatch.setattr(tracking, "log_metrics", die)
+        with pytest.raises(SystemExit):
+            tracking._Sender(run, {}).send_up_to(2)
+        assert Ledger.of(fresh).sending is not None
+        monkeypatch.setattr(tracking, "log_metrics", real)
+        with tracking.Tracker(run, {}):
+            pass
+        self.once_each(fresh)
+
+
+def test_a_table_that_is_sent_again_does_not_grow(tracked: Path) -> None:
+    import mlflow
+
+    from rlhf_core.inspection import before_and_after
+    from tasks import tracking
+
+    run = RunFolder.open(tracked)
+    with tracking.Tracker(run, {}):
+        pass
+    mlflow.set_tracking_uri(f"sqlite:///{tracked.parent / 'mlflow.db'}")
+    client, found = client_of(tracked)
+    table = client.load_table(found.info.experiment_id, "samples.json", [found.info.run_id])
+    samples = before_and_after(run)
+    assert table["prompt"].tolist() == [row["prompt"] for row in samples]
+    assert list(table.columns) == list(samples[0])
+
+
+def test_what_the_user_has_set_for_mlflow_stays(monkeypatch: pytest.MonkeyPatch, tracked: Path) -> None:
+    from tasks import tracking
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    tracking.connect(RunFolder.open(tracked))
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+def test_the_address_of_the_tracker_is_shown_without_the_password(
+    tracked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@h:5000")
+    run = RunFolder.open(tracked)
+    assert tracking.tracking_uri(run) == "http://me:secret@h:5000"
+    assert tracking.shown_tracking_uri(run) == tracking.Tracker(run, {}).uri == "http://h:5000"

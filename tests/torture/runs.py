@@ -1,13 +1,15 @@
 """Runs of the tiny world for the battery: the real loop without Prefect, in children that may die.
 
-The parent has imported everything, so a child is forked in milliseconds. It must have started no thread before:
-torch computes on one, and neither a Prefect client nor MLflow is used in the parent.
+The parent has imported everything (:func:`warm`), so a child is forked in milliseconds. It must have started no
+thread before: torch computes on one, and neither a Prefect client nor MLflow is used in the parent.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import importlib
 import os
 import signal
 import sys
@@ -21,11 +23,51 @@ from tiny_world import Tiny
 
 from flows.calling import without_prefect
 from flows.ppo import iterate
+from rlhf_core.contracts.artifacts import locate_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, digest_json
+from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.identity import source_digest
+from tasks import report
 from tasks.lifecycle import check_resumable, start_run
 from tasks.resources import resources
+
+A_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel. Drawing the real one is a third of a tiny run, and no number depends on it."""
+
+
+def warm(config: RunConfig, folder: Path) -> None:
+    """Import into this process whatever a run of this config imports, as a child has found; draw no pictures.
+
+    Nothing but modules, a table of constants and the digest of the sources is kept: what a run reads or computes, its
+    child forgets. (So an edit of the sources does not make the battery's own runs drift.)
+
+    Args:
+        config: its run is made once, in a child, in ``folder``.
+        folder: empty; there is a finished run in it afterwards.
+    """
+
+    def run_and_tell() -> None:
+        start(config, folder / "run")
+        (folder / "modules").write_text("\n".join(sys.modules))
+
+    if in_child(run_and_tell, log=folder / "log"):
+        raise RuntimeError(f"the tiny world does not run here:\n{(folder / 'log').read_text()}")
+    for module in (folder / "modules").read_text().split("\n"):
+        importlib.import_module(module)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("gpt2")
+    source_digest()
+    report.draw_run = _draw_a_pixel
+
+
+def _draw_a_pixel(_run: RunFolder, path: Path) -> bool:
+    write_file(path, A_PICTURE)
+    return True
 
 
 def battery_config(tiny: Tiny, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -89,15 +131,19 @@ def fork(work: Callable[[], object], *, log: Path | None = None) -> int:
 
 
 def fingerprint(run_dir: Path) -> str:
-    """sha256 of all that a finished run has computed: artifacts, manifests but for their seconds, checkpoints."""
+    """sha256 of all that a finished run has computed: artifacts, manifests but for their seconds, checkpoints.
+
+    An archived artifact counts as its bytes when it was loose, so that compaction changes nothing here.
+    """
     run = RunFolder.open(run_dir)
     found: dict[str, Any] = {
         str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted([*run_dir.glob("iterations/*/*.arrow"), *run_dir.glob("checkpoints/[0-9]*/**/*")])
+        for p in sorted(run_dir.glob("checkpoints/[0-9]*/**/*"))
         if p.is_file()
     }
     for iteration in range(run.config.num_iterations):
         for stage, manifest in run.manifests(iteration).items():
+            found[manifest.artifact.path] = hashlib.sha256(locate_artifact(run_dir, manifest.artifact)[1]).hexdigest()
             found[f"{iteration}/{stage}"] = [manifest.key, dict(manifest.metrics), dict(manifest.state)]
     found["finished"] = run.num_finished()
     found["before_after"] = (run_dir / "before_after.json").read_text()

@@ -25,7 +25,7 @@ from rlhf_core.contracts.artifacts import (
     read_manifest,
 )
 from rlhf_core.contracts.durable import hash_file, write_file
-from rlhf_core.contracts.errors import IntegrityError, StorageError
+from rlhf_core.contracts.errors import IntegrityError, NumericalError, StorageError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
@@ -119,7 +119,7 @@ class TestRoundTrip:
         assert read_artifact(tmp_path, manifest.artifact).num_rows == 0
 
     def test_numbers_that_json_lacks_never_reach_a_manifest(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="not JSON compliant"):
+        with pytest.raises(NumericalError, match="objective/kl is nan; nothing of it is committed"):
             commit(tmp_path, metrics={"objective/kl": float("nan")})
         assert read_manifest(tmp_path, STAGE, 0) is None
 

@@ -85,7 +85,8 @@ def test_set_reaches_into_any_kind() -> None:
         ),
         (
             {"kind": "http", "token_env": "Bearer abc"},
-            "reward.components.1.token_env is 'Bearer abc': string should match pattern '^[A-Za-z_][A-Za-z0-9_]*$'",
+            "reward.components.1.token_env is not the name of an environment variable (and is not shown: it may be the "
+            "token itself); put the token into a variable, and name that here",
         ),
         (
             {"on_error": "substitute"},

@@ -18,7 +18,7 @@ import pytest
 from rlhf_core.contracts import run_folder
 from rlhf_core.contracts.artifacts import commit_folder, commit_stage
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.config_io import build_config, canonical_json
+from rlhf_core.contracts.config_io import build_config, canonical_json, digest_json
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.records import seal, write_record
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunFolder:
 def commit(run: RunFolder, stage: str, iteration: int, state: dict[str, Any] | None = None) -> None:
     commit_stage(
         run.path, stage, iteration, STAGES[stage].empty_table(),
-        key="k", inputs={}, seed=0, identity="i", metrics={}, state=state or {}, timing={},
+        key="k", inputs={}, seed=0, identity=digest_json(dict(run.identity)), metrics={}, state=state or {}, timing={},
     )  # fmt: skip
 
 

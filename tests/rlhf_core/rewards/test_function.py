@@ -60,6 +60,8 @@ def needs(responses, solution): ...
 def by_position(responses, /): ...
 def no_arguments(): return [1.0, 2.0]
 number = 3
+largest = max
+from os import system as run
 """
 
 
@@ -162,8 +164,11 @@ def test_a_library_is_not_hidden_by_a_file_in_the_working_folder() -> None:
             "completion_ids, gold, meta)",
         ),
         ("my_rewards:by_position", "function 'my_rewards:by_position' takes 'responses' by position alone"),
-        ("builtins:dict.fromkeys", "function 'builtins:dict.fromkeys' takes 'iterable' by position alone"),
-        ("builtins:max", "function 'builtins:max' does not tell its arguments; wrap it in a Python function"),
+        ("my_rewards:largest", "function 'my_rewards:largest' does not tell its arguments; wrap it in a Python function"),
+        ("os:system", "function 'os:system' is in Python's own library, where nothing scores responses"),
+        ("my_rewards:functools.os.system", "function 'my_rewards:functools.os.system': there is no"),
+        ("my_rewards:run", "function 'my_rewards:run' is a function of a library that takes none of prompts, "),
+        ("torch:hub.load", "function 'torch:hub.load' is a function of a library that takes none of prompts, "),
     ],
 )
 def test_refused(function: str, sentence: str) -> None:
@@ -203,6 +208,9 @@ def test_the_identity_of_a_function_is_its_file(tmp_path: Path) -> None:
         assert function_digest(FunctionReward(function=f"my_rewards:{name}")) == digest
     (tmp_path / "my_rewards.py").write_text(MODULE + "\n")
     assert function_digest(FunctionReward(function="my_rewards:everything")) != digest
-    assert function_digest(FunctionReward(function="builtins:max")) == "builtins:max without source"
+    (tmp_path / "other_rewards.py").write_text("from my_rewards import everything\n")
+    other = hashlib.sha256(b"from my_rewards import everything\n").hexdigest()
+    mine = hashlib.sha256((MODULE + "\n").encode()).hexdigest()
+    assert function_digest(FunctionReward(function="other_rewards:everything")) == f"{other} {mine}"
     assert function_digest(FunctionReward(function="length")) == "length"
     assert function_digest(FunctionReward(function="sentiment")) == "sentiment 3.3.2"

@@ -1,0 +1,225 @@
+"""Ctrl-C and SIGTERM: the process ends within five seconds, and Prefect knows how.
+
+What is on disk can be resumed at any moment, so an orderly end is a courtesy, and its time is bounded:
+
+    the signal      raises in the main thread; the stage at work is abandoned, the flow run is told to Prefect
+    after REPORT_S  Prefect is told by this module, unless the flow has ended by itself
+    after GRACE_S   whatever still runs (a stage in a thread, a tracker that hangs) is left: the process exits
+    a second Ctrl-C exits at once
+
+A flow run ends Cancelled by Ctrl-C and Crashed by SIGTERM, unless Prefect itself sent the signal to cancel it.
+The thread that keeps the time is woken by the kernel's signal itself (``signal.set_wakeup_fd``), so it works while
+the main thread is busy in a library, and whoever has put a handler of his own in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+REPORT_S = 0.8
+"""Until Prefect is told, if a flow run has not ended by then."""
+GRACE_S = 3.5
+"""Until the process exits."""
+TELLING_S = 1.5
+"""How long an interrupted flow may spend on telling Prefect that it is cancelled."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_S = 15.0
+"""For Prefect to send its last words after an ordinary end."""
+EXIT_WITHOUT_API_S = 1.0
+"""The same, where nobody hears them."""
+
+
+class _Stop:
+    """What this process knows of being told to stop."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.time_runs = False
+        self.told = False
+        self.flow_run_id: str | None = None
+        self.sentence: Callable[[], str] = lambda: "stopped before it began; the same command begins again"
+
+
+_stop = _Stop()
+
+
+def received() -> int | None:
+    """The signal that told this process to stop, if one has."""
+    return _stop.received
+
+
+def exit_code() -> int:
+    """The exit code that says which signal it was: 130 or 143."""
+    return 128 + (_stop.received or signal.SIGINT)
+
+
+def on_stop(sentence: Callable[[], str]) -> None:
+    """What a person is told when the process ends by a signal: that it has stopped, and how to go on."""
+    _stop.sentence = sentence
+
+
+def last_words() -> str:
+    """That sentence, to be printed by the caller; empty if it was printed already."""
+    told, _stop.told = _stop.told, True
+    return "" if told else _stop.sentence()
+
+
+@contextlib.contextmanager
+def watching_signals() -> Iterator[None]:
+    """Around a command: SIGTERM interrupts like Ctrl-C, and either ends the process in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _timekeeper():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _interrupt)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Around the body of a flow: Prefect learns how it was stopped, also where the time does not suffice."""
+    from prefect.runtime import flow_run
+
+    if not flow_run.id or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _stop.flow_run_id = str(flow_run.id)
+    try:
+        with _timekeeper():
+            yield
+    except KeyboardInterrupt:
+        _stop.received = _stop.received or signal.SIGINT
+        _cancel_this_run()
+        raise
+    except Exception:
+        _stop.flow_run_id = None
+        raise
+    else:
+        _stop.flow_run_id = None
+
+
+def end_in_time(code: int) -> None:
+    """Let the process end by itself, but in time: Prefect would wait minutes for an API that is gone."""
+    outages = sys.modules.get("flows.outages")
+    gone = outages is not None and outages.outage.lasts
+
+    def wait() -> None:
+        time.sleep(EXIT_WITHOUT_API_S if gone else EXIT_S)
+        _exit(code)
+
+    threading.Thread(target=wait, name="last end", daemon=True).start()
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    """Any signal is a KeyboardInterrupt; which one it was stands in ``received``."""
+    _stop.received, _stop.time_runs = _stop.received or number, True
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _timekeeper() -> Iterator[None]:
+    """A thread that hears of every signal and ends the process in time. One is enough: the outermost."""
+    global _stop  # noqa: PLW0603 - one main thread a process
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+        yield
+        return
+    _stop = _Stop()
+    threading.Thread(target=_keep_time, args=(reader,), name="timekeeper", daemon=True).start()
+    try:
+        yield
+    finally:
+        if not _stop.time_runs:  # else it runs on, until the process has ended
+            signal.set_wakeup_fd(-1)
+            os.close(writer)
+
+
+def _keep_time(reader: int) -> None:
+    """Wait for signals. A second SIGTERM says nothing: Prefect passes on to the process what it has caught."""
+    ends = False
+    while number := os.read(reader, 1):
+        if number[0] in SIGNALS and not ends:
+            ends, _stop.time_runs = True, True
+            _stop.received = _stop.received or number[0]
+            threading.Thread(target=_end_in_time, name="end in time", daemon=True).start()
+        elif number[0] == signal.SIGINT:
+            _exit(exit_code())
+    os.close(reader)
+
+
+def _end_in_time() -> None:
+    time.sleep(REPORT_S)
+    threading.Thread(target=_report, name="last report", daemon=True).start()
+    time.sleep(GRACE_S - REPORT_S)
+    _exit(exit_code())
+
+
+def _exit(code: int) -> None:
+    """End the process now, with its last words and without the temporary server it may have started."""
+    if _stop.received is not None and (words := last_words()):
+        show_cursor = b"\x1b[?25h" if os.isatty(1) else b""
+        with contextlib.suppress(OSError):
+            os.write(1, show_cursor + b"\n" + words.encode() + b"\n")
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    if "prefect.server.api.server" in sys.modules:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        server = SubprocessASGIServer().server_process
+        if server is not None:
+            server.terminate()
+    os._exit(code)
+
+
+def _report() -> None:
+    """Tell Prefect how the flow run ended, unless it knows."""
+    if _stop.flow_run_id is None:
+        return
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        flow_run_id = UUID(_stop.flow_run_id)
+        state = client.read_flow_run(flow_run_id).state
+        if state is None or not (state.is_final() or state.is_cancelling()):
+            client.set_flow_run_state(flow_run_id, _end_state(_stop.received or signal.SIGINT))
+
+
+def _cancel_this_run() -> None:
+    """Tell Prefect, in bounded time, that this flow run was interrupted; the engine takes it from here."""
+    from prefect.context import FlowRunContext
+
+    reporter = threading.Thread(target=_report, daemon=True)
+    reporter.start()
+    reporter.join(TELLING_S)
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        context.flow_run.state = _end_state(_stop.received or signal.SIGINT)
+
+
+def _end_state(number: int):  # noqa: ANN202 - prefect's State, which is not imported at start-up
+    from prefect.states import Cancelled, Crashed
+
+    if number == signal.SIGINT:
+        return Cancelled(message="Interrupted by a person (SIGINT). The run folder can be resumed.")
+    return Crashed(message="Told to end (SIGTERM). The run folder can be resumed.")

@@ -1,0 +1,1 @@
+"""Re-reading everything that a run has written: what is damaged, and what can be recovered."""

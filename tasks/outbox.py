@@ -1,0 +1,253 @@
+"""The outbox of a run: what the tracker has not got yet, sent from a thread of its own. Knows no tracker.
+
+It holds no metrics. They are on disk; a number says how far the run has come, and whatever is beyond what has
+arrived is read again when it is sent: an outage of any length costs no memory. Training never waits for it.
+
+    RUN/mlflow.json    the ledger: which run of the tracker this is, and what is being sent just now
+
+Exactly once, although an answer may be lost or come too late: *before* a batch is sent, the ledger says durably
+which iterations are in it and which time stamp they carry. A batch whose fate is unknown is compared with what the
+tracker has, metric by metric, and the rest is sent again with the same time stamp: should the first one be
+committed after all, the tracker takes both for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_core.contracts.errors import RlhfError
+from rlhf_core.contracts.records import read_record, write_record
+from rlhf_core.contracts.secrets import without_secrets
+
+LEDGER = "mlflow.json"
+CLOSE_TIMEOUT_S = 60.0
+"""How long the end of a run waits for the tracker while it takes what is left."""
+BRIEF_S = 1.0
+"""How long a run waits that a signal or an error has ended."""
+LAST_TRIES = 3
+"""Tries in a row that may fail at the end of a run, before it is left to the next resume."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Between deliveries while the tracker fails; doubled each time."""
+PAUSES_S = (0.05, 0.2)
+"""Between the tries of one call."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A batch under way: iterations ``first`` to ``after`` - 1, with the time stamp of their metrics."""
+
+    first: int
+    after: int
+    timestamp_ms: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is known on disk about a run in the tracker. ``sent`` iterations have surely arrived."""
+
+    outbox: str = ""
+    """A name of our own for it, by which it is found if the answer to its creation was lost."""
+    run_id: str | None = None
+    experiment_id: str | None = None
+    is_described: bool = True
+    """Whether its params and files have arrived."""
+    sent: int = 0
+    sending: Sending | None = None
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Ledger:
+        """The ledger of a run; of a new one, where there is none."""
+        path = run_dir / LEDGER
+        if not path.is_file():
+            return cls(is_described=False)
+        values: dict[str, Any] = read_record(path)
+        if values.get("sending"):
+            values["sending"] = Sending(**values["sending"])
+        return cls(**values)
+
+    def change(self, run_dir: Path, **changes: Any) -> Ledger:
+        """The ledger with changes, written durably."""
+        changed = replace(self, **changes)
+        write_record(run_dir / LEDGER, asdict(changed))
+        return changed
+
+    def named(self, run_dir: Path) -> Ledger:
+        """The ledger with a name for the tracker's run."""
+        return self if self.outbox else self.change(run_dir, outbox=uuid.uuid4().hex)
+
+
+class Patient:
+    """A client whose calls are tried again at once, where doing a thing twice is doing it once.
+
+    Args:
+        client: of a tracker.
+        once: its calls that would do it twice; the next delivery looks whether they have, before it repeats them.
+        is_over: whether nothing more may be sent.
+    """
+
+    def __init__(self, client: Any, once: Collection[str], is_over: Callable[[], bool]) -> None:
+        self._client, self._once, self._is_over = client, once, is_over
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._client, name)
+
+        def patiently(*arguments: Any, **named: Any) -> Any:
+            for pause_s in (*PAUSES_S, None):
+                if self._is_over():
+                    raise InterruptedError("the run has ended")
+                try:
+                    return call(*arguments, **named)
+                except Exception:
+                    if pause_s is None or name in self._once:
+                        raise
+                    time.sleep(pause_s)
+            raise AssertionError("the last turn returns or raises")
+
+        return patiently
+
+
+class Delivery(Protocol):
+    """An open conversation with a tracker. Every method may raise whatever the tracker raises."""
+
+    run_id: str
+    experiment_id: str
+    next: int
+    """Iterations below have arrived."""
+
+    def send_up_to(self, finished: int) -> None:
+        """Send the iterations below ``finished`` that have not arrived, and what belongs to them."""
+        ...
+
+    def finish(self, *, brief: bool) -> None:
+        """Say that the run has ended; unless ``brief``, also send what is made at its end."""
+        ...
+
+
+class Outbox:
+    """Sends what is new from a daemon thread, and tries again while the tracker fails.
+
+    Args:
+        connect: opens the conversation; given a function that says whether nothing more may be sent.
+        run_dir: the run folder, for the ledger and for messages.
+        logger: where an outage is reported, once.
+    """
+
+    def __init__(
+        self, connect: Callable[[Callable[[], bool]], Delivery], run_dir: Path, logger: logging.Logger
+    ) -> None:
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._connect, self._run_dir, self._logger = connect, run_dir, logger
+        self._changed = threading.Condition()
+        self._finished, self._is_closing, self._is_brief = 0, False, False
+        self._given_up = threading.Event()
+        self._arrived: int | None = None
+        self._delivered = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    def start(self, finished: int) -> None:
+        """Begin sending: first the iterations below ``finished`` that have not arrived."""
+        self._finished = finished
+        self._thread.start()
+
+    def put(self, finished: int) -> None:
+        """The iterations below ``finished`` are committed. Returns at once."""
+        with self._changed:
+            self._finished = finished
+            self._changed.notify()
+
+    def close(self, *, brief: bool) -> None:
+        """Wait a bounded time for what is left; say what has not arrived and how to send it."""
+        with self._changed:
+            self._is_closing, self._is_brief = True, brief
+            self._changed.notify()
+        self._thread.join(BRIEF_S if brief else CLOSE_TIMEOUT_S)
+        self._given_up.set()
+        if not self._delivered:
+            missing = max(self._finished - self._num_arrived(), 0)
+            what = f"{missing} of {self._finished} iterations" if missing else "the end of the run"
+            self._logger.warning(
+                "MLflow has not taken %s; nothing is lost: `rlhf resume %s` sends the rest", what, self._run_dir
+            )
+
+    def _num_arrived(self) -> int:
+        """Iterations that have surely arrived."""
+        if self._arrived is not None:
+            return self._arrived
+        with contextlib.suppress(RlhfError, OSError):  # the end of a run does not fail on a damaged ledger
+            return Ledger.of(self._run_dir).sent
+        return 0
+
+    def _work(self) -> None:
+        delivery: Delivery | None = None
+        seen, failures, last_tries = -1, 0, 0
+        while not self._given_up.is_set():
+            finished, is_closing = self._next_job(seen, failures)
+            try:
+                delivery = delivery or self._connect(self._given_up.is_set)
+                self.run_id, self.experiment_id = delivery.run_id, delivery.experiment_id
+                delivery.send_up_to(finished)
+                self._arrived = delivery.next
+                if is_closing:
+                    delivery.finish(brief=self._is_brief)
+                    self._delivered = True
+                    return
+                if failures:
+                    self._logger.warning("MLflow takes metrics again; it has the iterations below %d", finished)
+                seen, failures = finished, 0
+            except Exception as error:  # a tracker's failure must never reach training
+                if self._given_up.is_set():
+                    return
+                if not failures:
+                    what = f"iteration {finished - 1}" if finished else "the run"
+                    self._logger.warning("MLflow did not take %s (it is tried again): %s", what, reason(error))
+                failures += 1
+                if delivery is not None and delivery.next != self._arrived:  # some have: it is worth going on
+                    self._arrived, last_tries = delivery.next, 0
+                last_tries += is_closing
+                if is_closing and (self._is_brief or last_tries == LAST_TRIES):
+                    return
+                delivery = None
+
+    def _next_job(self, seen: int, failures: int) -> tuple[int, bool]:
+        """Wait until there is something to send; after a failure, until it is time to try again.
+
+        Returns: how far the run has come, and whether it ends.
+        """
+        with self._changed:
+            if self._is_closing and failures:
+                self._changed.wait(min(FIRST_PAUSE_S * failures, 1.0))
+            elif failures:
+                pause = min(FIRST_PAUSE_S * 2 ** min(failures - 1, 10), LONGEST_PAUSE_S)
+                self._changed.wait_for(lambda: self._is_closing, pause)
+            else:
+                self._changed.wait_for(lambda: self._is_closing or self._finished != seen)
+            return self._finished, self._is_closing
+
+
+def reason(error: Exception) -> str:
+    """What a tracker's error says, on one line and without credentials."""
+    text = str(error).strip() or type(error).__name__
+    return without_secrets(text.split("\n")[0])
+
+
+@contextlib.contextmanager
+def store_lock(uri: str) -> Iterator[None]:
+    """One process at a time creates and migrates a fresh sqlite store: two of them crash each other."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with (database.parent / f".{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

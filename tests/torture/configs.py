@@ -1,0 +1,44 @@
+"""Configurations that keep some state of their own from iteration to iteration: each must resume exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from tiny_world import Tiny
+from torture.runs import battery_config
+
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import build_config
+
+CASES: Final[dict[str, Sequence[str]]] = {
+    "gae with a critic of its own, from the policy": (),
+    "a critic of its own, from the reward model": ("policy.critic.init=reward",),
+    "gae with a critic on the policy's trunk": ("policy.critic.kind=shared", "policy.critic.init=null"),
+    "value, with a critic from nothing": ("shaping.estimator=value", "policy.critic.init=zero"),
+    "rloo": ("shaping.estimator=rloo", "prompts.samples_per_prompt=2"),
+    "group": ("shaping.estimator=group", "prompts.samples_per_prompt=4"),
+    "reinforce++": ("shaping.estimator=reinforce++",),
+    "LoRA, adapter saved": ("policy.lora.rank=2", "ppo.learning_rate=1e-2"),
+    "LoRA, merged": ("policy.lora.rank=2", "policy.lora.save=merged", "ppo.learning_rate=1e-2"),
+    "LoRA, critic on the trunk": ("policy.lora.rank=2", "policy.critic.kind=shared", "policy.critic.init=null"),
+    "β by log_pi": ("kl.controller=log_pi",),
+    "running normalisation of scores": ("shaping.score_normalization=running", "shaping.score_clip=3"),
+    "normalisation by the first batch": ("shaping.score_normalization=reference",),
+    "whitened rewards": ("shaping.whiten_rewards=true", "shaping.missing_eos_penalty=1"),
+    "critic warm-up": ("ppo.critic_warmup_iterations=1",),
+    "gradients accumulated, a schedule with a warm-up, and weight decay": (
+        "ppo.micro_batch_size=2",
+        "ppo.lr_schedule=cosine",
+        "ppo.warmup_iterations=2",
+        "ppo.weight_decay=0.1",
+    ),
+    "iterations go into the archive": ("artifacts.keep_iterations=1",),
+    "prompts run out and begin again, frozen models are read again": ("prompts.batch_size=16", "frozen_models=disk"),
+}
+"""Name -> changes of the battery's config. β is adaptive and every second iteration has a checkpoint, as there."""
+
+
+def config_of(tiny: Tiny, case: str) -> RunConfig:
+    """The config of a case."""
+    return build_config(battery_config(tiny).model_dump(), list(CASES[case]))
