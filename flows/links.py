@@ -18,7 +18,6 @@ from prefect.states import Crashed
 
 from flows.calling import is_bare
 from flows.outages import telling_prefect
-from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
@@ -58,11 +57,7 @@ def _remembered(run: RunFolder) -> dict[str, str]:
     path = run.path / FILE
     if not path.is_file():
         return {}
-    try:
-        return {name: str(value) for name, value in read_record(path).items()}
-    except IntegrityError as error:
-        warn(f"{error}; it is written anew: it only named the flow run before this one")
-        return {}
+    return {name: str(value) for name, value in read_record(path).items()}
 
 
 def _mark_crashed(dead: UUID) -> None:

@@ -22,12 +22,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 REPORT_S = 0.8
 """Until Prefect is told, if a flow run has not ended by then."""
 GRACE_S = 3.5
 """Until the process exits."""
-TELLING_S = 1.5
+TELLING_S = 2.5
 """How long an interrupted flow may spend on telling Prefect that it is cancelled."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_S = 15.0
@@ -44,6 +45,7 @@ class _Stop:
         self.time_runs = False
         self.told = False
         self.flow_run_id: str | None = None
+        self.api: str | None = None
         self.sentence: Callable[[], str] = lambda: "stopped before it began; the same command begins again"
 
 
@@ -93,13 +95,14 @@ def watching_signals() -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Around the body of a flow: Prefect learns how it was stopped, also where the time does not suffice."""
     from prefect.runtime import flow_run
+    from prefect.settings import PREFECT_API_URL
 
     if not flow_run.id or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _stop.flow_run_id = str(flow_run.id)
     try:
         with _timekeeper():
+            _stop.flow_run_id, _stop.api = str(flow_run.id), PREFECT_API_URL.value()
             yield
     except KeyboardInterrupt:
         _stop.received = _stop.received or signal.SIGINT
@@ -168,7 +171,7 @@ def _keep_time(reader: int) -> None:
 
 def _end_in_time() -> None:
     time.sleep(REPORT_S)
-    threading.Thread(target=_report, name="last report", daemon=True).start()
+    _begin_report()
     time.sleep(GRACE_S - REPORT_S)
     _exit(exit_code())
 
@@ -190,6 +193,13 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
+def _begin_report() -> threading.Thread:
+    """Tell Prefect from a thread, which may hang."""
+    reporter = threading.Thread(target=_report, name="last report", daemon=True)
+    reporter.start()
+    return reporter
+
+
 def _report() -> None:
     """Tell Prefect how the flow run ended, unless it knows."""
     if _stop.flow_run_id is None:
@@ -197,8 +207,12 @@ def _report() -> None:
     from uuid import UUID
 
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, temporary_settings
 
-    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+    known: dict[Any, Any] = {PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False}
+    if _stop.api:
+        known[PREFECT_API_URL] = _stop.api
+    with contextlib.suppress(Exception), temporary_settings(known), get_client(sync_client=True) as client:
         flow_run_id = UUID(_stop.flow_run_id)
         state = client.read_flow_run(flow_run_id).state
         if state is None or not (state.is_final() or state.is_cancelling()):
@@ -209,9 +223,7 @@ def _cancel_this_run() -> None:
     """Tell Prefect, in bounded time, that this flow run was interrupted; the engine takes it from here."""
     from prefect.context import FlowRunContext
 
-    reporter = threading.Thread(target=_report, daemon=True)
-    reporter.start()
-    reporter.join(TELLING_S)
+    _begin_report().join(TELLING_S)
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         context.flow_run.state = _end_state(_stop.received or signal.SIGINT)

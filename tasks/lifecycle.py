@@ -50,11 +50,7 @@ def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
         IntegrityError: it is damaged; the message says what, and how it is recovered.
     """
     path = Path(run_dir)
-    try:
-        run = RunFolder.open(path)
-    except IntegrityError:
-        _refuse_damage(path)
-        raise
+    run = RunFolder.open(path)
     if not accept_drift:
         check_identity(run, "resuming")
     _refuse_damage(path)
@@ -82,7 +78,9 @@ def record_drift(run_dir: str) -> list[str]:
 
     Returns: what has changed, one line each; nothing if the run would be the same here.
     """
-    with RunFolder.open(Path(run_dir)).locked():
+    unlocked = RunFolder.open(Path(run_dir))
+    changed_functions(unlocked.config, unlocked.identity, unlocked.path)  # refuses code of the run folder itself
+    with unlocked.locked():
         run = RunFolder.open(Path(run_dir))
         identity, changes = _drift(run)
         if not changes:

@@ -237,6 +237,8 @@ class _Repair:
             for path in (artifact, manifest):
                 keep = path == manifest and trusted and (self.run.path / path).is_file()
                 if not keep and not _is_same(self.run.path / path, shadow.path / path):
+                    if (self.run.path / path).is_file():
+                        _link(self.run.path / path, self.stays / path)
                     write_file(self.run.path / path, read_file(shadow.path / path))
                     written.setdefault(str(path.parent), []).append(path.name)
         done += [f"{folder}: computed again: {', '.join(names)}" for folder, names in written.items()]

@@ -206,6 +206,8 @@ class _Sender:
         self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
         for name, value in prefect_run.items():
             self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
+        for drift in self.run.drifts:
+            self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
             self._describe(run_id)
             self.ledger = self.ledger.change(self.run.path, is_described=True)

@@ -316,7 +316,7 @@ def check_aligned(sample_ids: Sequence[str], *others: Sequence[str]) -> None:
         if list(sample_ids) != list(other):
             raise IntegrityError(
                 "the artifacts of this iteration hold different samples or another order: one of them was changed; "
-                "delete that artifact with its manifest (.json), or all after 01_prompts, and resume: they are computed again"
+                "delete that artifact with its manifest (.json), or all after 01_prompts, and resume: computed again"
             )
 
 

@@ -15,12 +15,12 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 import re
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 
@@ -77,7 +77,7 @@ class Disk:
         """Descriptor of a file to lock, made if need be; never through a link."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
-    def reader(self, path: Path) -> BinaryIO:
+    def reader(self, path: Path) -> BufferedReader:
         """A file, open for reading; never a pipe or a device, which might have no end."""
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -243,7 +243,9 @@ def settle(folder: Path, *, links: Collection[str] = ()) -> None:
     with _told(folder, "read"):
         for path, is_link in _below(folder):
             if is_link and not (str(path.relative_to(folder)) in links and len(path.readlink().parts) == 1):
-                raise IntegrityError(f"{path} is a link: a run folder holds none, since a write could leave it; remove it")
+                raise IntegrityError(
+                    f"{path} is a link: a run folder holds none, since a write could leave it; remove it"
+                )
     with _told(folder):
         rooms = [p for p in sorted(folder.iterdir()) if p.is_dir()]
         newest = [max(numbered) for room in rooms if (numbered := [p for p in room.iterdir() if p.name.isdecimal()])]

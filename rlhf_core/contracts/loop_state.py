@@ -61,8 +61,8 @@ class LoopState:
             raise IntegrityError(f"not a loop state: {error}") from None
         if wrong:
             raise IntegrityError(
-                f"not a loop state: {wrong}; it was changed after it was computed: delete the manifest (06_update.json) or "
-                "the checkpoint that holds it; `rlhf resume RUN --repair` computes it again"
+                f"not a loop state: {wrong}; it was changed since it was computed: delete the manifest (06_update.json)"
+                " or the checkpoint that holds it; `rlhf resume RUN --repair` computes it again"
             )
         return state
 

@@ -34,6 +34,7 @@ from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.contracts.typed import typed
 
+RECORD_REMEDY = "put run.json back from a copy; where the run was tracked, MLflow has its config.yaml and identity.json"
 ASKING_S = 0.02
 """Far longer than it takes to ask whether a run is locked."""
 
@@ -84,15 +85,18 @@ class RunFolder:
         record = path / "run.json"
         if not record.is_file():
             raise UserError(f"{path} is not a run folder: it has no run.json")
-        values = read_record(record)
+        try:
+            values = read_record(record)
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; {RECORD_REMEDY}") from None
         if values.keys() - {"drifts"} != {"config", "identity"}:
-            raise IntegrityError(f"{record} is not the record of a run; put it back from a copy")
+            raise IntegrityError(f"{record} is not the record of a run; {RECORD_REMEDY}")
         try:
             drifts = typed(_Drifts, {"drifts": values.get("drifts", [])}).drifts
             if not isinstance(values["config"], dict) or not isinstance(values["identity"], dict):
                 raise ValueError("config or identity is no object")
         except ValueError as error:
-            raise IntegrityError(f"{record} is not the record of a run: {error}; put it back from a copy") from None
+            raise IntegrityError(f"{record} is not the record of a run: {error}; {RECORD_REMEDY}") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
         return cls(path, config, cast("dict[str, Any]", values["identity"]), drifts)
 

@@ -42,8 +42,6 @@ def _build(kind: type[Any], values: object, place: str) -> Any:
 
 def _value(hint: Any, value: object, place: str) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
     if dataclasses.is_dataclass(hint):
         return _build(cast("type[Any]", hint), value, place)
     if origin in (Union, types.UnionType):
@@ -55,11 +53,9 @@ def _value(hint: Any, value: object, place: str) -> Any:
         items = [_value(inner[0], v, place) for v in cast("list[object]", value)]
         return tuple(items) if origin is tuple else items
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number and math.isfinite(cast("float", value)):
-        return value
-    if hint is int and is_number and isinstance(value, int):
-        return value
-    if hint in (str, bool) and isinstance(value, hint):
+    is_float = hint is float and is_number and math.isfinite(cast("float", value))
+    is_int = hint is int and is_number and isinstance(value, int)
+    if hint is Any or is_float or is_int or (hint in (str, bool) and isinstance(value, hint)):
         return value
     raise ValueError(f"{place} is {str(value)[:40]!r}, which is not {getattr(hint, '__name__', hint)}")
 

@@ -137,4 +137,4 @@ def _random_trunk(policy: LanguageModel, seed: int) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeded_generator(seed, "critic").integers(np.iinfo(np.int64).max)))
-        return AutoModel.from_config(policy.config, dtype=torch.float32)
+        return AutoModel.from_config(policy.config, dtype=torch.float32, trust_remote_code=False)

@@ -121,6 +121,28 @@ def base_of(name: str) -> str:
     return str(read_small_json(Path(name) / CONFIG_FILE, repr(name)).get("base_model_name_or_path"))
 
 
+def base_at_hand(name: str, field: str) -> str:
+    """Folder of the base that an adapter names: there, or in the hub's cache. A file of a folder opens no connection.
+
+    Raises: UserError if it is neither.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    base = base_of(name)
+    if Path(base).is_dir():
+        return base
+    try:
+        config = try_to_load_from_cache(base, "config.json")
+    except ValueError:  # no name of a repository
+        config = None
+    if not isinstance(config, str):
+        raise UserError(
+            f"{field} {name!r} names the base {base!r} in its {CONFIG_FILE}, which is neither a folder here nor in the "
+            "hub's cache; if you trust it, name it as policy.model and this as policy.adapter"
+        )
+    return str(Path(config).parent)
+
+
 def new_adapter(section: LoraSection, model: Any) -> peft.LoraConfig:
     """The peft config of a fresh adapter.
 
@@ -200,10 +222,12 @@ def _check_patterns(config: peft.LoraConfig, named: str) -> None:
     texts: list[Any] = [config.target_modules, config.exclude_modules, config.layers_pattern]
     texts += [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     for text in texts:
-        if isinstance(text, str) and (len(text) > MAX_PATTERN or SLOW.search(text) or len(REPEAT.findall(text)) > 4):
+        if not isinstance(text, str):
+            continue
+        if len(text) > MAX_PATTERN or SLOW.search(text) or len(REPEAT.findall(text)) > 4:
             raise UserError(
-                f"{named} has the pattern {text[:60]!r} in its {CONFIG_FILE}, which could take for ever to search; list "
-                "the names of the layers instead"
+                f"{named} has the pattern {text[:60]!r} in its {CONFIG_FILE}, which could take for ever to "
+                "search; list the names of the layers instead"
             )
     ranks: list[Any] = [config.r, *(config.rank_pattern or {}).values()]
     if any(not isinstance(rank, int) or rank > MAX_RANK for rank in ranks):

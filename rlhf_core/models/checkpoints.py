@@ -154,8 +154,8 @@ def load_checkpoint(
     _restore_optimizer(trainer, _tensors(path / "optimizer.safetensors"))
     if (broken := trainer.first_not_finite()) is not None:
         raise IntegrityError(
-            f"{path} holds a number that is not finite, in {broken}: this release never saves such a checkpoint; delete "
-            "it and resume, which starts from the one before"
+            f"{path} holds a number that is not finite, in {broken}: this release never saves such a checkpoint; "
+            "delete it and resume, which starts from the one before"
         )
     if trainer.digest() != record.get("weights"):
         raise IntegrityError(f"{path} gives other weights than were saved: it does not belong to this config")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_of, is_adapter
+from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, is_adapter
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.models.untrusted import check_is_data, check_size
@@ -68,21 +68,16 @@ class LanguageModel:
         if is_adapter(name):
             if trainable:
                 raise UserError(f"{field} {name!r} is a LoRA adapter; name its base there and this as policy.adapter")
-            return cls.adapted(base_of(name), name, dtype=dtype, device=device, field=field, local_files_only=True)
+            return cls.adapted(base_at_hand(name, field), name, dtype=dtype, device=device, field=field)
         stored = torch.float32 if trainable else DTYPES[dtype]
         model = load_transformers_model("AutoModelForCausalLM", name, stored, field)
         model.requires_grad_(trainable)
         return cls(model, dtype=DTYPES[dtype], device=device).checked(name, field)
 
     @classmethod
-    def adapted(
-        cls, base: str, adapter: str, *, dtype: str, device: torch.device, field: str, **options: Any
-    ) -> LanguageModel:
-        """A frozen base with a frozen adapter. Raises UserError if either does not load, or they do not fit.
-
-        A base that only the adapter itself names is loaded with ``local_files_only``: a file opens no connection.
-        """
-        model = load_transformers_model("AutoModelForCausalLM", base, DTYPES[dtype], field, **options)
+    def adapted(cls, base: str, adapter: str, *, dtype: str, device: torch.device, field: str) -> LanguageModel:
+        """A frozen base with a frozen adapter. Raises UserError if either does not load, or they do not fit."""
+        model = load_transformers_model("AutoModelForCausalLM", base, DTYPES[dtype], field)
         adapters = attach(model, base, {TRAINED: (adapter, field)})
         model.requires_grad_(False)
         return cls(model, dtype=DTYPES[dtype], device=device, adapters=adapters).checked(base, field)

@@ -184,7 +184,8 @@ def load_reward_tokenizer(config: ModelReward, *, field: str) -> tuple[PreTraine
     template = chat_template_text(config.chat_template, field=f"{field}.chat_template")
     check_template(template, PROBE, f"{field}.chat_template")
     try:
-        text = cast("str", tokenizer.apply_chat_template([dict(m) for m in PROBE], tokenize=False, chat_template=template))
+        rendered = tokenizer.apply_chat_template([dict(m) for m in PROBE], tokenize=False, chat_template=template)
+        text = cast("str", rendered)
     except Exception as error:  # jinja2's, and whatever a template raises
         reason = " ".join(str(error).split())
         raise UserError(f"{field}.chat_template does not render a question and its answer: {reason}") from None

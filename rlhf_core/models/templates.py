@@ -54,7 +54,7 @@ def _check(template: str, messages: str, named: str) -> None:
     if ended not in (0, _REFUSED):
         raise UserError(
             f"{named} has a chat template that does not render a conversation of {len(json.loads(messages))} messages "
-            f"within {MAX_SECONDS} seconds and {MAX_MEMORY_BYTES >> 30} GiB; take the template of a model that you trust"
+            f"within {MAX_SECONDS} seconds and {MAX_MEMORY_BYTES >> 30} GiB; take the template of a model you trust"
         )
 
 

@@ -101,7 +101,7 @@ def _generation_eos_ids(name: str) -> set[int]:
     ids: list[Any] = cast("list[Any]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
     if wrong := [token for token in ids if type(token) is not int]:
         raise UserError(
-            f"policy.model {name!r} has the eos_token_id {str(wrong[0])[:40]!r} in its generation_config.json, which is no "
-            "token id; set it to the number of the token that ends a text"
+            f"policy.model {name!r} has the eos_token_id {str(wrong[0])[:40]!r} in its generation_config.json, "
+            "which is no token id; set it to the number of the token that ends a text"
         )
     return set(ids)

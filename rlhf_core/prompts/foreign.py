@@ -42,8 +42,9 @@ def check_dataset_folder(folder: Path, named: str) -> None:
             _check_name(split, "dataset_dict.json", named)
     for state in [folder / "state.json", *folder.glob("*/state.json")]:
         if state.is_file():
-            for text in _texts(_json(state, named).get("_data_files")):
-                _check_name(text, "state.json", named)
+            files: Any = _json(state, named).get("_data_files")
+            for file in cast("list[Any]", files) if isinstance(files, list) else []:
+                _check_name(file.get("filename") if isinstance(file, dict) else file, "state.json", named)
 
 
 def _check_card(path: Path, named: str) -> None:
@@ -57,8 +58,8 @@ def _check_card(path: Path, named: str) -> None:
     for file in _texts(configs):
         if "://" in file or "::" in file or file.startswith(("/", "~")) or ".." in file.split("/"):
             raise UserError(
-                f"{named} lists in its {path.name} the file {file[:100]!r}, which is not in the folder; name that source "
-                "itself in prompts.source, if you trust it"
+                f"{named} lists in its {path.name} the file {file[:100]!r}, which is not in the folder; name that "
+                "source itself in prompts.source, if you trust it"
             )
 
 

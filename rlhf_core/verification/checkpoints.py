@@ -48,7 +48,8 @@ class CheckpointCheck:
         due = list(range(settings.every, num_finished, settings.every))
         if is_complete and num_finished == self.run.config.num_iterations:
             due.append(num_finished)
-        kept = due[-1 if self.run.last_good is not None else -settings.keep_last :]
+        known = sorted({*due, *(i for i in there if i % settings.every == 0 or i == self.run.config.num_iterations)})
+        kept = known[-1 if self.run.last_good is not None else -settings.keep_last :]
         for iteration in kept:
             if iteration not in there and not self.run.checkpoint_path(iteration).exists():
                 yield self._rebuilt(self.run.checkpoint_path(iteration), iteration, "missing",
@@ -85,6 +86,10 @@ class CheckpointCheck:
         if not isinstance(files, dict):
             yield self._rebuilt(manifest, iteration, "damaged", "it is not the manifest of a checkpoint")
             return
+        if record.get("iteration") != iteration:
+            problem = f"it is the manifest of checkpoint {record.get('iteration')}"
+            yield self._rebuilt(manifest, iteration, "damaged", problem)
+            return
         digests = cast("dict[str, str]", files)
         there = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
         for name, expected in digests.items():
@@ -108,9 +113,7 @@ class CheckpointCheck:
         record = read_record(folder / "manifest.json")
         drift = run.drift_at(iteration)
         identities = [run.identity_at(max(iteration - 1, 0)), run.identity_at(iteration)]
-        if record.get("iteration") != iteration:
-            problem = f"it holds the checkpoint of iteration {record.get('iteration')}"
-        elif record.get("identity") not in [digest_json(dict(identity)) for identity in identities]:
+        if record.get("identity") not in [digest_json(dict(identity)) for identity in identities]:
             problem = "it is a checkpoint of another run: its identity is not that of run.json"
         else:
             problem = self._against_update(iteration, record, drift.weights if drift is not None else None)

@@ -15,7 +15,7 @@ from rlhf_core.contracts.compaction import check_segment
 from rlhf_core.contracts.durable import is_leftover, read_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
 from rlhf_core.contracts.records import read_record
-from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.run_folder import RECORD_REMEDY, RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.verification.checkpoints import ALIAS, CheckpointCheck, strangers
 from rlhf_core.verification.findings import Finding, Verification, said
@@ -92,7 +92,10 @@ def _look(path: Path, load_weights: bool, progress: Progress, *, going: bool) ->
             raise
         return _without_record(path, "missing", "the record of the run is missing")
     except RlhfError as error:
-        return _without_record(path, "damaged", said(error, path / "run.json"))
+        return _without_record(path, "damaged", said(error, path / "run.json").removesuffix(f"; {RECORD_REMEDY}"))
+    others = _foreign_identities(run)
+    if others:
+        return _without_record(path, "damaged", f"it is of another run: {others}")
     finished = num_finished(run)
     found: list[Finding] = []
     checkpoints = CheckpointCheck(run, load_weights=load_weights)
@@ -128,10 +131,7 @@ def _look(path: Path, load_weights: bool, progress: Progress, *, going: bool) ->
 
 
 def _without_record(path: Path, kind: str, problem: str) -> Verification:
-    remedy = (
-        "put run.json back from a copy; where the run was tracked, MLflow has its config.yaml and identity.json. "
-        "Everything else is read once it is there"
-    )
+    remedy = f"{RECORD_REMEDY}. Everything else is read once it is there"
     finding = Finding("run.json", kind, problem, remedy, recoverable=False)  # pyright: ignore[reportArgumentType]
     return Verification(path, [finding], 0, 0, 1, 0)
 
@@ -237,6 +237,22 @@ def _folders(folder: Path) -> list[Path]:
     """The folders that are named by a number."""
     there = folder.iterdir() if folder.is_dir() else []
     return [p for p in there if p.name.isdecimal() and p.name == f"{int(p.name):06d}" and p.is_dir()]
+
+
+def _foreign_identities(run: RunFolder) -> str:
+    """What says that run.json is not the record of what lies beside it: most of that has other identities.
+
+    Nothing else of the run can be judged then, and nothing may be computed again by such a record.
+    """
+    own, other = 0, 0
+    records = [*run.path.glob("iterations/*/*.json"), *run.path.glob("checkpoints/*/manifest.json")]
+    for path in records:
+        try:
+            identity = read_record(path).get("identity")
+        except (IntegrityError, FileNotFoundError):
+            continue
+        own, other = own + (identity in run.identities), other + (identity not in run.identities)
+    return f"{other} of {own + other} manifests beside it have other identities" if other > own else ""
 
 
 def _has_manifest(run: RunFolder, stage: str, iteration: int) -> bool:

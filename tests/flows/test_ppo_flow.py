@@ -18,7 +18,6 @@ from iteration import tiny_tree
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import DriftError, NumericalError, RunLockedError, UserError
-from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 
@@ -204,18 +203,20 @@ def test_a_damaged_artifact_is_computed_again(finished: Path, tiny: Any, tmp_pat
     assert digests(run_dir) == digests(finished)
 
 
-def test_drift_is_refused_with_a_readable_difference(finished: Path, tmp_path: Path) -> None:
+def test_drift_is_refused_with_a_readable_difference(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
-    from tasks.lifecycle import check_resumable
+    from tasks import lifecycle
 
     run_dir = shutil.copytree(finished, tmp_path / "moved")
-    record = read_record(run_dir / "run.json")
-    record["identity"]["versions"]["torch"] = "1.0.0"
-    write_record(run_dir / "run.json", record)
-    with pytest.raises(DriftError, match=r"versions\.torch: 1\.0\.0 -> .*\n.*--accept-drift"):
-        check_resumable(str(run_dir), accept_drift=False)
-    assert check_resumable(str(run_dir), accept_drift=True).seed == 7
+    here = RunFolder.open(run_dir).identity
+    moved = {**here, "versions": {**here["versions"], "torch": "99.0"}}
+    monkeypatch.setattr(lifecycle, "run_identity", lambda *_: moved)
+    with pytest.raises(DriftError, match=r"versions\.torch: .* -> 99\.0\n.*--accept-drift"):
+        lifecycle.check_resumable(str(run_dir), accept_drift=False)
+    assert lifecycle.check_resumable(str(run_dir), accept_drift=True).seed == 7
 
 
 def test_a_second_run_on_the_folder_is_refused(finished: Path, tiny: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from flows import calling, outages, stopping
 from flows.calling import call, call_both, flow_body, run_flow
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.records import read_record, write_record
-from rlhf_core.contracts.run_folder import RunFolder
 
 NOWHERE = "http://127.0.0.1:9/api"
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,9 @@ def test_ctrl_c_ends_a_flow_run_as_cancelled(prefect_server: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_flow(work)
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(UUID(ids[0])).state
+        until = time.monotonic() + stopping.EXIT_S  # the report has a thread of its own, and the machine other work
+        while (state := client.read_flow_run(UUID(ids[0])).state) and state.is_running() and time.monotonic() < until:
+            time.sleep(0.1)
     assert state is not None
     assert (state.name, state.message) == ("Cancelled", stopping._end_state(signal.SIGINT).message)
 
@@ -185,7 +188,7 @@ def test_a_resume_marks_the_dead_flow_run_before_it_as_crashed(
     assert read_record(run_dir / "prefect.json")["flow_run_id"] not in (str(dead.id), record["flow_run_id"])
 
 
-def test_a_damaged_memory_of_the_flow_run_before_does_not_stop_a_run(
+def test_a_damaged_memory_of_the_flow_run_before_is_told_with_its_remedy(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, prefect_server: None
 ) -> None:
     from flows.ppo import resume, train
@@ -193,9 +196,8 @@ def test_a_damaged_memory_of_the_flow_run_before_does_not_stop_a_run(
     run_dir = tmp_path / "run"
     train(tiny_config(["num_iterations=1"]), str(run_dir))
     (run_dir / "prefect.json").write_text("{}")
-    resume(str(run_dir))
-    assert UUID(read_record(run_dir / "prefect.json")["flow_run_id"])
-    assert RunFolder.open(run_dir).num_finished() == 1
+    with pytest.raises(IntegrityError, match=r"prefect\.json .*[\s\S]*--repair"):
+        resume(str(run_dir))
 
 
 def test_nothing_is_pickled_in_a_run_or_a_failure(tiny: Any, tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_nothing_is_pickled_in_a_run_or_a_failure(tiny: Any, tmp_path: Path) -> 
         "def refuse(*_, **__):\n"
         "    used.append('dumped')\n"
         "    raise RuntimeError('pickle was used')\n"
-        "import prefect.serializers, prefect.context, prefect.utilities.hashing\n"
+        "import jinja2, prefect.server.api.server, prefect.utilities.hashing\n"
         "from flows.ppo import train\n"
         "from iteration import tiny_tree\n"
         "from pathlib import Path\n"

@@ -11,6 +11,7 @@ from damage import DAMAGES, Damage, finished_run, flip, remove
 from tiny_world import Tiny
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.findings import Verification
 from rlhf_core.verification.run import verify_run
@@ -105,6 +106,15 @@ def test_the_record_of_the_run_cannot_be_computed_again(run_dir: Path) -> None:
         assert seen(found) == {("run.json", kind)}
         assert "put run.json back from a copy" in found.findings[0].remedy
         assert found.summary() == "1 damaged, 1 only from a copy"
+
+
+def test_the_record_of_another_run_condemns_itself_alone(run_dir: Path) -> None:
+    record = read_record(run_dir / "run.json")
+    write_record(run_dir / "run.json", {**record, "identity": {**record["identity"], "prompts": "0" * 64}})
+    found = verify_run(run_dir)
+    assert seen(found) == {("run.json", "damaged")}, "nothing else can be judged by it"
+    assert found.findings[0].problem == "it is of another run: 20 of 20 manifests beside it have other identities"
+    assert not found.findings[0].recoverable
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

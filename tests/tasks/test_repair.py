@@ -57,7 +57,11 @@ class TestRepair:
         before = {p: p.stat().st_ino for p in run_dir.rglob("*") if p.is_file()}
         assert repair_run(str(run_dir)) == ["iterations/000001: computed again: 02_rollouts.arrow"]
         after = {p: p.stat().st_ino for p in run_dir.rglob("*") if p.is_file()}
-        assert [p.name for p in after if after[p] != before.get(p)] == ["02_rollouts.arrow"]
+        written = [str(p.relative_to(run_dir)) for p in after if after[p] != before.get(p)]
+        assert [name for name in written if not name.startswith(".quarantine/")] == [
+            "iterations/000001/02_rollouts.arrow"
+        ]
+        assert len(written) == 2, "what it replaced is kept aside"
 
     def test_what_does_not_belong_is_kept_aside(self, run_dir: Path) -> None:
         (run_dir / "checkpoints/000003/policy/x.bin").write_text("mine")
@@ -316,3 +320,33 @@ class TestDrift:
             repair_run(str(stopped))
         with pytest.raises(IntegrityError, match=said):
             check_resumable(str(stopped), accept_drift=False)
+
+
+@pytest.fixture(scope="module")
+def archived(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five iterations, the first two of them in one segment."""
+    run_dir = tmp_path_factory.mktemp("archived") / "run"
+    changes = {"num_iterations": 5, "checkpoint": {"every": 2, "keep_last": 2}, "artifacts": {"keep_iterations": 2}}
+    start(battery_config(tiny, changes), run_dir)
+    assert [p.name for p in (run_dir / "archive").iterdir()] == ["000000-000001"]
+    return run_dir
+
+
+class TestArchive:
+    @pytest.mark.parametrize("name", ["02_rollouts.arrow", "manifests.jsonl", "manifest.json"])
+    def test_a_damaged_segment_comes_back_as_the_files_it_was_made_of(
+        self, archived: Path, tmp_path: Path, name: str
+    ) -> None:
+        resources.cache_clear()
+        run_dir = Path(shutil.copytree(archived, tmp_path / "run"))
+        assert verify_run(run_dir).findings == []
+        flip(run_dir / "archive/000000-000001" / name)
+        found = verify_run(run_dir)
+        assert {finding.kind for finding in found.findings} == {"damaged"}
+        assert all(finding.path.startswith("archive/000000-000001") for finding in found.findings)
+        with pytest.raises(IntegrityError, match=r"is damaged, and was not resumed"):
+            check_resumable(str(run_dir), accept_drift=False)
+        done = repair_run(str(run_dir))
+        assert done[-1].startswith("archive/000000-000001 was moved to .quarantine/")
+        assert verify_run(run_dir).findings == []
+        assert fingerprint(run_dir) == fingerprint(archived)

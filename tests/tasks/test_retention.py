@@ -13,6 +13,7 @@ from torture.runs import fingerprint, go_on, start
 from rlhf_core.contracts.archive import segment_paths
 from rlhf_core.contracts.compaction import check_segment, loose_iterations, write_segment
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.durable import remove_folder
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
@@ -40,6 +41,10 @@ def made(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[...,
 
 def ranges(run: RunFolder) -> list[tuple[int, int]]:
     return [(first, last) for first, last, _ in segment_paths(run.path)]
+
+
+def test_how_long_iterations_stay_loose_is_no_part_of_the_identity(tiny_config: Callable[..., RunConfig]) -> None:
+    assert config_digest(tiny_config(["artifacts.keep_iterations=3"])) == config_digest(tiny_config())
 
 
 class TestCompaction:

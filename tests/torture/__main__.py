@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="rlhf-torture-", dir=asked.folder or _room()))
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tiny = _prepare(folder)
         finished = run_rows(asked.only, folder, tiny, full=not asked.small, jobs=asked.jobs, console=console)

@@ -14,7 +14,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,14 +62,12 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     from torture.lair import Lair
     from torture.payloads import PAYLOADS
-    from torture.runs import battery_config, in_child, start, warm
+    from torture.runs import battery_config, warm
 
     world = tiny_in(Path(tiny))
     (base / "warm").mkdir()
     warm(battery_config(world), base / "warm")
-    finished = base / "finished"
-    config = battery_config(world, {"num_iterations": 2})
-    assert not in_child(lambda: start(config, finished), log=base / "log"), (base / "log").read_text()
+    finished = base / "warm" / "run"
     seen = [open_door(base, name, Lair(base / str(i), world, finished), PAYLOADS[name]) for i, name in enumerate(names)]
     (base / "report.json").write_text(json.dumps([asdict(one) for one in seen]))
 
@@ -99,8 +98,9 @@ def open_door(base: Path, name: str, lair: object, make: Callable[..., Callable[
 
 
 def _in_child(base: Path, log: Path, said: Path, make: Callable[[], Callable[[], object]]) -> int:
-    from rlhf_core.contracts.errors import RlhfError
     from torture.watching import watch
+
+    from rlhf_core.contracts.errors import RlhfError
 
     door = make()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -122,14 +122,14 @@ def _in_child(base: Path, log: Path, said: Path, make: Callable[[], Callable[[],
     except RlhfError as error:
         os.write(out, str(error).encode(errors="replace"))
         return 3
-    except BaseException as error:  # noqa: BLE001 - whatever else comes out is what is looked for
+    except BaseException as error:  # whatever else comes out is what is looked for
         os.write(out, f"{type(error).__name__}: {error}".encode(errors="replace")[:2000])
         return 4
     return 0
 
 
 @contextlib.contextmanager
-def _alarm(child: int):  # type: ignore[no-untyped-def]
+def _alarm(child: int) -> Iterator[None]:
     """Kill a child that does not come back."""
 
     def kill(_signal: int, _frame: object) -> None:
@@ -144,7 +144,9 @@ def _alarm(child: int):  # type: ignore[no-untyped-def]
         signal.signal(signal.SIGALRM, before)
 
 
-def run(folder: Path, tiny: Path, names: Sequence[str]) -> list[Seen]:
+def run(
+    folder: Path, tiny: Path, names: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Seen]:
     """Load payloads in a process of its own. Raises RuntimeError if that process fails as a whole."""
     kept = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
     environment = kept | {
@@ -153,16 +155,20 @@ def run(folder: Path, tiny: Path, names: Sequence[str]) -> list[Seen]:
         "TMPDIR": str(folder / "tmp"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "torture.break_in", str(folder), str(tiny), *names],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "errors").open("w") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "torture.break_in", str(folder), str(tiny), *names],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stdout=errors,
+            stderr=errors,
+        )
+        while child.poll() is None:
+            progress(sum(path.name.isdecimal() for path in folder.iterdir()), len(names))
+            time.sleep(0.2)
+    if child.returncode:
+        raise RuntimeError((folder / "errors").read_text()[-3000:])
     return [Seen(**values) for values in json.loads((folder / "report.json").read_text())]
 
 

@@ -13,20 +13,24 @@ from rlhf_core.contracts.config_io import build_config
 
 CASES: Final[dict[str, Sequence[str]]] = {
     "gae with a critic of its own, from the policy": (),
-    "a critic of its own, from the reward model": ("policy.critic.init=reward",),
+    "a critic of its own, from the reward model, with a warm-up": (
+        "policy.critic.init=reward",
+        "ppo.critic_warmup_iterations=1",
+    ),
     "gae with a critic on the policy's trunk": ("policy.critic.kind=shared", "policy.critic.init=null"),
     "value, with a critic from nothing": ("shaping.estimator=value", "policy.critic.init=zero"),
     "rloo": ("shaping.estimator=rloo", "prompts.samples_per_prompt=2"),
     "group": ("shaping.estimator=group", "prompts.samples_per_prompt=4"),
-    "reinforce++": ("shaping.estimator=reinforce++",),
     "LoRA, adapter saved": ("policy.lora.rank=2", "ppo.learning_rate=1e-2"),
     "LoRA, merged": ("policy.lora.rank=2", "policy.lora.save=merged", "ppo.learning_rate=1e-2"),
     "LoRA, critic on the trunk": ("policy.lora.rank=2", "policy.critic.kind=shared", "policy.critic.init=null"),
-    "β by log_pi": ("kl.controller=log_pi",),
+    "reinforce++, with β by log_pi": ("shaping.estimator=reinforce++", "kl.controller=log_pi"),
     "running normalisation of scores": ("shaping.score_normalization=running", "shaping.score_clip=3"),
-    "normalisation by the first batch": ("shaping.score_normalization=reference",),
-    "whitened rewards": ("shaping.whiten_rewards=true", "shaping.missing_eos_penalty=1"),
-    "critic warm-up": ("ppo.critic_warmup_iterations=1",),
+    "normalisation by the first batch, whitened rewards": (
+        "shaping.score_normalization=reference",
+        "shaping.whiten_rewards=true",
+        "shaping.missing_eos_penalty=1",
+    ),
     "gradients accumulated, a schedule with a warm-up, and weight decay": (
         "ppo.micro_batch_size=2",
         "ppo.lr_schedule=cosine",

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from torture.faults import ITERATION, Plan, plant, stop_before_the_iteration
 from torture.runs import fingerprint, go_on, in_child, start
 
+from rlhf_core.contracts.artifacts import artifact_path
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -137,20 +138,23 @@ class Injector:
         """Nothing is committed of the refusing stage; and once what is broken is deleted, all goes on as it would."""
         if by == "start":
             return f"{run_dir} was begun" if run_dir.exists() else ""
-        if by != "open" and not plan.on_resume and _is_committed(run_dir, by):
+        if by != "open" and not plan.on_resume and _is_committed(run_dir, by, newest=not goes_on):
             return f"{by} is committed"
         if plan.spoils.endswith("/"):
             shutil.rmtree(run_dir / plan.spoils)
         elif plan.spoils:
             for suffix in (".json",) if plan.spoils.endswith(".json") else (".arrow", ".json"):
                 (run_dir / plan.spoils).with_suffix(suffix).unlink()
-        if not plan.looks and (found := not_finite_in(RunFolder.open(run_dir))):
+        planted = "" if plan.reads is None else Path(artifact_path(ITERATION, plan.reads[0])).name
+        if not plan.looks and (found := not_finite_in(RunFolder.open(run_dir), planted)):
             return f"silently kept: {found}"
         if (not goes_on and not plan.on_resume) or plan.looks:
             return ""
         ended, error, message = self._child(place, lambda: (repair_run(str(run_dir)), go_on(run_dir)))
         if ended:
             return f"it does not go on without the fault: {error}: {message}"
+        if found := not_finite_in(RunFolder.open(run_dir)):
+            return f"silently kept: {found}"
         if goes_on and fingerprint(run_dir) != self.undisturbed:
             return "without the fault, it ends with another fingerprint than the undisturbed run"
         return ""
@@ -183,12 +187,19 @@ class Injector:
             raise RuntimeError(f"the undisturbed run does not end:\n{(self.folder / 'log').read_text()}")
 
 
-def not_finite_in(run: RunFolder) -> str:
-    """The first committed file of a run that holds NaN or infinity, read without the checks under test."""
+def not_finite_in(run: RunFolder, planted: str = "") -> str:
+    """The first committed file of a run that holds NaN or infinity, read without the checks under test.
+
+    Args:
+        run: finished or refused.
+        planted: name of an artifact of the faults' iteration that is known to be wrong.
+    """
     for path in sorted(run.path.glob("iterations/*/*.json")):
         values: dict[str, Any] = json.loads(path.read_text())
         if found := _odd_number(values):
             return f"{found} in {path.name}"
+        if path.with_suffix(".arrow").name == planted and int(path.parent.name) == ITERATION:
+            continue
         table = pa.ipc.open_file(path.with_suffix(".arrow").read_bytes()).read_all()
         if "skipped" in table.column_names:
             table = table.filter(pa.array([not skipped for skipped in table["skipped"].to_pylist()]))
@@ -207,6 +218,7 @@ def _odd_number(value: object) -> str:
     return next((found for item in items if (found := _odd_number(item))), "")
 
 
-def _is_committed(run_dir: Path, stage: str) -> bool:
-    newest = max((int(path.name) for path in run_dir.glob("iterations/*")), default=ITERATION)
-    return RunFolder.open(run_dir).manifest(stage, newest) is not None
+def _is_committed(run_dir: Path, stage: str, *, newest: bool) -> bool:
+    """In the iteration of the faults, or in the newest, where the fault is there from the beginning."""
+    found = max((int(path.name) for path in run_dir.glob("iterations/*")), default=0) if newest else ITERATION
+    return RunFolder.open(run_dir).manifest(stage, found) is not None

@@ -15,10 +15,12 @@ ODD: tuple[Any, ...] = (
     {"": None}, {"seal": 1}, [1, "a", None], [[[[[[1]]]]]], {"a": {"b": {"c": []}}}, "inf", "nan", "1e5", "no",
 )  # fmt: skip
 TOKENS = (
-    b"null", b"true", b"NaN", b"Infinity", b"-1", b"1e999", b"0x10", b"0o7", b"{}", b"[]", b"[[", b"}}", b'"', b"'", b",",
-    b":", b": ", b"\n", b"\r\n", b"\r", b"\t", b"  ", b"- ", b"&a ", b"*a", b"!!set ", b"<<: ", b"---\n", b"...\n", b"|\n",
+    b"null", b"true", b"NaN", b"Infinity", b"-1", b"1e999", b"0x10", b"0o7", b"{}", b"[]", b"[[", b"}}", b'"', b"'",
+    b",", b":", b": ", b"\n", b"\r\n", b"\r", b"\t", b"  ", b"- ", b"&a ", b"*a", b"!!set ", b"<<: ",
+    b"---\n", b"...\n", b"|\n",
     b">-\n", b"? ", b"#", b"%YAML 1.1\n", b"\x00", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800",
-    b"\\u0000", b"\xe2\x80\xa8", b"9" * 400, b"~", b"@", b"`", b"=", b"1_000", b"1:30", b"2020-01-01", b"ARROW1", b"PAR1",
+    b"\\u0000", b"\xe2\x80\xa8", b"9" * 400, b"~", b"@", b"`", b"=", b"1_000", b"1:30", b"2020-01-01",
+    b"ARROW1", b"PAR1",
 )  # fmt: skip
 
 

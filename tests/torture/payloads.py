@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
+from torture.lair import Lair
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import load_config
@@ -36,8 +37,7 @@ from rlhf_core.prompts.sources import load_prompt_set
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.verification.run import verify_run
 from tasks.evaluate import check_evaluation
-from tasks.lifecycle import check_resumable
-from torture.lair import Lair
+from tasks.lifecycle import check_resumable, record_drift
 
 CPU = torch.device("cpu")
 Door = Callable[[], object]
@@ -80,7 +80,7 @@ def use_policy(lair: Lair, folder: Path, **changes: Any) -> Door:
         ):
             try:
                 step()
-            except Exception as error:  # noqa: BLE001 - each step is tried, whatever the one before said
+            except Exception as error:
                 problems.append(error)
         for error in sorted(problems, key=lambda e: type(e).__module__.startswith("rlhf_core")):
             raise error
@@ -156,11 +156,12 @@ def use_run(lair: Lair, run: Path) -> Door:
             lambda: verify_run(run),
             checkpoint,
             lambda: check_evaluation(Request(str(run), num_prompts=2, samples=2, frontier_samples=64), None),
+            lambda: check_resumable(str(run), accept_drift=False),
             lambda: check_resumable(str(run), accept_drift=True),
         ):
             try:
                 step()
-            except Exception as error:  # noqa: BLE001 - each step is tried, whatever the one before said
+            except Exception as error:
                 problems.append(error)
         for error in sorted(problems, key=lambda e: type(e).__module__.startswith("rlhf_core")):
             raise error
@@ -241,9 +242,10 @@ def origin_elsewhere(lair: Lair) -> Door:
 
 @among(["../outside.safetensors", "/etc/passwd", "https://evil.example/x.safetensors", "evil.bin"])
 def weights_named_elsewhere(lair: Lair, name: str) -> Door:
+    door = _config_of(lair, transformers_weights=name)
     lair.write("outside.safetensors", lair.pickled)
     lair.write("model/evil.bin", lair.pickled)
-    return _config_of(lair, transformers_weights=name)
+    return door
 
 
 @payload
@@ -490,7 +492,8 @@ TEMPLATES = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
     "{% endfor %}{{ messages }}",
     "memory": "{{ ('a' * 99999999) * 99999 }}{{ messages }}",
-    "doubling": "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubling": "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}{{ n.x }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "padding": "{{ '%999999999999d' % 1 }}{{ messages }}",
     "power": "{{ 9 ** 9 ** 9 }}{{ messages }}",
@@ -837,7 +840,6 @@ def run_that_names_code_in_the_working_folder(lair: Lair) -> Door:
 
 @payload
 def run_with_code_inside(lair: Lair) -> Door:
-    lair.write("run/x", "") if False else None
     door = _function_run(lair, "evil_code:score")
     lair.write("run/evil_code.py", lair.code)
 
@@ -847,6 +849,7 @@ def run_with_code_inside(lair: Lair) -> Door:
             check_evaluation(Request("."), None)
         finally:
             check_resumable(".", accept_drift=True)
+            record_drift(".")
 
     assert door
     return inside

@@ -190,7 +190,7 @@ def seed_without_the_iteration() -> None:
 
 def digests_not_compared() -> None:
     def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
-        return pa.ipc.open_file(run_dir / ref.path).read_all()
+        return pa.ipc.open_file(pa.BufferReader((run_dir / ref.path).read_bytes())).read_all()
 
     everywhere(artifacts.read_artifact, read_artifact)
 
@@ -214,8 +214,9 @@ def failed_fsync_tried_again() -> None:
     real = durable.sync
 
     def write_new(path: Path, data: bytes) -> None:
-        descriptor = disk._disk.create(path)
-        disk._disk.write(descriptor, memoryview(data))
+        descriptor, rest = disk._disk.create(path), memoryview(data)
+        while rest:
+            rest = rest[disk._disk.write(descriptor, rest) :]
         try:
             disk._disk.fsync(descriptor)
         except OSError:

@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlhf_core.contracts import durable
 from rlhf_core.contracts.durable import Disk, is_leftover
@@ -163,7 +164,7 @@ class RecordingDisk(Disk):
         self.will("lock", path)
         return super().lock(path)
 
-    def reader(self, path: Path) -> BinaryIO:
+    def reader(self, path: Path) -> BufferedReader:
         self.will("read", path)
         return super().reader(path)
 

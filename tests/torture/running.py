@@ -157,6 +157,7 @@ def _begin(name: str, folder: Path, tiny: Tiny, *, full: bool) -> _Row:
         return _Row(name, folder, full, child, reading)
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)

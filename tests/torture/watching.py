@@ -1,5 +1,7 @@
 """What a process does that data must never make it do, seen by Python's own audit events."""
 
+# ruff: noqa: PTH110, PTH112, PTH115, PTH117, PTH118 - an audit hook takes the shortest way
+
 from __future__ import annotations
 
 import os
@@ -83,7 +85,9 @@ def watch(
         if event in {"import", "exec", "compile"}:
             origin = args[0] if event == "import" else args[1] if event == "compile" else args[0].co_filename
             file = origin if event != "import" else args[1]
-            is_file = isinstance(file, str) and os.path.exists(file)  # not "<string>" of the working folder
+            is_file = isinstance(file, str) and (
+                os.path.isabs(file) or os.path.exists(file)
+            )  # not "<string>" of the working folder
             return MARK in str(origin) or (is_file and inside(file, [home]))
         if event == "open":
             path, flags = args[0], args[2] or 0

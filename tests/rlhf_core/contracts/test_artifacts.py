@@ -119,7 +119,7 @@ class TestRoundTrip:
         assert read_artifact(tmp_path, manifest.artifact).num_rows == 0
 
     def test_numbers_that_json_lacks_never_reach_a_manifest(self, tmp_path: Path) -> None:
-        with pytest.raises(NumericalError, match="objective/kl is nan; nothing of it is committed"):
+        with pytest.raises(NumericalError, match="nan as the metric objective/kl; nothing of it is committed"):
             commit(tmp_path, metrics={"objective/kl": float("nan")})
         assert read_manifest(tmp_path, STAGE, 0) is None
 

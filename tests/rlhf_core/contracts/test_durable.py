@@ -13,11 +13,16 @@ import pytest
 
 from rlhf_core.contracts.artifacts import Manifest, commit_stage, read_artifact, read_manifest
 from rlhf_core.contracts.durable import (
+    Disk,
     hash_file,
     is_leftover,
     make_folder,
+    open_lock,
+    read_file,
     remove_folder,
     remove_leftovers,
+    settle,
+    using_disk,
     write_file,
     write_folder,
     write_link,
@@ -196,3 +201,141 @@ class TestDurability:
         assert {p.name for p in removed} == {".01_prompts.arrow.0a1b2c3d.tmp", ".000010.removed"}
         assert {p.name for p in tmp_path.rglob("*")} == {"iterations", "01_prompts.arrow", ".hidden"}
         assert not any(is_leftover(p) for p in tmp_path.rglob("*"))
+
+
+class RustyError(Exception):
+    """As safetensors and tokenizers raise: the operating system's error stands in the text only."""
+
+
+class BrokenDisk(Disk):
+    """Fails all operations of some kinds with EIO, also those that clean up."""
+
+    def __init__(self, *kinds: str) -> None:
+        for kind in kinds:
+            setattr(self, kind, self.fail)
+
+    def fail(self, *_: object) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class TestTakingOver:
+    """``settle``: what a killed process had renamed, but not synced, is durable before anything builds on it."""
+
+    def test_it_syncs_the_newest_iteration_and_each_room_and_the_run(self, tmp_path: Path, disk: Recorder) -> None:
+        for name in ("iterations/000000", "iterations/000001", "checkpoints/000001"):
+            (tmp_path / "run" / name).mkdir(parents=True)
+        settle(tmp_path / "run")
+        assert disk.done == [
+            f"fsync {n}" for n in ("000001", "000001", "checkpoints", "iterations", "run", tmp_path.name)
+        ]
+
+    def test_the_alias_of_a_checkpoint_is_no_danger(self, tmp_path: Path) -> None:
+        (tmp_path / "checkpoints" / "000002").mkdir(parents=True)
+        write_link(tmp_path / "checkpoints" / "last_good", "000002")
+        settle(tmp_path, links=("checkpoints/last_good",))
+        with pytest.raises(IntegrityError, match="is a link: a run folder holds none"):
+            settle(tmp_path)
+
+    @pytest.mark.parametrize("place", ["iterations", "iterations/000000", "checkpoints", "run.json"])
+    def test_a_link_through_which_a_write_would_leave_is_refused(self, tmp_path: Path, place: str) -> None:
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        link = tmp_path / "run" / place
+        link.parent.mkdir(parents=True)
+        link.symlink_to(outside)
+        with pytest.raises(IntegrityError, match=f"{place} is a link: .* remove it"):
+            settle(tmp_path / "run")
+        assert list(outside.iterdir()) == []
+
+    def test_an_alias_that_leads_out_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / "last_good").symlink_to("../../elsewhere")
+        with pytest.raises(IntegrityError, match="last_good is a link"):
+            settle(tmp_path / "run", links=("checkpoints/last_good",))
+
+    def test_a_lock_is_never_made_through_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "lock").symlink_to(tmp_path / "victim")
+        with pytest.raises(
+            StorageError, match=r"lock was not written: Too many levels .*: remove the link that has its name"
+        ):
+            open_lock(tmp_path / "lock")
+        assert not (tmp_path / "victim").exists()
+
+
+class TestFailingDisks:
+    def test_reading_is_told_in_one_sentence(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"1")
+        for read in (read_file, hash_file):
+            with using_disk(BrokenDisk("reader")), pytest.raises(StorageError) as caught:
+                read(tmp_path / "a")
+            assert str(caught.value) == (
+                f"{tmp_path}/a was not read: Input/output error; nothing was changed: look after that disk, "
+                "then run the same again or resume"
+            )
+            with pytest.raises(FileNotFoundError):
+                read(tmp_path / "b")
+
+    def test_a_failing_clean_up_does_not_hide_the_first_error(self, tmp_path: Path) -> None:
+        class Full(BrokenDisk):
+            def fsync(self, descriptor: int) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with using_disk(Full("unlink", "rmdir")), pytest.raises(StorageError, match="a was not written: No space left"):
+            write_file(tmp_path / "a", b"1")
+        with using_disk(Full("unlink", "rmdir")), pytest.raises(StorageError, match="b was not written: No space left"):
+            write_folder(tmp_path / "b", fill, commit=sealed)
+        assert {p.suffix for p in tmp_path.iterdir()} == {".tmp"}
+
+    def test_what_a_library_in_rust_says_of_a_full_disk(self, tmp_path: Path) -> None:
+        def full(folder: Path) -> None:
+            raise RustyError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        with pytest.raises(StorageError, match=r"000010 was not written: No space left on device; .* free some space"):
+            write_folder(tmp_path / "000010", full, commit=sealed)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_another_error_of_a_library_stays_its_own(self, tmp_path: Path) -> None:
+        def wrong(folder: Path) -> None:
+            raise RustyError("a tensor is not contiguous")
+
+        with pytest.raises(RustyError):
+            write_folder(tmp_path / "000010", wrong, commit=sealed)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_where_a_folder_should_be(self, tmp_path: Path) -> None:
+        (tmp_path / "runs").touch()
+        with pytest.raises(StorageError, match=r"runs was not written: .*: move away what is there"):
+            write_file(tmp_path / "runs" / "run.json", b"1")
+
+
+class TestNamesAndModes:
+    def test_a_name_as_long_as_the_disk_takes_it(self, tmp_path: Path) -> None:
+        name = "ü" * 127
+        write_file(tmp_path / name, b"1")
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+
+    def test_a_longer_one(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="File name too long; nothing is lost: choose a shorter name"):
+            write_file(tmp_path / ("a" * 256), b"1")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_temporary_name_is_never_taken_through_a_link(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("secrets.token_hex", lambda _: "0a1b2c3d")
+        (tmp_path / ".a.0a1b2c3d.tmp").symlink_to(tmp_path / "victim")
+        with pytest.raises(StorageError, match="a was not written: File exists"):
+            write_file(tmp_path / "a", b"1")
+        assert not (tmp_path / "victim").exists()
+
+    def test_private_files_of_a_library_become_as_the_umask_wants_them(self, tmp_path: Path) -> None:
+        def private(folder: Path) -> None:
+            (folder / "model.safetensors").touch(mode=0o600)
+
+        before = os.umask(0o027)
+        try:
+            write_folder(tmp_path / "000010", private, commit=sealed)
+        finally:
+            os.umask(before)
+        modes = {p.name: p.stat().st_mode & 0o777 for p in [tmp_path / "000010", *(tmp_path / "000010").iterdir()]}
+        assert modes == {"000010": 0o750, "model.safetensors": 0o640, "manifest.json": 0o640}

@@ -164,7 +164,10 @@ def test_a_library_is_not_hidden_by_a_file_in_the_working_folder() -> None:
             "completion_ids, gold, meta)",
         ),
         ("my_rewards:by_position", "function 'my_rewards:by_position' takes 'responses' by position alone"),
-        ("my_rewards:largest", "function 'my_rewards:largest' does not tell its arguments; wrap it in a Python function"),
+        (
+            "my_rewards:largest",
+            "function 'my_rewards:largest' does not tell its arguments; wrap it in a Python function",
+        ),
         ("os:system", "function 'os:system' is in Python's own library, where nothing scores responses"),
         ("my_rewards:functools.os.system", "function 'my_rewards:functools.os.system': there is no"),
         ("my_rewards:run", "function 'my_rewards:run' is a function of a library that takes none of prompts, "),

@@ -234,11 +234,9 @@ def _read_spoilt(run_dir: Path, mine: Mapping[str, bytes], spoilt: Mapping[str, 
     changed = {name for name, data in spoilt.items() if data != mine[name]}
     try:
         with spying(run_dir) as parsed:
-            read_back(run_dir, spoilt)
-        return "nobody noticed"
-    except IntegrityError as error:
-        if not str(error).startswith(str(run_dir)):
-            return f"the message does not begin with the file: {error}"
+            refusal = _refusal(run_dir, spoilt)
+        if not refusal.startswith(str(run_dir)):
+            return f"the message does not begin with the file: {refusal}" if refusal else "nobody noticed"
         # a whole record in a false place keeps its seal, and is refused by what it says of itself
         eaten = sorted(name for name in parsed & changed if not _is_sealed(spoilt[name]))
         return f"{eaten[0]} was parsed all the same" if eaten else ""
@@ -246,6 +244,15 @@ def _read_spoilt(run_dir: Path, mine: Mapping[str, bytes], spoilt: Mapping[str, 
         return f"a raw {type(error).__name__}: {error}"
     finally:
         _put(run_dir, {name: mine[name] for name in spoilt})
+
+
+def _refusal(run_dir: Path, spoilt: Mapping[str, bytes]) -> str:
+    """What a reader says of the spoilt files; "" if it takes them."""
+    try:
+        read_back(run_dir, spoilt)
+    except IntegrityError as error:
+        return str(error)
+    return ""
 
 
 def _resume_spoilt(

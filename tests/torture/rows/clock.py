@@ -77,6 +77,19 @@ def measure(effort: Effort) -> Outcome:
 
 def _run_alone(effort: Effort, config: Path, run_dir: Path, pair: tuple[int, int], library: Path) -> dict[str, Any]:
     """Under libfaketime, run until the kill in one year, and resume in another."""
+    before = _shared_memory()
+    try:
+        return _lives_alone(effort, config, run_dir, pair, library)
+    finally:
+        for path in _shared_memory() - before:  # a killed process leaves libfaketime's behind
+            path.unlink(missing_ok=True)
+
+
+def _shared_memory() -> set[Path]:
+    return {*Path("/dev/shm").glob("faketime_*"), *Path("/dev/shm").glob("sem.faketime_*")}
+
+
+def _lives_alone(effort: Effort, config: Path, run_dir: Path, pair: tuple[int, int], library: Path) -> dict[str, Any]:
     done: Any = None
     for part, years in enumerate(pair):
         environment = os.environ | {

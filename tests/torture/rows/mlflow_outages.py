@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torture import proxy
 from torture.battery import Effort, Outcome
@@ -186,14 +187,14 @@ class _Bench:
     def _is_finished(self) -> bool:
         return [row[1] for row in self._runs()] == ["FINISHED"]
 
-    def _runs(self) -> list[tuple[str, str]]:
+    def _runs(self) -> list[tuple[Any, ...]]:
         return self._ask(
             "select run_uuid, runs.status from runs join experiments using (experiment_id) "
             "where experiments.name = ? and runs.lifecycle_stage = 'active'",
             self.case.name,
         )
 
-    def _ask(self, question: str, *values: object) -> list[tuple[str, str]]:
+    def _ask(self, question: str, *values: object) -> list[tuple[Any, ...]]:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as database:
             return database.execute(question, values).fetchall()
 
@@ -263,9 +264,8 @@ class _Bench:
             found.append(f"{len(params)} params instead of {len(wanted)}")
         (artifacts,) = self._ask("select artifact_uri, '' from runs where run_uuid = ?", run_id)
         folder = self.database.parent / "artifacts" / artifacts[0].partition("mlflow-artifacts:/")[2]
-        for file in ("config.yaml", "identity.json", "report.png", "samples.json"):
-            if not (folder / file).is_file():
-                found.append(f"{file} has not arrived")
+        files = ("config.yaml", "identity.json", "report.png", "samples.json")
+        found += [f"{file} has not arrived" for file in files if not (folder / file).is_file()]
         if not found and len(json.loads((folder / "samples.json").read_text())["data"]) != len(before_and_after(run)):
             found.append("samples.json has rows twice")
         return found

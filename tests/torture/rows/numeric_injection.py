@@ -101,7 +101,13 @@ def _computed(value: float, outcomes: Mapping[str, Refused | Handled]) -> dict[s
         SHAPE: f.set_one("advantages_BR", value),
         UPDATE: f.set_step("policy_loss", value),
     }
-    return {stage: (Plan(result=edits[stage]), outcomes[stage]) for stage in STAGES}
+    cells: dict[str, Cell] = {}
+    for stage in STAGES:
+        outcome = outcomes[stage]
+        later = isinstance(outcome, Refused) and outcome.by  # what is committed by then does not go by itself
+        spoils = artifact_path(ITERATION, stage).removesuffix(".arrow") if later else ""
+        cells[stage] = (Plan(result=edits[stage], spoils=spoils), outcome)
+    return cells
 
 
 def _not_finite(value: float) -> dict[str, Refused | Handled]:

@@ -59,14 +59,14 @@ def measure(effort: Effort) -> Outcome:
     expected = _record(config, effort.folder, traces[0], None)
     whole = read_trace(traces[0])
     deaths, found, durable_operations = _deaths(whole), Found(), 0
-    for number, death in enumerate(dice.sample(deaths, effort.size(1, min(16, len(deaths))))):
+    for number, death in enumerate(dice.sample(deaths, effort.size(1, min(12, len(deaths))))):
         traces.append(effort.folder / f"killed-{number}")
         if _record(config, effort.folder, traces[-1], death) != expected:
             found.failures.append(f"killed after operation {death}: not resumed to the same hash")
     for trace in traces:
         operations = read_trace(trace)
         durable_operations += len(operations)
-        _cut_everywhere(operations, dice, effort.size(3, 120), found)
+        _cut_everywhere(operations, dice, effort.size(3, 60), found)
     looks = sorted(found.looks)
     for number, look in enumerate(looks if effort.full else dice.sample(looks, min(6, len(looks)))):
         effort.progress(number, len(looks))

@@ -18,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -189,7 +189,7 @@ def _runs(effort: Effort, place: Path, port: int) -> list[str]:
     ])  # fmt: skip
 
 
-def _done(place: Path, commands: list[tuple[Callable[..., int], list[str], Mapping[str, str], int]]) -> list[str]:
+def _done(place: Path, commands: Sequence[tuple[Callable[..., int], list[str], Mapping[str, str], int]]) -> list[str]:
     """Run commands, each with a log of its own; what ended otherwise than it should."""
     failures: list[str] = []
     for how, arguments, variables, wanted in commands:
