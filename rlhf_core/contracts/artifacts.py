@@ -31,6 +31,11 @@ from rlhf_core.contracts.typed import typed
 from rlhf_core.contracts.values import not_finite, wrong_values
 
 META_PREFIX = "rlhf."
+_DIVERGED = (
+    "the weights have diverged or the scores are too large: begin again with a lower ppo.learning_rate, with "
+    "shaping.score_clip, or with smaller weights of reward.components"
+)
+_LIKELY_CAUSE = {"sample_prompts": "look at the prompts of prompts.source and at their tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,7 @@ def commit_stage(
     if wrong:
         raise NumericalError(
             f"{stage} of iteration {iteration} has computed {wrong}; nothing of it is committed: resume to compute it "
-            "again; if it comes back, the weights have diverged or the scores are too large: begin again with a lower "
-            "ppo.learning_rate, with shaping.score_clip, or with smaller weights of reward.components"
+            f"again; if it comes back, {_LIKELY_CAUSE.get(stage, _DIVERGED)}"
         )
     origin = provenance(stage, iteration, key=key, inputs=inputs, seed=seed, identity=identity)
     data = encode_table(fitted, origin)

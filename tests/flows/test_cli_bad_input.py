@@ -242,7 +242,7 @@ class TestModels:
             (lambda f: (f / "model.safetensors").unlink(), "is a model folder without weights (*.safetensors)"),
             (pickled_weights, "convert them with model.save_pretrained, which writes safetensors"),
             (lambda f: (f / "config.json").unlink(), "give one written by save_pretrained"),
-            (lambda f: (f / "config.json").write_text("{"), "is neither a model folder nor a hub id that loads"),
+            (lambda f: (f / "config.json").write_text("{"), "has a config.json that is not JSON"),
         ],
         ids=["no weights", "pickle", "no config", "bad config"],
     )
@@ -464,14 +464,17 @@ class TestInspect:
 
 
 def one_row(stage: str) -> pa.Table:
-    """A row of the stage's schema: 0, empty text and empty lists."""
+    """A row of the stage's schema: 0, "x", lists of one, and no support."""
 
-    def zero(kind: pa.DataType) -> Any:
+    def some(name: str, kind: Any) -> Any:
         if pa.types.is_list(kind):
-            return []
-        return "" if pa.types.is_string(kind) else 0
+            return [] if name.startswith("support") else [some(name, kind.value_type)]
+        if pa.types.is_struct(kind):
+            return {field.name: some(field.name, field.type) for field in kind}
+        return "x" if pa.types.is_string(kind) else 0
 
-    return pa.table({field.name: pa.array([zero(field.type)], field.type) for field in STAGES[stage]})
+    row = {field.name: [some(field.name, field.type)] for field in STAGES[stage]}
+    return pa.table(row | {"columns": ["{}"]} if "columns" in row else row, schema=STAGES[stage])
 
 
 @pytest.mark.parametrize(

@@ -194,17 +194,19 @@ class TestAnAnswerThatIsLost:
             "create_model_version", "set_registered_model_alias", "log_artifact", "set_terminated",
         )  # fmt: skip
         lost: list[str] = []
-        for name in calls:
-            real = getattr(MlflowClient, name)
 
-            def lose(*arguments: Any, name: str = name, real: Any = real, **named: Any) -> Any:
+        def losing(call: str, real: Any) -> Any:
+            def lose(*arguments: Any, **named: Any) -> Any:
                 answer = real(*arguments, **named)
-                if name not in lost:
-                    lost.append(name)
+                if call not in lost:
+                    lost.append(call)
                     raise ConnectionError("no answer")
                 return answer
 
-            monkeypatch.setattr(MlflowClient, name, lose)
+            return lose
+
+        for call in calls:
+            monkeypatch.setattr(MlflowClient, call, losing(call, getattr(MlflowClient, call)))
         monkeypatch.setattr(outbox, "LAST_TRIES", len(calls))
         with tracking.Tracker(RunFolder.open(fresh), {}):
             pass

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the rows asked for; returns the exit code."""
     asked = _parsed(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a log is read in an editor
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="rlhf-torture-", dir=asked.folder or _room()))
     started = time.monotonic()

@@ -24,7 +24,6 @@ ROWS = (
     "kill_in_compaction",
     "random_kills",
     "chains",
-    "kill_in_compaction",
     "power_loss",
     "planted_bugs",
     "disk_faults",

@@ -42,12 +42,10 @@ class PrefectServer:
         factory = ["--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
         quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_UI_ENABLED": "false", "DO_NOT_TRACK": "true"}
         hurried = {"PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", *factory, "--host", "127.0.0.1", "--port", str(self.port)],
-            env={**os.environ, "PREFECT_HOME": str(self.home), **quiet, **hurried},
-            stdout=subprocess.DEVNULL,
-            stderr=(self.home / "log").open("ab"),
-        )
+        command = [sys.executable, "-m", "uvicorn", *factory, "--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {**os.environ, "PREFECT_HOME": str(self.home), **quiet, **hurried}
+        with (self.home / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 
     def wait(self) -> None:
         """Until it answers. Raises RuntimeError if it never does."""
