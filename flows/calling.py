@@ -149,7 +149,9 @@ def _told_completed() -> bool:
 def _run_bare(
     flow: Flow[..., Result], arguments: tuple[Any, ...], named: Mapping[str, Any], error: Exception | None
 ) -> Result:
+    global _body  # noqa: PLW0603 - one flow at a time
     outage.begins(NOT_SHOWN, error)
+    _body = _Body()  # of no flow run: nothing of an earlier one's may be found in it
     with without_prefect():
         return cast("Result", flow.fn(*arguments, **named))
 

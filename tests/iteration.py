@@ -20,6 +20,7 @@ from rlhf_core.contracts.batches import (
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.identity import identity_digest
 from rlhf_core.models.checkpoints import Trainer, new_trainer, save_checkpoint
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
@@ -162,5 +163,6 @@ def run_with_checkpoints(path: Path, config: RunConfig, *iterations: int) -> tup
             for _, parameter in trainer.actor_critic.policy_parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         trainer.iteration = iteration
-        save_checkpoint(run.checkpoint_path(iteration), trainer, tokenizer, LoopState(iteration, 0.1))
+        state, identity = LoopState(iteration, 0.1), identity_digest(run.identity)
+        save_checkpoint(run.checkpoint_path(iteration), trainer, tokenizer, state, identity=identity)
     return run, trainer

@@ -110,7 +110,7 @@ def test_a_run_with_components_of_all_kinds(tree: dict[str, Any], tmp_path: Path
             "judge": 0.0,
         }
     (tmp_path / "flow_rewards.py").write_text(MODULE + "# another reward\n")
-    with pytest.raises(DriftError, match=r"rewards\.picky: "):
+    with pytest.raises(DriftError, match=r"rewards\.picky "):
         resume(str(run.path))
 
 
