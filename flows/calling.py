@@ -22,7 +22,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, outage
-from flows.stopping import stoppable
+from flows.stopping import received, stoppable
 
 Result = TypeVar("Result")
 
@@ -122,6 +122,8 @@ def run_flow(flow: Flow[..., Result], *arguments: Any, **named: Any) -> Result:
         with cast("contextlib.ExitStack", _body.hurry):
             return cast("Result", flow(*arguments, **named))
     except Exception as error:
+        if received() is not None:  # Prefect has wrapped what the signal has interrupted
+            raise KeyboardInterrupt from error
         if not _body.entered:
             return _run_bare(flow, arguments, named, error)
         if not _body.ended:

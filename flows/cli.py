@@ -254,8 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     code = 1
     try:
-        with stopping.watching_signals():
+        with stopping.watching_signals(until_the_end=arguments is None):
             code = _run(arguments)
+    except KeyboardInterrupt:  # once more, while it was told
+        code = stopping.exit_code()
     finally:
         if arguments is None:  # the process ends here
             stopping.end_in_time(code)
@@ -270,6 +272,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if stopping.received() is None:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RlhfError as error:
+        if stopping.received() is not None:  # what a stage that was abandoned says on its way out
+            return _stopped()
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         for line in str(error).splitlines():
             errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
@@ -280,6 +284,11 @@ def _run(arguments: Sequence[str] | None) -> int:
                 raise
             sys.stderr.write(without_secrets(traceback.format_exc()))
             return 1
+    return _stopped()
+
+
+def _stopped() -> int:
+    """Say how to go on, unless it was said; returns the exit code of the signal."""
     if words := stopping.last_words():
         console.print(words, highlight=False, soft_wrap=True, style="yellow")
     return stopping.exit_code()

@@ -74,8 +74,13 @@ def last_words() -> str:
 
 
 @contextlib.contextmanager
-def watching_signals() -> Iterator[None]:
-    """Around a command: SIGTERM interrupts like Ctrl-C, and either ends the process in time."""
+def watching_signals(*, until_the_end: bool = False) -> Iterator[None]:
+    """Around a command: SIGTERM interrupts like Ctrl-C, and either ends the process in time.
+
+    Args:
+        until_the_end: the process ends after it; once stopped, it hears no more than a second Ctrl-C (Prefect passes
+            on the SIGTERM that it has caught, which would end the process before its exit code is told).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -88,7 +93,8 @@ def watching_signals() -> Iterator[None]:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                is_ending = until_the_end and _stop.received is not None
+                signal.signal(number, (lambda *_: None) if is_ending else handler)
 
 
 @contextlib.contextmanager
