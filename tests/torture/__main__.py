@@ -46,26 +46,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=160)  # a log is read in an editor
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="rlhf-torture-", dir=asked.folder or _room()))
-    started = time.monotonic()
+    started, finished = time.monotonic(), list[Finished]()
+
+    def keep(row: Finished) -> None:
+        """A battery that is stopped has kept the rows that were done."""
+        finished.append(row)
+        finished.sort(key=lambda row: ROWS.index(row.name))
+        if asked.json:
+            report = _report(finished, asked.small, time.monotonic() - started)
+            asked.json.write_text(json.dumps(report, indent=2) + "\n")
+
+    is_whole = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tiny = _prepare(folder)
-        finished = run_rows(asked.only, folder, tiny, full=not asked.small, jobs=asked.jobs, console=console)
+        run_rows(asked.only, folder, tiny, full=not asked.small, jobs=asked.jobs, console=console, done=keep)
+        is_whole = True
     except KeyboardInterrupt:
-        console.print("[yellow]stopped[/]")
-        return 130
+        console.print(f"[yellow]stopped[/] after {len(finished)} of {len(asked.only)} rows")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     good = all(row.is_good(full=not asked.small) for row in finished)
-    if asked.json:
-        asked.json.write_text(json.dumps(_report(finished, asked.small, time.monotonic() - started), indent=2) + "\n")
     console.print(_table(finished, full=not asked.small))
     for row in finished:
         for failure in row.outcome.failures:
             console.print(f"[red]{row.name}[/]: {escape(failure)}", highlight=False)
         if row.outcome.not_run:
             console.print(f"[yellow]{row.name}[/], not run: {escape(row.outcome.not_run)}", highlight=False)
-    return 0 if good else 1
+    return (0 if good else 1) if is_whole else 130
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:

@@ -9,12 +9,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tiny_world import Tiny
 from torture.battery import Effort, Outcome, load_row, measure_row
@@ -111,9 +112,16 @@ class _Row:
 
 
 def run_rows(
-    names: Sequence[str], folder: Path, tiny: Tiny, *, full: bool, jobs: int, console: Console
+    names: Sequence[str],
+    folder: Path,
+    tiny: Tiny,
+    *,
+    full: bool,
+    jobs: int,
+    console: Console,
+    done: Callable[[Finished], object] = lambda row: None,
 ) -> list[Finished]:
-    """Measure rows, ``jobs`` at a time; returns them in the order asked for."""
+    """Measure rows, ``jobs`` at a time, ``done`` with each as it ends; returns them in the order asked for."""
     waiting, running, finished = list(names), dict[str, _Row](), dict[str, Finished]()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
     shown: dict[str, Any] = {}
@@ -138,6 +146,8 @@ def run_rows(
                         verdict = "[green]met[/]" if finished[name].is_good(full=full) else "[red]not met[/]"
                         took = f"{finished[name].seconds:.0f} s"
                         console.print(f"{name}: {verdict}, {took}  ({len(finished)}/{len(names)})", highlight=False)
+                        console.print(f"  {escape(finished[name].outcome.figure)}", highlight=False)
+                        done(finished[name])
                 progress.refresh()
     finally:
         for row in running.values():
