@@ -47,6 +47,11 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{field} {name!r} has no tokenizer that reads text; save one beside the model (tokenizer.json)"
         )
+    for how in (
+        "local_files_only",
+        "is_local",
+    ):  # it was found: no part of it, or HF_HUB_OFFLINE would be in checkpoints
+        tokenizer.init_kwargs.pop(how, None)
     return tokenizer
 
 
