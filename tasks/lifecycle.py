@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,12 @@ def _refuse_damage(path: Path) -> None:
 
 def _fingerprint(path: Path) -> int:
     """Names, sizes and times of every file of a run: another one means that something has changed."""
-    files = [p for p in path.rglob("*") if p.name != "lock"]
-    about = [(str(p), s.st_ino, s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
+    about: list[tuple[str, int, int, int]] = []
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # of a process that is at work, and will be refused for that
+            found = file.lstat()
+            if file.name != "lock":
+                about.append((str(file), found.st_ino, found.st_size, found.st_mtime_ns))
     return hash(tuple(sorted(about)))
 
 

@@ -8,7 +8,6 @@ Tensors are right-padded; a mask is True on real tokens. Padding exists only her
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.records import read_json
 
 Batch = TypeVar("Batch")
 
@@ -88,7 +88,10 @@ class Prompts:
             tokens_QP=tokens,
             mask_QP=mask,
             num_truncated=cast("list[int]", table["num_truncated"].to_pylist()),
-            columns=[json.loads(cells) for cells in cast("list[str]", table["columns"].to_pylist())],
+            columns=[
+                read_json(cells.encode(), origin="a cell of the column columns")
+                for cells in cast("list[str]", table["columns"].to_pylist())
+            ],
         )
 
 

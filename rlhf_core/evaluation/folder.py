@@ -99,6 +99,8 @@ class EvaluationFolder:
         if not (path / RECORD).is_file():
             raise UserError(f"{path} is not an evaluation: it has no {RECORD}")
         record = read_record(path / RECORD)
+        if not isinstance(record.get("run"), str | None):
+            raise IntegrityError(f"{path / RECORD} is not the record of an evaluation: its run is no path")
         try:
             return cls(
                 path,
