@@ -19,8 +19,6 @@ from typing import Any
 
 from torture.runs import fork
 
-from flows import stopping
-
 START_S = 180.0
 
 
@@ -111,7 +109,6 @@ def rlhf(arguments: Sequence[str], *, api: str | None, log: Path, slow_s: float 
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = _command(arguments, api, slow_s)
-        stopping.end_in_time(code)
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -143,8 +140,9 @@ def _command(arguments: Sequence[str], api: str | None, slow_s: float) -> int:
             shown(self, iteration, stage)
 
         TerminalWatcher.stage_started = slowly
+    sys.argv = ["rlhf", *arguments]
     try:
-        cli.main(arguments)
+        cli.main()  # without arguments, as the process itself begins: it may end the process
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 1

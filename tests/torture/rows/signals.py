@@ -89,7 +89,7 @@ class Case:
     @property
     def name(self) -> str:
         """For people and for folders."""
-        return f"{self.number.name}-{self.kind}-{self.at:.3f}"
+        return f"{self.number.name}-{self.kind}-{self.at:.6f}"
 
 
 class Bench:
