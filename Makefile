@@ -1,6 +1,8 @@
 # Three commands: `make quickstart`, `make test` and `make torture`. Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
+# rows of the battery at a time: at most one a core
+JOBS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -13,7 +15,7 @@ test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
 	$(BIN)/python -m pytest -q
 
 torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -13,7 +13,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.summary import metrics as evaluation_metrics
 from tasks.outbox import CLOSE_TIMEOUT_S, LEDGER, Ledger, reason
-from tasks.tracking import connect, log_metrics, log_table, logger, shown_tracking_uri
+from tasks.tracker_files import send_file, send_table
+from tasks.tracking import connect, log_metrics, logger, shown_tracking_uri
 
 EVALUATION_SAMPLES = 200
 """Rows of an evaluation's sample table."""
@@ -61,8 +62,8 @@ def _send(there: EvaluationFolder) -> None:
         log_metrics(client, run_id, before["timestamp"], {step: evaluation_metrics(values)})
     place = "/".join(("evaluations", there.path.resolve().name))
     for file in ("evaluation.png", "summary.json", "frontier.arrow"):
-        client.log_artifact(run_id, str(there.path / file), artifact_path=place)
-    log_table(client, run_id, there.side_by_side(EVALUATION_SAMPLES), f"{place}/samples-{result[:8]}.json")
+        send_file(client, run_id, there.path / file, place)
+    send_table(client, run_id, there.side_by_side(EVALUATION_SAMPLES), f"{place}/samples-{result[:8]}.json")
     if there.run_dir is None:
         client.set_terminated(run_id, "FINISHED")
     write_record(record, {"run_id": run_id, "result": result})

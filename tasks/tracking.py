@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -24,6 +24,7 @@ from tasks.figures import draw_run
 from tasks.guards import GuardRecord, guard_metrics
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
+from tasks.tracker_files import send_file, send_model, send_table, send_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ ONCE: Final = (
     "create_model_version",
 )
 """Calls that are not simply repeated when their answer is lost."""
-OUTBOX_TAG, TABLES_TAG = "rlhf.outbox", "mlflow.loggedArtifacts"
+OUTBOX_TAG = "rlhf.outbox"
 
 
 def tracking_uri(run: RunFolder) -> str:
@@ -157,7 +158,7 @@ class _Sender:
             self._log_samples()
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
-                self.client.log_artifact(self.run_id, str(figure))
+                send_file(self.client, self.run_id, figure)
             name, newest = self.run.config.tracking.registered_model, max(self.models, default=None)
             for alias, iteration in (
                 ("newest", newest), ("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)
@@ -245,8 +246,8 @@ class _Sender:
         params = [p for p in params if p.value != ""]
         for start in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
-        self.client.log_text(run_id, config_template(self.run.config), "config.yaml")
-        self.client.log_text(run_id, json.dumps(self.run.identity, indent=2, sort_keys=True), "identity.json")
+        send_text(self.client, run_id, config_template(self.run.config), "config.yaml")
+        send_text(self.client, run_id, json.dumps(self.run.identity, indent=2, sort_keys=True), "identity.json")
         source = self.run.config.prompts.source
         dataset = Dataset(
             name=Path(source).name or source,
@@ -301,7 +302,7 @@ class _Sender:
             params={"iteration": str(iteration)},
             model_type="transformers-policy",
         )  # fmt: skip
-        self.client.log_model_artifacts(model.model_id, str(folder))
+        send_model(self.client, model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
         value = checkpoint_value(self.run, iteration)
         history = self.client.get_metric_history(self.run_id, "checkpoint/value")
@@ -329,7 +330,7 @@ class _Sender:
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""
         if samples := before_and_after(self.run):
-            log_table(self.client, self.run_id, samples, "samples.json")
+            send_table(self.client, self.run_id, samples, "samples.json")
 
 
 def connect(run: RunFolder, is_over: Callable[[], bool] = lambda: False) -> tuple[Any, str]:
@@ -373,15 +374,6 @@ def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int
     metrics = [Metric(k, v, timestamp_ms, step) for step, of in values.items() for k, v in sorted(of.items())]
     if metrics:
         client.log_batch(run_id, metrics=metrics)
-
-
-def log_table(client: Any, run_id: str, rows: Sequence[Mapping[str, Any]], file: str) -> None:
-    """Write a table as MLflow shows it. ``client.log_table`` would append to the table of an earlier try."""
-    table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
-    client.log_text(run_id, json.dumps(table, ensure_ascii=False), file)
-    listed = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
-    if (entry := {"path": file, "type": "table"}) not in listed:
-        client.set_tag(run_id, TABLES_TAG, json.dumps([*listed, entry]))
 
 
 def _create_registered_model(client: Any, name: str) -> None:

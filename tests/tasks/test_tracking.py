@@ -189,7 +189,7 @@ class TestAnAnswerThatIsLost:
         from tasks import outbox, tracking
 
         calls = (
-            "create_experiment", "create_run", "log_batch", "log_text", "log_inputs", "create_logged_model",
+            "create_experiment", "create_run", "log_batch", "log_inputs", "create_logged_model",
             "log_model_artifacts", "finalize_logged_model", "log_metric", "create_registered_model",
             "create_model_version", "set_registered_model_alias", "log_artifact", "set_terminated",
         )  # fmt: skip
