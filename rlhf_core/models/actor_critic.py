@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
@@ -49,11 +50,11 @@ class ActorCritic:
 
     def evaluate(self, sequences: Sequences, temperature: float, *, with_values: bool) -> Evaluation:
         """Log-probs, entropies and values of the response tokens; zero where padded."""
-        hidden_BLD = self.policy.hidden_states(sequences.tokens_BL)
-        logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_BLD, temperature)
+        hidden_TD = self.policy.hidden_states(sequences.read)
+        logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_TD, temperature)
         values_BR = None
         if with_values and self.critic is not None:
-            values_BR = sequences.scatter(self.critic.values(sequences, hidden_BLD))
+            values_BR = sequences.scatter(self.critic.values(sequences, hidden_TD))
         return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), values_BR)
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -137,4 +138,6 @@ def _random_trunk(policy: LanguageModel, seed: int) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeded_generator(seed, "critic").integers(np.iinfo(np.int64).max)))
-        return AutoModel.from_config(policy.config, dtype=torch.float32, trust_remote_code=False)
+        trunk = AutoModel.from_config(policy.config, dtype=torch.float32, trust_remote_code=False)
+    fuse_activations(trunk)
+    return trunk

@@ -30,6 +30,7 @@ from rlhf_core.contracts.durable import read_file
 from rlhf_core.contracts.errors import IntegrityError, NumericalError, UserError
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_json
+from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
@@ -172,6 +173,7 @@ def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
         check_size("AutoModel", str(path), "critic")
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         trunk = AutoModel.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
+        fuse_activations(trunk)
         trunk = trainable_trunk(trunk, config)
     width = tensors["head.weight"].shape[-1] if "head.weight" in tensors else 0
     critic = Critic(ValueHead(width), trunk, dtype=DTYPES[config.policy.dtype])

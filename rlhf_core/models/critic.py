@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.models.devices import computing_in
+from rlhf_core.models.packing import Trunk
 from rlhf_core.models.sequences import Sequences
 
 
@@ -38,18 +38,15 @@ class Critic(nn.Module):
         super().__init__()
         self.head = head
         self.trunk: Any | None = trunk
-        self.dtype = dtype
+        self._reads = None if trunk is None else Trunk(trunk, dtype=dtype)
 
-    def values(self, sequences: Sequences, policy_hidden_BLD: Tensor | None) -> Tensor:
+    def values(self, sequences: Sequences, policy_hidden_TD: Tensor | None) -> Tensor:
         """[N] V before each real response token, row after row.
 
         Args:
             sequences: prompts and responses.
-            policy_hidden_BLD: the policy trunk's output, read by a shared critic.
+            policy_hidden_TD: the policy trunk's output, read by a shared critic.
         """
-        hidden_BLD = policy_hidden_BLD
-        if self.trunk is not None:
-            with computing_in(self.dtype, sequences.tokens_BL.device):
-                hidden_BLD = self.trunk(input_ids=sequences.tokens_BL, use_cache=False).last_hidden_state
-        assert hidden_BLD is not None, "a shared critic reads the policy's hidden states"
-        return self.head.values(sequences.before_response(hidden_BLD))
+        hidden_TD = policy_hidden_TD if self._reads is None else self._reads(sequences.read)
+        assert hidden_TD is not None, "a shared critic reads the policy's hidden states"
+        return self.head.values(sequences.before_response(hidden_TD))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, is_adapter
 from rlhf_core.models.devices import computing_in
+from rlhf_core.models.packing import PackedRows, Trunk
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.models.untrusted import check_is_data, check_size
 from rlhf_core.ops.finite import first_not_finite
@@ -47,6 +50,7 @@ class LanguageModel:
         self.config: Any = model.config
         self.dtype, self.device = dtype, device
         self.trunk = cast("nn.Module", model.base_model)
+        self._reads = Trunk(self.trunk, dtype=dtype, answering=self._answering)
         self.hidden_size = int(self.config.get_text_config().hidden_size)
 
     @classmethod
@@ -109,20 +113,21 @@ class LanguageModel:
         modules: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
-    def hidden_states(self, tokens_BL: Tensor) -> Tensor:
-        """[B, L, D]: the trunk's output for right-padded rows. Real tokens never see the padding."""
-        return self.run_trunk(input_ids=tokens_BL, use_cache=False)
+    def hidden_states(self, rows: PackedRows) -> Tensor:
+        """[T, D]: the trunk's output for rows of any lengths."""
+        return self._reads(rows)
 
     def run_trunk(self, **inputs: Any) -> Tensor:
         """[B, L, D]: the trunk's output for whatever transformers takes, with this model's adapter and type."""
-        answering = contextlib.nullcontext() if self.adapters is None else self.adapters.answering_as(self.answers_as)
-        with answering, computing_in(self.dtype, self.device):
-            return cast("Tensor", self.trunk(**inputs).last_hidden_state)
+        return self._reads.run(**inputs)
 
-    def response_logprobs(self, sequences: Sequences, hidden_BLD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropies_N) of the real response tokens, from the trunk's output."""
+    def _answering(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.adapters is None else self.adapters.answering_as(self.answers_as)
+
+    def response_logprobs(self, sequences: Sequences, hidden_TD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropies_N) of the real response tokens, from the trunk's output for ``sequences.read``."""
         return token_logprobs(
-            sequences.before_response(hidden_BLD),
+            sequences.before_response(hidden_TD),
             self.projection(),
             sequences.response_tokens_BR[sequences.response_mask_BR],
             temperature=temperature,
@@ -137,7 +142,7 @@ class LanguageModel:
         tokens = torch.arange(4, device=self.device)[None, :] % self.num_tokens
         with torch.no_grad(), computing_in(self.dtype, self.device):
             own = cast("Tensor", self.model(input_ids=tokens, use_cache=False).logits).float()
-            ours = self.projection().logits(self.hidden_states(tokens)[0], 1.0)
+            ours = self.projection().logits(self.hidden_states(PackedRows.of(tokens.tolist(), self.device)), 1.0)
         scale = max(1.0, float(own.abs().max()))
         tolerance = PROBE_TOLERANCE if self.dtype is torch.float32 else 0.05
         if own[0].shape != ours.shape or float((own[0] - ours).abs().max()) > tolerance * scale:
@@ -177,4 +182,5 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise UserError(f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {shown}")
+    fuse_activations(model)
     return model

@@ -16,6 +16,7 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES
+from rlhf_core.models.packing import PackedRows, Trunk
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
@@ -73,6 +74,7 @@ class RewardModel:
     ) -> None:
         self.model = cast("nn.Module", model.to(device).eval().requires_grad_(False))
         self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(model.base_model)
+        self._trunk = Trunk(model.base_model, dtype=torch.float32) if self.is_decoder else None
         self.tokenizer = tokenizer
         self.tokenizer.truncation_side = "left"
         self.reads_policy_tokens = reads_policy_tokens
@@ -139,6 +141,12 @@ class RewardModel:
         return cast("list[int]", self.tokenizer(text, truncation=True, max_length=self.max_len)["input_ids"])
 
     def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        if self._trunk is not None:
+            # the last token of a row is known here exactly: transformers looks for the last one that is not PAD,
+            # and is wrong when a text ends with one
+            packed = PackedRows.of(rows, self.device)
+            head = cast("nn.Linear", self.model.score)
+            return cast("Tensor", head(self._trunk(packed)[packed.ends_B]))[:, 0].float()
         lens_n = torch.tensor([len(row) for row in rows])
         tokens_nL = torch.zeros(len(rows), int(lens_n.max()), dtype=torch.int64)
         mask_nL = torch.arange(tokens_nL.shape[1])[None, :] < lens_n[:, None]
@@ -146,14 +154,6 @@ class RewardModel:
         tokens_nL.fill_(0 if pad is None else int(cast("int", pad)))
         tokens_nL[mask_nL] = torch.tensor([token for row in rows for token in row])
         tokens_nL, mask_nL = tokens_nL.to(self.device), mask_nL.to(self.device)
-        if self.is_decoder:
-            head = cast("nn.Linear", self.model.score)
-            # causal, so right padding is never seen, and the last real token is known here exactly
-            # (transformers looks for the last token that is not PAD, and is wrong when a text ends with one)
-            base = cast("nn.Module", cast("Any", self.model).base_model)
-            hidden_nLD = base(input_ids=tokens_nL, use_cache=False).last_hidden_state
-            last_nD = hidden_nLD[torch.arange(len(rows), device=self.device), lens_n.to(self.device) - 1]
-            return cast("Tensor", head(last_nD))[:, 0].float()
         return cast("Tensor", self.model(input_ids=tokens_nL, attention_mask=mask_nL.long()).logits)[:, 0].float()
 
 

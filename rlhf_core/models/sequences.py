@@ -1,10 +1,12 @@
 """Prompt and response as one row, for a teacher-forced pass.
 
-B rows, P prompt tokens, R response tokens, L = longest prompt + response, N real response tokens of all rows.
+B rows, P prompt tokens, R response tokens, L = longest prompt + response, N real response tokens of all rows,
+T tokens that are read.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf_core.contracts.batches import Prompts, Rollouts, Support
+from rlhf_core.models.packing import PackedRows, TakeOnce
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Right-padded rows: under causal attention no real token sees the padding, so no attention mask is needed."""
+    """Right-padded rows of prompt and response, and what of them is a response."""
 
     tokens_BL: Tensor
     """int64; 0 where padded"""
@@ -69,12 +72,23 @@ class Sequences:
             self.supports,
         )
 
-    def before_response(self, hidden_BLD: Tensor) -> Tensor:
-        """[N, D]: the hidden state before each real response token, row after row."""
-        steps_R = torch.arange(self.response_mask_BR.shape[1], device=hidden_BLD.device)
-        positions_BR = self.prompt_lens_B[:, None] - 1 + steps_R
-        rows_N, steps_N = self.response_mask_BR.nonzero(as_tuple=True)
-        return hidden_BLD[rows_N, positions_BR[rows_N, steps_N]]
+    @functools.cached_property
+    def read(self) -> PackedRows:
+        """The tokens that something is predicted from: all but the last of each row."""
+        lens_B = (self.lens_B - 1).clamp(min=1)
+        columns_L = torch.arange(self.tokens_BL.shape[1], device=lens_B.device)
+        return PackedRows(self.tokens_BL[columns_L < lens_B[:, None]], lens_B)
+
+    @functools.cached_property
+    def before_response_N(self) -> Tensor:
+        """Where among the T tokens read the one before each real response token stands, row after row."""
+        steps_R = torch.arange(self.response_mask_BR.shape[1], device=self.tokens_BL.device)
+        firsts_B = self.read.starts_B + self.prompt_lens_B - 1
+        return (firsts_B[:, None] + steps_R)[self.response_mask_BR]
+
+    def before_response(self, hidden_TD: Tensor) -> Tensor:
+        """[N, D]: the hidden state before each real response token, row after row. Keeps gradient."""
+        return TakeOnce.apply(hidden_TD, self.before_response_N)
 
     def scatter(self, values_N: Tensor) -> Tensor:
         """[B, R]: one value per real response token back in its place, zero elsewhere. Keeps gradient."""

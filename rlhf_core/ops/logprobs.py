@@ -5,6 +5,7 @@ N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time: 64 MiB of float32."""
+PIECE_ELEMENTS = 1 << 20
+"""Logits worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps log-softmax only when it fits one chunk; otherwise backward computes it again.
+    """Forward keeps the probabilities only where they fit one chunk; otherwise backward computes them again.
 
     d log π(y) / d z_v = [v = y] - π(v);      d H / d z_v = -π(v) (log π(v) + H)
     """
@@ -101,45 +104,37 @@ class _TokenLogprobs(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         projection = Projection(weight_VD, bias_V, scale, softcap)
-        kept: Tensor | None = None
-        logprobs, entropies = [hidden_ND.new_zeros(0, dtype=torch.float32)], []
-        entropies.append(logprobs[0])
-        for start in range(0, len(tokens_N), rows):
-            part = slice(start, start + rows)
-            logp_nV = _log_softmax(projection, hidden_ND[part], _rows(support_NV, part), temperature)
-            logprobs.append(logp_nV.gather(1, tokens_N[part, None])[:, 0])
-            entropies.append(_entropy(logp_nV))
-            kept = logp_nV if len(tokens_N) <= rows else None
-        entropies_N = torch.cat(entropies)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept, entropies_N)
+        is_kept = len(tokens_N) <= rows and any(ctx.needs_input_grad)
+        kept_NV = hidden_ND.new_empty(len(tokens_N), len(weight_VD), dtype=torch.float32) if is_kept else None
+        logprobs_N = hidden_ND.new_empty(len(tokens_N), dtype=torch.float32)
+        entropies_N = torch.empty_like(logprobs_N)
+        for part in _pieces(len(tokens_N), len(weight_VD), rows):
+            z_nV = projection.logits(hidden_ND[part], temperature)
+            support_nV = None if support_NV is None else support_NV[part]
+            out = None if kept_NV is None else kept_NV[part]
+            _, logprobs_N[part], entropies_N[part] = _softmax(z_nV, tokens_N[part], support_nV, out)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept_NV, entropies_N)
         ctx.constants = (temperature, scale, softcap, rows)
         ctx.set_materialize_grads(False)
-        return torch.cat(logprobs), entropies_N
+        return logprobs_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept, entropies_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept_NV, entropies_N = ctx.saved_tensors
         temperature, scale, softcap, rows = ctx.constants
-        grad_logprobs_N, grad_entropies_N = grads
         projection = Projection(weight_VD, bias_V, scale, softcap)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias_V = None if bias_V is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias_V)
-        for start in range(0, len(tokens_N), rows):
-            part = slice(start, start + rows)
-            hidden_nD = hidden_ND[part]
-            logp_nV = kept
-            if logp_nV is None:
-                logp_nV = _log_softmax(projection, hidden_nD, _rows(support_NV, part), temperature)
-            probs_nV = logp_nV.exp()
-            grad_z_nV = torch.zeros_like(probs_nV)
-            if grad_logprobs_N is not None:
-                g_n1 = grad_logprobs_N[part, None]
-                grad_z_nV = probs_nV * -g_n1
-                grad_z_nV.scatter_add_(1, tokens_N[part, None], g_n1)
-            if grad_entropies_N is not None:
-                surprise_nV = logp_nV if support_NV is None else logp_nV.clamp(min=torch.finfo(torch.float32).min)
-                grad_z_nV -= probs_nV * (surprise_nV + entropies_N[part, None]) * grad_entropies_N[part, None]
+        for part in _pieces(len(tokens_N), len(weight_VD), rows):
+            hidden_nD, of_piece = hidden_ND[part], [None if g is None else g[part, None] for g in grads]
+            if kept_NV is None:
+                z_nV = projection.logits(hidden_nD, temperature)
+                support_nV = None if support_NV is None else support_NV[part]
+                probs_nV, _, _ = _softmax(z_nV, tokens_N[part], support_nV, None)
+            else:
+                probs_nV = kept_NV[part]
+            grad_z_nV = _grad_of_logits(probs_nV, tokens_N[part], entropies_N[part], *of_piece)
             if temperature != 1.0:
                 grad_z_nV /= temperature
             if softcap is not None:
@@ -159,17 +154,44 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None
 
 
-def _rows(support_NV: Tensor | None, part: slice) -> Tensor | None:
-    return None if support_NV is None else support_NV[part]
+def _pieces(num_tokens: int, vocabulary: int, rows: int) -> Iterator[slice]:
+    """Positions a few at a time: no more than ``rows``, and few enough to stay in a processor's cache."""
+    step = min(rows, max(1, PIECE_ELEMENTS // vocabulary))
+    return (slice(start, start + step) for start in range(0, num_tokens, step))
 
 
-def _log_softmax(projection: Projection, hidden_nD: Tensor, support_nV: Tensor | None, temperature: float) -> Tensor:
-    z_nV = projection.logits(hidden_nD, temperature)
+def _softmax(
+    z_nV: Tensor, tokens_n: Tensor, support_nV: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(π, log π(token), H) from logits, which are used up. ``out`` takes π."""
     if support_nV is not None:
-        z_nV = z_nV.masked_fill(~support_nV, -torch.inf)
-    return z_nV.log_softmax(dim=1)
+        z_nV.masked_fill_(~support_nV, -torch.inf)
+    z_nV -= z_nV.amax(dim=1, keepdim=True)
+    picked_n = z_nV.gather(1, tokens_n[:, None])[:, 0]
+    probs_nV = torch.exp(z_nV, out=out)
+    total_n = probs_nV.sum(dim=1)
+    log_total_n = total_n.log()
+    if support_nV is not None:
+        z_nV.masked_fill_(~support_nV, 0.0)  # a token outside has probability 0: its term is 0, not 0 · -inf
+    entropies_n = log_total_n - z_nV.mul_(probs_nV).sum(dim=1) / total_n
+    probs_nV /= total_n[:, None]
+    return probs_nV, picked_n - log_total_n, entropies_n
 
 
-def _entropy(logp_nV: Tensor) -> Tensor:
-    # a token outside the support has log-prob -inf and probability 0: its term is 0, not NaN
-    return -(logp_nV.exp() * logp_nV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=1)
+def _grad_of_logits(
+    probs_nV: Tensor,
+    tokens_n: Tensor,
+    entropies_n: Tensor,
+    grad_logprobs_n1: Tensor | None,
+    grad_entropies_n1: Tensor | None,
+) -> Tensor:
+    """The gradient by the logits; the probabilities are used up."""
+    by_entropy_nV = None
+    if grad_entropies_n1 is not None:
+        log_probs_nV = probs_nV.clamp(min=torch.finfo(torch.float32).tiny).log_()
+        by_entropy_nV = (log_probs_nV + entropies_n[:, None]).mul_(probs_nV).mul_(grad_entropies_n1)
+    if grad_logprobs_n1 is None:
+        grad_z_nV = probs_nV.zero_()
+    else:
+        grad_z_nV = probs_nV.mul_(-grad_logprobs_n1).scatter_add_(1, tokens_n[:, None], grad_logprobs_n1)
+    return grad_z_nV if by_entropy_nV is None else grad_z_nV.sub_(by_entropy_nV)

@@ -29,6 +29,7 @@ from rlhf_core.inspection import before_and_after, iteration_rows, sample_tokens
 from rlhf_core.models.checkpoints import load_checkpoint
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.policy import load_policy
 from rlhf_core.models.reward_model import Conversation, RewardModel
 from rlhf_core.models.tokenizers import load_policy_tokenizer, vocabulary_digest
@@ -75,7 +76,7 @@ def use_policy(lair: Lair, folder: Path, **changes: Any) -> Door:
         for step in (
             lambda: preflight(config),
             lambda: load_policy_tokenizer(str(folder), None).encode("Hi", is_chat=False),
-            lambda: load_policy(config, CPU).hidden_states(torch.zeros(1, 2, dtype=torch.int64)),
+            lambda: load_policy(config, CPU).hidden_states(PackedRows.of([[0, 0]])),
             lambda: LanguageModel.load(str(folder), dtype="float32", device=CPU, trainable=False),
         ):
             try:

@@ -18,6 +18,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.models.adapters import REFERENCE, TRAINED, attach, new_adapter
 from rlhf_core.models.checkpoints import new_trainer
 from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.policy import load_policy, load_reference, save_policy
 from rlhf_core.preflight import preflight
 
@@ -35,8 +36,8 @@ def sft(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: LanguageModel) -> torch.Tensor:
     """Logits by way of trunk and projection."""
     with torch.no_grad():
-        hidden_BLD = model.hidden_states(TOKENS)
-        return torch.stack([model.projection().logits(hidden_LD, 1.0) for hidden_LD in hidden_BLD])
+        hidden_TD = model.hidden_states(PackedRows.of(TOKENS.tolist()))
+        return model.projection().logits(hidden_TD, 1.0).reshape(*TOKENS.shape, -1)
 
 
 def trained(config: RunConfig) -> Bench:

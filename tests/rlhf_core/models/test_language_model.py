@@ -12,6 +12,7 @@ from tolerances import F32_MODEL
 from rlhf_core.contracts.batches import Prompts, Rollouts
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.sequences import Sequences, by_length
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_response_logprobs_equal_the_models_own_logits_row_by_row(model_folder: 
     ours = LanguageModel.load(str(model_folder), dtype="float32", device=CPU, trainable=False)
     sequences = sequences_of(ROWS)
     with torch.no_grad():
-        logprobs_N, entropies_N = ours.response_logprobs(sequences, ours.hidden_states(sequences.tokens_BL), 0.7)
+        logprobs_N, entropies_N = ours.response_logprobs(sequences, ours.hidden_states(sequences.read), 0.7)
         expected, expected_entropies = [], []
         for prompt, response in ROWS:
             logits = plain(torch.tensor([prompt + response])).logits[0].double() / 0.7
@@ -142,8 +143,8 @@ def test_dropout_is_off_even_where_the_config_asks_for_it(tmp_path: Path) -> Non
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=97, resid_pdrop=0.5, embd_pdrop=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = LanguageModel.load(str(tmp_path), dtype="float32", device=CPU, trainable=True)
-    tokens = torch.tensor([[1, 2, 3]])
-    assert torch.equal(model.hidden_states(tokens), model.hidden_states(tokens))
+    rows = PackedRows.of([[1, 2, 3]])
+    assert torch.equal(model.hidden_states(rows), model.hidden_states(rows))
 
 
 def test_missing_weights_are_named(tiny: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.checkpoints import load_checkpoint, new_trainer, save_checkpoint
 from rlhf_core.models.language_model import LanguageModel
+from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.recompute import recompute_activations
 from rlhf_core.models.tokenizers import load_tokenizer
 
@@ -69,7 +70,7 @@ def test_nothing_is_recomputed_without_gradient(tiny: Any) -> None:
     recompute_activations(model.trunk, field="policy.model")
     calls = count_calls(some_norm(model.trunk))
     with torch.no_grad():
-        model.hidden_states(TOKENS)
+        model.hidden_states(PackedRows.of(TOKENS.tolist()))
     assert calls == [1]
 
 
@@ -85,7 +86,7 @@ def test_less_is_kept_for_the_backward_pass(tiny: Any) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.hidden_states(TOKENS)
+            model.hidden_states(PackedRows.of(TOKENS.tolist()))
         return sum(sizes.values())
 
     model = LanguageModel.load(str(tiny.policy), dtype="float32", device=CPU, trainable=True)

@@ -1,0 +1,252 @@
+"""Token rows of different lengths in one pass, without padding.
+
+Everything in a transformer but attention looks at one token at a time: it sees the T real tokens of all rows, one
+after the other, as one row of a batch of one. Attention alone sees rows, padded on the right, where causality hides
+the padding. transformers takes the attention function by name from a registry, and hands it our ``PackedRows``.
+
+An architecture that lets go of them on the way, or counts positions by itself, is found by a probe and padded as usual.
+
+B rows, L the longest of them, T tokens of all rows, H heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf_core.models.devices import computing_in
+
+PACKED_ATTENTION = "rlhf_packed"
+"""Our name in transformers' registry of attention functions."""
+PROBE_TOLERANCE, COARSE_TOLERANCE = 1e-4, 0.05
+"""Largest difference of a packed and a padded pass, relative to the largest hidden state (at least 1): in float32,
+and where anything is of half precision."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The tokens of all rows, and where each row ends.
+
+    Example: ``PackedRows.of([[5, 6, 7], [8]])`` has tokens_T 5 6 7 8 and lens_B 3 1.
+    """
+
+    tokens_T: Tensor
+    """int64"""
+    lens_B: Tensor
+    """int64, at least 1 each"""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device | None = None) -> PackedRows:
+        """From lists of token ids, none empty."""
+        tokens = [token for row in rows for token in row]
+        return cls(torch.tensor(tokens, device=device), torch.tensor([len(row) for row in rows], device=device))
+
+    @functools.cached_property
+    def starts_B(self) -> Tensor:
+        """Where each row begins among the T tokens."""
+        return self.lens_B.cumsum(dim=0) - self.lens_B
+
+    @property
+    def ends_B(self) -> Tensor:
+        """Where the last token of each row stands."""
+        return self.starts_B + self.lens_B - 1
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """L."""
+        return int(self.lens_B.max())
+
+    @functools.cached_property
+    def positions_T(self) -> Tensor:
+        """Of each token in its row, from 0."""
+        return torch.arange(len(self.tokens_T), device=self.lens_B.device) - self._of_each_token(self.starts_B)
+
+    @functools.cached_property
+    def cells_T(self) -> Tensor:
+        """Where each token stands in the flattened [B, L] of padded rows."""
+        rows_B = torch.arange(len(self.lens_B), device=self.lens_B.device)
+        return self._of_each_token(rows_B) * self.longest + self.positions_T
+
+    @functools.cached_property
+    def sources_BL(self) -> Tensor:
+        """Flattened [B, L]: the token in each cell; the row's last one again where it is padded."""
+        columns_L = torch.arange(self.longest, device=self.lens_B.device)
+        return (self.starts_B[:, None] + columns_L).minimum(self.ends_B[:, None]).reshape(-1)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows are equally long."""
+        return len(self.lens_B) * self.longest == len(self.tokens_T)
+
+    def padded(self, values_TX: Tensor) -> Tensor:
+        """[T, ...] -> [B, L, ...]; keeps gradient."""
+        cells = values_TX if self.is_even else _Spread.apply(values_TX, self.sources_BL, self.cells_T)
+        return cells.reshape(len(self.lens_B), self.longest, *values_TX.shape[1:])
+
+    def packed(self, values_BLX: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]; keeps gradient."""
+        cells = values_BLX.reshape(-1, *values_BLX.shape[2:])
+        return cells if self.is_even else TakeOnce.apply(cells, self.cells_T)
+
+    def _of_each_token(self, values_B: Tensor) -> Tensor:
+        return values_B.repeat_interleave(self.lens_B, output_size=len(self.tokens_T))
+
+
+class _Spread(torch.autograd.Function):
+    """Copy tokens into cells. What padding would give back as gradient is nobody's."""
+
+    @staticmethod
+    def forward(ctx: Any, values_TX: Tensor, sources_BL: Tensor, cells_T: Tensor) -> Tensor:
+        ctx.cells_T = cells_T
+        return values_TX.index_select(0, sources_BL)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.cells_T), None, None
+
+
+class TakeOnce(torch.autograd.Function):
+    """Take some rows of a tensor, each at most once: the gradient is put back without adding up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.num_rows = index, len(values)
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_values = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        return grad_values.index_copy_(0, ctx.index, grads[0]), None
+
+
+class Trunk:
+    """A causal transformer without its head, over rows of any lengths.
+
+    Args:
+        module: of transformers; its attention function is exchanged if it can do with ours.
+        dtype: of the computation; bfloat16 autocasts, float32 computes in whatever the weights are.
+        answering: context in which it is called (adapters).
+    """
+
+    def __init__(self, module: nn.Module, *, dtype: torch.dtype, answering: Callable[[], Any] | None = None) -> None:
+        self.module, self.dtype = module, dtype
+        self._answering = answering or contextlib.nullcontext
+
+    def __call__(self, rows: PackedRows) -> Tensor:
+        """[T, D] hidden states."""
+        window = getattr(cast("Any", self.module).config.get_text_config(), "sliding_window", None)
+        if self.packs and (window is None or rows.longest <= window):
+            return self._packed(rows)
+        return self._padded(rows)
+
+    def run(self, **inputs: Any) -> Tensor:
+        """[B, L, D]: for whatever transformers takes."""
+        with self._answering(), computing_in(self.dtype, next(self.module.parameters()).device):
+            return cast("Tensor", self.module(**inputs).last_hidden_state)
+
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether the architecture gives the same hidden states for packed rows."""
+        config = cast("Any", self.module).config
+        before = config._attn_implementation
+        if before == PACKED_ATTENTION:  # another view of the same module has asked
+            return True
+        if before != "sdpa" or not _sees_full_rows(config):
+            return False
+        _register()
+        parameter = next(self.module.parameters())
+        tokens = [token % config.get_text_config().vocab_size for token in range(2, 10)]
+        rows = PackedRows.of([tokens[:5], tokens[5:]], parameter.device)
+        with torch.no_grad():
+            expected_TD = self._padded(rows)
+            config._attn_implementation = PACKED_ATTENTION
+            try:
+                found_TD = self._packed(rows)
+            except Exception:  # it takes no packed rows: whatever it says, it is padded
+                found_TD = torch.full_like(expected_TD, torch.inf)
+        is_coarse = any(t is not torch.float32 for t in (self.dtype, expected_TD.dtype, parameter.dtype))
+        limit = (COARSE_TOLERANCE if is_coarse else PROBE_TOLERANCE) * max(1.0, float(expected_TD.abs().max()))
+        if found_TD.shape == expected_TD.shape and float((found_TD - expected_TD).abs().max()) <= limit:
+            return True
+        config._attn_implementation = before
+        return False
+
+    def _packed(self, rows: PackedRows) -> Tensor:
+        return self.run(
+            input_ids=rows.tokens_T[None],
+            position_ids=rows.positions_T[None],
+            attention_mask=_no_mask(rows.tokens_T.device),
+            packed_rows=rows,
+            use_cache=False,
+        ).squeeze(0)  # an index would make its gradient in two passes
+
+    def _padded(self, rows: PackedRows) -> Tensor:
+        """Right padding without a mask: under causal attention a real token never sees it."""
+        return rows.packed(self.run(input_ids=rows.padded(rows.tokens_T), use_cache=False))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_rows: PackedRows | None = None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row.
+
+    Args:
+        module: the attention layer.
+        query: [1, H, T, D / H].
+        key: [1, H or fewer, T, D / H].
+        value: as key.
+        attention_mask: of no meaning for packed rows, which say all there is to say.
+        packed_rows: the rows; None: a call of another kind, which transformers' own function answers.
+        scaling: of the scores.
+        options: whatever else the layer says.
+    Returns: ([1, T, H, D / H], None).
+    Raises: ValueError for an option that changes the scores, such as soft-capping.
+    """
+    if packed_rows is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+        raise ValueError(f"packed attention knows no {', '.join(unknown)}")
+    heads = (packed_rows.padded(states.squeeze(0).transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+    attended_BHLd = scaled_dot_product_attention(
+        *heads, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return packed_rows.packed(attended_BHLd.transpose(1, 2)).unsqueeze(0), None
+
+
+def _sees_full_rows(config: Any) -> bool:
+    """Whether every layer attends to all tokens before, or to a window of them."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not getattr(text, "attention_chunk_size", None)
+
+
+@functools.cache
+def _no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions is handed on as it is, so that none is built."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,144 @@
+"""Floating-point operations that an iteration needs: of real tokens only, a multiplication and an addition each.
+
+Of one pass of a model over a sequence, with P parameters in the linear layers of its trunk (embeddings and output head
+apart), L layers and A = heads x head size, the width of attention (D in most models):
+
+    linear layers     2 · P · tokens
+    attention         4 · A · L · Σ context      of each token read, itself included: scores and their weighted sum
+    output head       2 · D · V · positions      where logits are needed: of response tokens only
+    value, score      2 · D · positions
+    backward          2 x forward                so that a training pass is 3 x forward
+
+A sequence of p prompt and r response tokens is read up to the last token but one, p + r - 1: what follows the last one
+is not asked for. Only the reward model reads all p + r.
+
+    generate              policy over p + r - 1 (a prompt once for its k samples), head on r; critic over p + r - 1
+    score_rewards         reward model over p + r, one score
+    reference_logprobs    reference over p + r - 1, head on r
+    ppo_update            epochs x 3 x (policy over p + r - 1, head on r; critic over p + r - 1, values on r)
+
+A critic on the policy's trunk has its values only. Softmax, norms, activations, the optimizer: not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a transformer, as far as it decides the count.
+
+    Example: GPT-2 with D = 4, 1 layer and V = 10 has ``linear_parameters`` 4·12 + 4·4 + 4·16 + 16·4 = 192.
+    """
+
+    linear_parameters: int
+    layers: int
+    attention_width: int
+    hidden_size: int
+    vocabulary: int = 0
+    """Rows of the output head; 0 without one."""
+
+    @classmethod
+    def of(cls, model: Any) -> Shape:
+        """Of a transformers model; its weights are not read, so that it may be on the meta device."""
+        from transformers.pytorch_utils import Conv1D
+
+        config, trunk = model.config.get_text_config(), model.base_model
+        linear = [module for module in trunk.modules() if isinstance(module, nn.Linear | Conv1D)]
+        heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+        head_size = int(getattr(config, "head_dim", None) or hidden // heads)
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return cls(
+            linear_parameters=sum(module.weight.numel() for module in linear),
+            layers=int(config.num_hidden_layers),
+            attention_width=heads * head_size,
+            hidden_size=hidden,
+            vocabulary=0 if output is None else int(output.weight.shape[0]),
+        )
+
+    @classmethod
+    def in_folder(cls, folder: Path, auto_class: str) -> Shape:
+        """Of a model on disk; no weights are loaded. ``auto_class``: AutoModelForCausalLM, AutoModel, …"""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return cls.of(getattr(transformers, auto_class).from_config(config, trust_remote_code=False))
+
+    def trunk(self, read: int, before: int = 0) -> int:
+        """Forward over ``read`` tokens of one sequence, with ``before`` tokens in the cache."""
+        contexts = read * before + read * (read + 1) // 2
+        return 2 * self.linear_parameters * read + 4 * self.attention_width * self.layers * contexts
+
+    def logits(self, positions: int) -> int:
+        """Of the output head."""
+        return 2 * self.hidden_size * self.vocabulary * positions
+
+    def scalars(self, positions: int) -> int:
+        """Of a value or score head."""
+        return 2 * self.hidden_size * positions
+
+
+@dataclass(frozen=True)
+class Models:
+    """Of a run."""
+
+    policy: Shape
+    reward: Shape
+    critic: Shape | None
+    """None: a head on the policy's trunk."""
+
+
+def stage_operations(
+    models: Models, prompts: Mapping[int, int], responses: Sequence[tuple[int, int]], *, epochs: int
+) -> dict[str, int]:
+    """Operations of each stage of one iteration.
+
+    Args:
+        models: of the run.
+        prompts: prompt id -> tokens.
+        responses: (prompt id, tokens) of each response.
+        epochs: of the update.
+    """
+    policy, reward = models.policy, models.reward
+    decoding = sum(policy.trunk(p) for p in prompts.values())
+    scored = taught = head = values = 0
+    for prompt, r in responses:
+        p = prompts[prompt]
+        decoding += policy.trunk(r - 1, before=p)
+        scored += reward.trunk(p + r) + reward.scalars(1)
+        taught += policy.trunk(p + r - 1)
+        head += policy.logits(r)
+        values += (
+            policy.scalars(r) if models.critic is None else models.critic.trunk(p + r - 1) + models.critic.scalars(r)
+        )
+    return {
+        "sample_prompts": 0,
+        "generate": decoding + head + values,
+        "score_rewards": scored,
+        "reference_logprobs": taught + head,
+        "shape_rewards": 0,
+        "ppo_update": epochs * 3 * (taught + head + values),
+    }
+
+
+def iteration_operations(run_dir: Path, iteration: int, models: Models, *, epochs: int) -> dict[str, int]:
+    """Operations of each stage, from the lengths in an iteration's artifacts."""
+    import pyarrow as pa
+
+    folder = run_dir / "iterations" / f"{iteration:06d}"
+    asked = pa.ipc.open_file(folder / "01_prompts.arrow").read_all()
+    answered = pa.ipc.open_file(folder / "02_rollouts.arrow").read_all()
+    prompts = {
+        i: len(t) for i, t in zip(asked["prompt_id"].to_pylist(), asked["prompt_tokens"].to_pylist(), strict=True)
+    }
+    lengths = [len(tokens) for tokens in answered["response_tokens"].to_pylist()]
+    responses = list(zip(answered["prompt_id"].to_pylist(), lengths, strict=True))
+    return stage_operations(models, prompts, responses, epochs=epochs)
