@@ -39,7 +39,7 @@ class TanhGELU(nn.Module):
 
 
 class _SigmoidGELU(torch.autograd.Function):
-    """y = x s,  s = σ(A x + B x³);      dy/dx = s (1 + x (1 - s) (A + 3 B x²))"""
+    """With s = σ(A x + B x³):  y = x s,  dy/dx = s (1 + x (1 - s) (A + 3 B x²))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

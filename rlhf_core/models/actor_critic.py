@@ -50,11 +50,11 @@ class ActorCritic:
 
     def evaluate(self, sequences: Sequences, temperature: float, *, with_values: bool) -> Evaluation:
         """Log-probs, entropies and values of the response tokens; zero where padded."""
-        hidden_TD = self.policy.hidden_states(sequences.read)
-        logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_TD, temperature)
+        hidden_ND = self.policy.hidden_states(sequences.read, sequences.before_response_N)
+        logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_ND, temperature)
         values_BR = None
         if with_values and self.critic is not None:
-            values_BR = sequences.scatter(self.critic.values(sequences, hidden_TD))
+            values_BR = sequences.scatter(self.critic.values(sequences, hidden_ND))
         return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), values_BR)
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:

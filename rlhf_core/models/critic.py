@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.models.packing import Trunk
 from rlhf_core.models.sequences import Sequences
+from rlhf_core.models.trunk import Trunk
 
 
 class ValueHead(nn.Linear):
@@ -40,13 +40,15 @@ class Critic(nn.Module):
         self.trunk: Any | None = trunk
         self._reads = None if trunk is None else Trunk(trunk, dtype=dtype)
 
-    def values(self, sequences: Sequences, policy_hidden_TD: Tensor | None) -> Tensor:
+    def values(self, sequences: Sequences, policy_hidden_ND: Tensor | None) -> Tensor:
         """[N] V before each real response token, row after row.
 
         Args:
             sequences: prompts and responses.
-            policy_hidden_TD: the policy trunk's output, read by a shared critic.
+            policy_hidden_ND: the policy trunk's output before each of them, read by a shared critic.
         """
-        hidden_TD = policy_hidden_TD if self._reads is None else self._reads(sequences.read)
-        assert hidden_TD is not None, "a shared critic reads the policy's hidden states"
-        return self.head.values(sequences.before_response(hidden_TD))
+        hidden_ND = policy_hidden_ND
+        if self._reads is not None:
+            hidden_ND = self._reads(sequences.read, sequences.before_response_N)
+        assert hidden_ND is not None, "a shared critic reads the policy's hidden states"
+        return self.head.values(hidden_ND)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,81 +98,31 @@ def decode(
     """
     device, num_rows = policy.device, len(prompts) * samples_per_prompt
     record = _new_record(num_rows, rules, value_of is not None, device)
-    state = _Prefilled.of(policy, prompts, samples_per_prompt, pad_id)
+    prefix = policy.prefix(prompts, samples_per_prompt, rules.max_new_tokens, pad_id=pad_id)
+    rows_b = torch.arange(num_rows, device=device)
+    going_b = torch.ones(num_rows, dtype=torch.bool, device=device)
     uniforms_BR = uniforms_BR.to(device)
     projection = policy.projection()
     eos = torch.tensor(sorted(rules.eos_ids), device=device)
     for step in range(rules.max_new_tokens):
-        logits_bV = projection.logits(state.hidden_bD, rules.temperature)
-        draw = sample(logits_bV, uniforms_BR[state.rows_b, step], top_k=rules.top_k, top_p=rules.top_p)
-        live_b = state.going_b
-        rows_b = state.rows_b[live_b]
-        values_b = None if value_of is None else value_of(state.hidden_bD)[live_b]
-        record.write(rows_b, step, _select(draw, live_b), values_b)
+        logits_bV = projection.logits(prefix.hidden_bD, rules.temperature)
+        draw = sample(logits_bV, uniforms_BR[rows_b, step], top_k=rules.top_k, top_p=rules.top_p)
+        values_b = None if value_of is None else value_of(prefix.hidden_bD)[going_b]
+        record.write(rows_b[going_b], step, _select(draw, going_b), values_b)
         ended_b = torch.isin(draw.tokens_B, eos)
-        for row in state.rows_b[live_b & ended_b].tolist():
+        for row in rows_b[going_b & ended_b].tolist():
             record.finish_reasons[row] = "eos"
         if rules.has_stop is not None:
-            ended_b |= _stopped(record, state.rows_b, live_b & ~ended_b, step, rules.has_stop)
-        state.going_b = live_b & ~ended_b
-        if not bool(state.going_b.any()) or step == rules.max_new_tokens - 1:
+            ended_b |= _stopped(record, rows_b, going_b & ~ended_b, step, rules.has_stop)
+        going_b, tokens_b = going_b & ~ended_b, draw.tokens_B
+        if not bool(going_b.any()) or step == rules.max_new_tokens - 1:
             break
-        state.advance(policy, draw.tokens_B)
+        if float(going_b.float().mean()) < COMPACT_BELOW:
+            keep = going_b.nonzero()[:, 0]
+            prefix.select(keep)
+            rows_b, tokens_b, going_b = rows_b[keep], tokens_b[keep], going_b[keep]
+        prefix.advance(tokens_b)
     return _finish(record)
-
-
-@dataclass
-class _Prefilled:
-    """The rows still in the caches. ``going_b`` marks those that have not finished."""
-
-    rows_b: Tensor
-    hidden_bD: Tensor
-    attention_bT: Tensor
-    cache: Any
-    going_b: Tensor
-
-    @classmethod
-    def of(cls, policy: LanguageModel, prompts: Sequence[Sequence[int]], k: int, pad_id: int) -> _Prefilled:
-        from transformers import DynamicCache
-
-        width = max(len(p) for p in prompts)
-        tokens_QP = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
-        real_QP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
-        cache = DynamicCache(config=policy.config)
-        hidden_QPD = policy.run_trunk(
-            input_ids=tokens_QP,
-            attention_mask=real_QP,
-            position_ids=(real_QP.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        if k > 1:
-            cache.batch_repeat_interleave(k)
-        rows = len(prompts) * k
-        return cls(
-            rows_b=torch.arange(rows, device=policy.device),
-            hidden_bD=hidden_QPD[:, -1].repeat_interleave(k, dim=0),
-            attention_bT=real_QP.repeat_interleave(k, dim=0),
-            cache=cache,
-            going_b=torch.ones(rows, dtype=torch.bool, device=policy.device),
-        )
-
-    def advance(self, policy: LanguageModel, tokens_b: Tensor) -> None:
-        """Feed the drawn tokens; drop finished rows first when enough of them have gathered."""
-        if float(self.going_b.float().mean()) < COMPACT_BELOW:
-            keep = self.going_b.nonzero()[:, 0]
-            self.cache.batch_select_indices(keep)
-            self.rows_b, self.attention_bT = self.rows_b[keep], self.attention_bT[keep]
-            tokens_b, self.going_b = tokens_b[keep], self.going_b[keep]
-        self.attention_bT = torch.nn.functional.pad(self.attention_bT, (0, 1), value=1)
-        hidden_b1D = policy.run_trunk(
-            input_ids=tokens_b[:, None],
-            attention_mask=self.attention_bT,
-            position_ids=self.attention_bT.sum(dim=1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.hidden_bD = hidden_b1D[:, 0]
 
 
 def _new_record(rows: int, rules: DecodingRules, has_values: bool, device: torch.device) -> _Record:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 from collections.abc import Iterator
 
 import torch
 
 from rlhf_core.contracts.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -36,6 +41,19 @@ def using_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed for what is allocated next.
+
+    By default it gives large blocks back and asks for them anew: some 40,000 page faults an iteration of the reviews,
+    4 % of its time. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            mallopt(option, value)
 
 
 @contextlib.contextmanager

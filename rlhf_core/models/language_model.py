@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -13,8 +13,11 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, is_adapter
 from rlhf_core.models.devices import computing_in
-from rlhf_core.models.packing import PackedRows, Trunk
+from rlhf_core.models.gpt2 import GPT2Prefix
+from rlhf_core.models.packing import PackedRows
+from rlhf_core.models.prefixes import CachedPrefix, Prefix
 from rlhf_core.models.sequences import Sequences
+from rlhf_core.models.trunk import Trunk
 from rlhf_core.models.untrusted import check_is_data, check_size
 from rlhf_core.ops.finite import first_not_finite
 from rlhf_core.ops.logprobs import Projection, token_logprobs
@@ -50,7 +53,7 @@ class LanguageModel:
         self.config: Any = model.config
         self.dtype, self.device = dtype, device
         self.trunk = cast("nn.Module", model.base_model)
-        self._reads = Trunk(self.trunk, dtype=dtype, answering=self._answering)
+        self._reads = Trunk(self.trunk, dtype=dtype, answering=None if adapters is None else self._answering)
         self.hidden_size = int(self.config.get_text_config().hidden_size)
 
     @classmethod
@@ -113,21 +116,27 @@ class LanguageModel:
         modules: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
-    def hidden_states(self, rows: PackedRows) -> Tensor:
-        """[T, D]: the trunk's output for rows of any lengths."""
-        return self._reads(rows)
+    def hidden_states(self, rows: PackedRows, wanted_N: Tensor | None = None) -> Tensor:
+        """[T, D]: the trunk's output for rows of any lengths, or [N, D] at the tokens asked for."""
+        return self._reads(rows, wanted_N)
 
-    def run_trunk(self, **inputs: Any) -> Tensor:
-        """[B, L, D]: the trunk's output for whatever transformers takes, with this model's adapter and type."""
-        return self._reads.run(**inputs)
+    def prefix(
+        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int, *, pad_id: int
+    ) -> Prefix:
+        """Prompts, read, k times each, and ready to go on."""
+        longest = max(map(len, prompts)) + max_new_tokens
+        if (passes := self._reads.written_out) is not None and passes.takes(longest):
+            return GPT2Prefix(passes, prompts, samples_per_prompt, max_new_tokens)
+        return CachedPrefix(self._reads.run, self.config, self.device, prompts, samples_per_prompt, pad_id=pad_id)
 
     def _answering(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.adapters is None else self.adapters.answering_as(self.answers_as)
+        assert self.adapters is not None, "only a model with adapters answers as one of them"
+        return self.adapters.answering_as(self.answers_as)
 
-    def response_logprobs(self, sequences: Sequences, hidden_TD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropies_N) of the real response tokens, from the trunk's output for ``sequences.read``."""
+    def response_logprobs(self, sequences: Sequences, hidden_ND: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropies_N) of the real response tokens, from the trunk's output before each of them."""
         return token_logprobs(
-            sequences.before_response(hidden_TD),
+            hidden_ND,
             self.projection(),
             sequences.response_tokens_BR[sequences.response_mask_BR],
             temperature=temperature,

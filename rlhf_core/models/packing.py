@@ -4,16 +4,13 @@ Everything in a transformer but attention looks at one token at a time: it sees 
 after the other, as one row of a batch of one. Attention alone sees rows, padded on the right, where causality hides
 the padding. transformers takes the attention function by name from a registry, and hands it our ``PackedRows``.
 
-An architecture that lets go of them on the way, or counts positions by itself, is found by a probe and padded as usual.
-
 B rows, L the longest of them, T tokens of all rows, H heads, D hidden size.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,13 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf_core.models.devices import computing_in
-
 PACKED_ATTENTION = "rlhf_packed"
 """Our name in transformers' registry of attention functions."""
-PROBE_TOLERANCE, COARSE_TOLERANCE = 1e-4, 0.05
-"""Largest difference of a packed and a padded pass, relative to the largest hidden state (at least 1): in float32,
-and where anything is of half precision."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class PackedRows:
     def packed(self, values_BLX: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]; keeps gradient."""
         cells = values_BLX.reshape(-1, *values_BLX.shape[2:])
-        return cells if self.is_even else TakeOnce.apply(cells, self.cells_T)
+        return cells if self.is_even else take_once(cells, self.cells_T)
 
     def _of_each_token(self, values_B: Tensor) -> Tensor:
         return values_B.repeat_interleave(self.lens_B, output_size=len(self.tokens_T))
@@ -112,8 +104,19 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, ctx.cells_T), None, None
 
 
-class TakeOnce(torch.autograd.Function):
-    """Take some rows of a tensor, each at most once: the gradient is put back without adding up."""
+def take_once(values: Tensor, index: Tensor) -> Tensor:
+    """Some rows of a tensor, each at most once, so that their gradients are put back without adding up.
+
+    Args:
+        values: [T, ...].
+        index: [N] int64, no number twice.
+    Returns: [N, ...].
+    """
+    return cast("Tensor", _TakeOnce.apply(values, index))
+
+
+class _TakeOnce(torch.autograd.Function):
+    """A gather whose gradient is a copy."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
@@ -124,72 +127,6 @@ class TakeOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad_values = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
         return grad_values.index_copy_(0, ctx.index, grads[0]), None
-
-
-class Trunk:
-    """A causal transformer without its head, over rows of any lengths.
-
-    Args:
-        module: of transformers; its attention function is exchanged if it can do with ours.
-        dtype: of the computation; bfloat16 autocasts, float32 computes in whatever the weights are.
-        answering: context in which it is called (adapters).
-    """
-
-    def __init__(self, module: nn.Module, *, dtype: torch.dtype, answering: Callable[[], Any] | None = None) -> None:
-        self.module, self.dtype = module, dtype
-        self._answering = answering or contextlib.nullcontext
-
-    def __call__(self, rows: PackedRows) -> Tensor:
-        """[T, D] hidden states."""
-        window = getattr(cast("Any", self.module).config.get_text_config(), "sliding_window", None)
-        if self.packs and (window is None or rows.longest <= window):
-            return self._packed(rows)
-        return self._padded(rows)
-
-    def run(self, **inputs: Any) -> Tensor:
-        """[B, L, D]: for whatever transformers takes."""
-        with self._answering(), computing_in(self.dtype, next(self.module.parameters()).device):
-            return cast("Tensor", self.module(**inputs).last_hidden_state)
-
-    @functools.cached_property
-    def packs(self) -> bool:
-        """Whether the architecture gives the same hidden states for packed rows."""
-        config = cast("Any", self.module).config
-        before = config._attn_implementation
-        if before == PACKED_ATTENTION:  # another view of the same module has asked
-            return True
-        if before != "sdpa" or not _sees_full_rows(config):
-            return False
-        _register()
-        parameter = next(self.module.parameters())
-        tokens = [token % config.get_text_config().vocab_size for token in range(2, 10)]
-        rows = PackedRows.of([tokens[:5], tokens[5:]], parameter.device)
-        with torch.no_grad():
-            expected_TD = self._padded(rows)
-            config._attn_implementation = PACKED_ATTENTION
-            try:
-                found_TD = self._packed(rows)
-            except Exception:  # it takes no packed rows: whatever it says, it is padded
-                found_TD = torch.full_like(expected_TD, torch.inf)
-        is_coarse = any(t is not torch.float32 for t in (self.dtype, expected_TD.dtype, parameter.dtype))
-        limit = (COARSE_TOLERANCE if is_coarse else PROBE_TOLERANCE) * max(1.0, float(expected_TD.abs().max()))
-        if found_TD.shape == expected_TD.shape and float((found_TD - expected_TD).abs().max()) <= limit:
-            return True
-        config._attn_implementation = before
-        return False
-
-    def _packed(self, rows: PackedRows) -> Tensor:
-        return self.run(
-            input_ids=rows.tokens_T[None],
-            position_ids=rows.positions_T[None],
-            attention_mask=_no_mask(rows.tokens_T.device),
-            packed_rows=rows,
-            use_cache=False,
-        ).squeeze(0)  # an index would make its gradient in two passes
-
-    def _padded(self, rows: PackedRows) -> Tensor:
-        """Right padding without a mask: under causal attention a real token never sees it."""
-        return rows.packed(self.run(input_ids=rows.padded(rows.tokens_T), use_cache=False))
 
 
 def packed_attention(
@@ -230,21 +167,9 @@ def packed_attention(
     return packed_rows.packed(attended_BHLd.transpose(1, 2)).unsqueeze(0), None
 
 
-def _sees_full_rows(config: Any) -> bool:
-    """Whether every layer attends to all tokens before, or to a window of them."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    return kinds <= {"full_attention", "sliding_attention"} and not getattr(text, "attention_chunk_size", None)
-
-
 @functools.cache
-def _no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions is handed on as it is, so that none is built."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
-@functools.cache
-def _register() -> None:
+def register_packed_attention() -> None:
+    """Make the function known to transformers under its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -16,9 +16,10 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES
-from rlhf_core.models.packing import PackedRows, Trunk
+from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
+from rlhf_core.models.trunk import Trunk
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class RewardModel:
             # and is wrong when a text ends with one
             packed = PackedRows.of(rows, self.device)
             head = cast("nn.Linear", self.model.score)
-            return cast("Tensor", head(self._trunk(packed)[packed.ends_B]))[:, 0].float()
+            return cast("Tensor", head(self._trunk(packed, packed.ends_B)))[:, 0].float()
         lens_n = torch.tensor([len(row) for row in rows])
         tokens_nL = torch.zeros(len(rows), int(lens_n.max()), dtype=torch.int64)
         mask_nL = torch.arange(tokens_nL.shape[1])[None, :] < lens_n[:, None]

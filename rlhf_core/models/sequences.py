@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.contracts.batches import Prompts, Rollouts, Support
-from rlhf_core.models.packing import PackedRows, TakeOnce
+from rlhf_core.models.packing import PackedRows
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,6 @@ class Sequences:
         steps_R = torch.arange(self.response_mask_BR.shape[1], device=self.tokens_BL.device)
         firsts_B = self.read.starts_B + self.prompt_lens_B - 1
         return (firsts_B[:, None] + steps_R)[self.response_mask_BR]
-
-    def before_response(self, hidden_TD: Tensor) -> Tensor:
-        """[N, D]: the hidden state before each real response token, row after row. Keeps gradient."""
-        return TakeOnce.apply(hidden_TD, self.before_response_N)
 
     def scatter(self, values_N: Tensor) -> Tensor:
         """[B, R]: one value per real response token back in its place, zero elsewhere. Keeps gradient."""

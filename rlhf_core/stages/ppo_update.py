@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -255,10 +255,16 @@ def _clip_gradients(trainer: Trainer, max_norm: float | None) -> tuple[float, fl
     if critic is None or critic.trunk is None:
         policy_group, critic_group = policy_group + critic_group, []
     limit = math.inf if max_norm is None else max_norm
-    norms = [
-        float(torch.nn.utils.clip_grad_norm_(group, limit)) if group else 0.0 for group in (policy_group, critic_group)
-    ]
-    return norms[0], norms[1]
+    return _clip(policy_group, limit), _clip(critic_group, limit)
+
+
+def _clip(parameters: Sequence[Tensor], limit: float) -> float:
+    """The norm of a group's gradients, which are scaled where it is above the limit."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    if norm > limit:
+        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+    return norm
 
 
 def _set_learning_rate(trainer: Trainer, config: PPOConfig, iteration: int, num_iterations: int) -> float:

@@ -37,7 +37,8 @@ def reference_logprobs(
     ref_logprobs_BR = torch.zeros_like(rollouts.logprobs_BR)
     for index in by_length(sequences.lens_B, config.batch_size):
         part = sequences.rows(index).to(reference.device)
-        logprobs_N, _ = reference.response_logprobs(part, reference.hidden_states(part.read), temperature)
+        hidden_ND = reference.hidden_states(part.read, part.before_response_N)
+        logprobs_N, _ = reference.response_logprobs(part, hidden_ND, temperature)
         part_logprobs_BR = part.scatter(logprobs_N).cpu()
         ref_logprobs_BR[index, : part_logprobs_BR.shape[1]] = part_logprobs_BR
     _check_finite(ref_logprobs_BR, rollouts)

@@ -100,7 +100,8 @@ def test_response_logprobs_equal_the_models_own_logits_row_by_row(model_folder: 
     ours = LanguageModel.load(str(model_folder), dtype="float32", device=CPU, trainable=False)
     sequences = sequences_of(ROWS)
     with torch.no_grad():
-        logprobs_N, entropies_N = ours.response_logprobs(sequences, ours.hidden_states(sequences.read), 0.7)
+        hidden_ND = ours.hidden_states(sequences.read, sequences.before_response_N)
+        logprobs_N, entropies_N = ours.response_logprobs(sequences, hidden_ND, 0.7)
         expected, expected_entropies = [], []
         for prompt, response in ROWS:
             logits = plain(torch.tensor([prompt + response])).logits[0].double() / 0.7
