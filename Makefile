@@ -6,7 +6,7 @@ JOBS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test torture lint format clean
+.PHONY: quickstart test torture bench lint format clean
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
 
 torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)
+
+bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an idle machine; writes bench.json
+	PYTHONPATH=.:tests $(BIN)/python -m benchmarks --json bench.json $(if $(ASSETS),--assets $(ASSETS)) $(if $(ONLY),--only $(ONLY))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -40,4 +43,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@$(PIP) -e ".[dev,bench]"
 	@touch $@

@@ -36,6 +36,12 @@ def tiny_config(tiny: Tiny) -> Callable[[Sequence[str]], RunConfig]:
     return make
 
 
+@pytest.fixture
+def through_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass is written out: what transformers computes alone, bit for bit."""
+    monkeypatch.setattr("rlhf_core.models.gpt2.GPT2Passes.of", lambda _module: None)
+
+
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A real Prefect server with a database of its own, for tests that run a flow."""

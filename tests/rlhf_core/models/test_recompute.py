@@ -20,6 +20,7 @@ from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.recompute import recompute_activations
 from rlhf_core.models.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("through_transformers")
 Configure = Callable[..., RunConfig]
 TOKENS = torch.tensor([[40, 41, 42, 43, 44]])
 
