@@ -24,11 +24,12 @@ from rlhf_core.ops.randomness import seeded_generator
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What policy and critic say of response tokens. Gradients flow through all three."""
+    """What the policy says of response tokens. Gradients flow through all three."""
 
     logprobs_BR: Tensor
     entropies_BR: Tensor
-    values_BR: Tensor | None
+    hidden_ND: Tensor
+    """The trunk's output before each real response token, which a shared critic reads."""
 
 
 class ActorCritic:
@@ -48,14 +49,11 @@ class ActorCritic:
         policy = load_policy(config, device)
         return cls(policy, initial_critic(config, policy, device) if config.uses_critic else None)
 
-    def evaluate(self, sequences: Sequences, temperature: float, *, with_values: bool) -> Evaluation:
-        """Log-probs, entropies and values of the response tokens; zero where padded."""
+    def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
+        """Log-probs and entropies of the response tokens; zero where padded."""
         hidden_ND = self.policy.hidden_states(sequences.read, sequences.before_response_N)
         logprobs_N, entropies_N = self.policy.response_logprobs(sequences, hidden_ND, temperature)
-        values_BR = None
-        if with_values and self.critic is not None:
-            values_BR = sequences.scatter(self.critic.values(sequences, hidden_ND))
-        return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), values_BR)
+        return Evaluation(sequences.scatter(logprobs_N), sequences.scatter(entropies_N), hidden_ND)
 
     def policy_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Named trained parameters of the policy: all, tied ones once; with LoRA the adapter's."""

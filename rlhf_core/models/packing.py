@@ -160,9 +160,9 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
-    heads = (packed_rows.padded(states.squeeze(0).transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+    q, k, v = (packed_rows.padded(states.squeeze(0).transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
     attended_BHLd = scaled_dot_product_attention(
-        *heads, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        q, k, v, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
     return packed_rows.packed(attended_BHLd.transpose(1, 2)).unsqueeze(0), None
 

@@ -166,16 +166,12 @@ def _softmax(
     """(π, log π(token), H) from logits, which are used up. ``out`` takes π."""
     if support_nV is not None:
         z_nV.masked_fill_(~support_nV, -torch.inf)
-    z_nV -= z_nV.amax(dim=1, keepdim=True)
-    picked_n = z_nV.gather(1, tokens_n[:, None])[:, 0]
-    probs_nV = torch.exp(z_nV, out=out)
-    total_n = probs_nV.sum(dim=1)
-    log_total_n = total_n.log()
+    logp_nV = z_nV.log_softmax(dim=1)
+    picked_n = logp_nV.gather(1, tokens_n[:, None])[:, 0]
+    probs_nV = torch.exp(logp_nV, out=z_nV if out is None else out)
     if support_nV is not None:
-        z_nV.masked_fill_(~support_nV, 0.0)  # a token outside has probability 0: its term is 0, not 0 · -inf
-    entropies_n = log_total_n - z_nV.mul_(probs_nV).sum(dim=1) / total_n
-    probs_nV /= total_n[:, None]
-    return probs_nV, picked_n - log_total_n, entropies_n
+        logp_nV.masked_fill_(~support_nV, 0.0)  # a token outside has probability 0: its term is 0, not 0 · -inf
+    return probs_nV, picked_n, -logp_nV.mul_(probs_nV).sum(dim=1)
 
 
 def _grad_of_logits(

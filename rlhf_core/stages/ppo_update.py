@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from rlhf_core.contracts.batches import (
 from rlhf_core.contracts.config import PPOConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.checkpoints import Trainer
+from rlhf_core.models.critic import Critic
+from rlhf_core.models.devices import side_by_side
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.kl import token_kl
 from rlhf_core.ops.losses import aggregate, approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
@@ -150,85 +152,140 @@ def ppo_update(
 def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
     """Accumulate the gradient over micro-batches, check it, clip it, step."""
     rows = len(batch.sequences)
-    num_tokens = int(batch.sequences.response_mask_BR.sum())
+    step = _Step(trainer, config, setting, rows, int(batch.sequences.response_mask_BR.sum()))
     sums: dict[str, float] = {}
     max_log_ratio = 0.0
     trainer.optimizer.zero_grad(set_to_none=True)
     for index in torch.arange(rows).split(config.micro_batch_size or rows):
-        loss, statistics, worst = _loss(trainer, batch.rows(index), config, setting, rows, num_tokens)
+        statistics = step.accumulate(batch.rows(index))
+        worst = statistics.pop("max_abs_log_ratio")
         if is_first:
             _check_ratio(worst, trainer.actor_critic.policy.dtype)
-        loss.backward()
         max_log_ratio = max(max_log_ratio, worst)
         for name, value in statistics.items():
             sums[name] = sums.get(name, 0.0) + value
-    if setting.warming_up:
-        for _, parameter in trainer.actor_critic.policy_parameters():
-            parameter.grad = None  # AdamW leaves it alone, moments included
     grad_norm, critic_grad_norm = _clip_gradients(trainer, config.max_grad_norm)
     skipped = not all(map(math.isfinite, (sums["loss"], grad_norm, critic_grad_norm)))
     if not skipped:
         trainer.optimizer.step()
     norms = {"grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm, "max_abs_log_ratio": max_log_ratio}
-    return {"num_tokens": num_tokens, "skipped": skipped, **sums, **norms}
+    return {"num_tokens": step.num_tokens, "skipped": skipped, **sums, **norms}
 
 
-def _loss(
-    trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, num_samples: int, num_tokens: int
-) -> tuple[Tensor, dict[str, float], float]:
-    """This micro-batch's share of the step's loss and statistics, and its largest |log ρ|."""
-    mask_BR = batch.sequences.response_mask_BR
-    now = trainer.actor_critic.evaluate(batch.sequences, setting.temperature, with_values=batch.returns_BR is not None)
-    ratios = log_ratio(now.logprobs_BR, batch.old_logprobs_BR, mask_BR, level=config.level)
-    by_token = config.level == "token"
-    mask = mask_BR if by_token else torch.ones_like(ratios, dtype=torch.bool)
-    advantages = batch.advantages_BR if by_token else batch.advantages_BR[:, 0]
-    count = num_tokens if by_token else num_samples
-    surrogate, is_clipped = clipped_surrogate(
-        ratios,
-        advantages,
-        clip_range=config.clip_range,
-        clip_range_high=config.clip_range_high or config.clip_range,
-        dual_clip=config.dual_clip,
-    )
-    mean = functools.partial(
-        aggregate,
-        aggregation=config.loss_aggregation,
-        num_tokens=num_tokens,
-        num_samples=num_samples,
-        max_response_len=setting.max_response_len,
-    )
-    policy_loss = mean(surrogate, mask_BR) if by_token else surrogate.sum() / num_samples
-    k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
-    entropy = masked_sum(now.entropies_BR, mask_BR) / num_tokens
-    value_loss, value_clip_fraction = torch.zeros_like(policy_loss), 0.0
-    if now.values_BR is not None and batch.old_values_BR is not None and batch.returns_BR is not None:
-        errors_BR, value_clipped_BR = clipped_value_loss(
-            now.values_BR, batch.old_values_BR, batch.returns_BR, value_clip_range=config.value_clip_range
+@dataclass(frozen=True)
+class _Step:
+    """One optimiser step: what its micro-batches share."""
+
+    trainer: Trainer
+    config: PPOConfig
+    setting: _Setting
+    num_samples: int
+    num_tokens: int
+
+    def accumulate(self, batch: _Batch) -> dict[str, float]:
+        """Add a micro-batch's gradient; returns its share of the step's statistics, and its largest |log ρ|.
+
+        A critic with a trunk of its own shares nothing with the policy: both go forward and backward side by side.
+        """
+        critic = self.trainer.actor_critic.critic
+        if critic is None or batch.old_values_BR is None or batch.returns_BR is None:
+            loss, statistics, _ = self._policy_loss(batch)
+            self._backward(loss)
+            return {"value_loss": 0.0, "value_clip_fraction": 0.0, **statistics}
+        if critic.trunk is None:
+            loss, statistics, hidden_ND = self._policy_loss(batch)
+            value_loss, of_values = self._value_loss(batch, critic, hidden_ND)
+            self._backward(value_loss if self.setting.warming_up else loss + value_loss)
+        else:
+            (statistics, of_values) = side_by_side([
+                lambda: self._policy_alone(batch),
+                lambda: self._critic_alone(batch, critic),
+            ])  # fmt: skip
+        loss = statistics["loss"] + self.config.vf_coef * of_values["value_loss"]
+        return {**statistics, **of_values, "loss": loss}
+
+    def _policy_alone(self, batch: _Batch) -> dict[str, float]:
+        loss, statistics, _ = self._policy_loss(batch)
+        self._backward(loss)
+        return statistics
+
+    def _critic_alone(self, batch: _Batch, critic: Critic) -> dict[str, float]:
+        loss, statistics = self._value_loss(batch, critic, None)
+        loss.backward()
+        return statistics
+
+    def _backward(self, loss: Tensor) -> None:
+        """Without a graph where the policy stays as it is: AdamW leaves it alone then, moments included."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def _policy_loss(self, batch: _Batch) -> tuple[Tensor, dict[str, float], Tensor]:
+        """(loss, statistics, the trunk's output before each response token)."""
+        config, mask_BR = self.config, batch.sequences.response_mask_BR
+        with torch.set_grad_enabled(not self.setting.warming_up):
+            now = self.trainer.actor_critic.evaluate(batch.sequences, self.setting.temperature)
+        ratios = log_ratio(now.logprobs_BR, batch.old_logprobs_BR, mask_BR, level=config.level)
+        by_token = config.level == "token"
+        mask = mask_BR if by_token else torch.ones_like(ratios, dtype=torch.bool)
+        count = self.num_tokens if by_token else self.num_samples
+        surrogate, is_clipped = clipped_surrogate(
+            ratios,
+            batch.advantages_BR if by_token else batch.advantages_BR[:, 0],
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high or config.clip_range,
+            dual_clip=config.dual_clip,
         )
-        value_loss = masked_sum(errors_BR, mask_BR) / num_tokens
-        value_clip_fraction = int((value_clipped_BR & mask_BR).sum()) / num_tokens
-    loss = config.vf_coef * value_loss
-    if not setting.warming_up:
-        loss = loss + policy_loss
+        policy_loss = self._mean(surrogate, mask_BR) if by_token else surrogate.sum() / self.num_samples
+        k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
+        loss = policy_loss
         if config.entropy_coef:
-            loss = loss - config.entropy_coef * mean(now.entropies_BR, mask_BR)
+            loss = loss - config.entropy_coef * self._mean(now.entropies_BR, mask_BR)
         if config.kl_loss_coef:
-            loss = loss + config.kl_loss_coef * mean(k3_BR, mask_BR)
-    with torch.no_grad():
-        statistics = {
-            "loss": loss.item(),
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "entropy": entropy.item(),
-            "ref_k3": masked_sum(k3_BR, mask_BR).item() / num_tokens,
-            "approx_kl": masked_sum(approx_kl(ratios), mask).item() / count,
-            "clip_fraction": int((is_clipped & mask).sum()) / count,
-            "value_clip_fraction": value_clip_fraction,
-            "ratio_mean": masked_sum(ratios.exp(), mask).item() / count,
-        }
-        worst = torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max().item()
-    return loss, statistics, worst
+            loss = loss + config.kl_loss_coef * self._mean(k3_BR, mask_BR)
+        with torch.no_grad():
+            worst = torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max()
+            statistics = {
+                "loss": torch.zeros_like(loss) if self.setting.warming_up else loss,
+                "policy_loss": policy_loss,
+                "entropy": masked_sum(now.entropies_BR, mask_BR) / self.num_tokens,
+                "ref_k3": masked_sum(k3_BR, mask_BR) / self.num_tokens,
+                "approx_kl": masked_sum(approx_kl(ratios), mask) / count,
+                "clip_fraction": (is_clipped & mask).sum() / count,
+                "ratio_mean": masked_sum(ratios.exp(), mask) / count,
+                "max_abs_log_ratio": worst,
+            }
+        return loss, _numbers(statistics), now.hidden_ND
+
+    def _value_loss(self, batch: _Batch, critic: Critic, hidden_ND: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        """(c_v · L_value, statistics)."""
+        assert batch.old_values_BR is not None, "a critic has said what it expects"
+        assert batch.returns_BR is not None, "a critic learns from returns"
+        mask_BR = batch.sequences.response_mask_BR
+        values_BR = batch.sequences.scatter(critic.values(batch.sequences, hidden_ND))
+        errors_BR, is_clipped_BR = clipped_value_loss(
+            values_BR, batch.old_values_BR, batch.returns_BR, value_clip_range=self.config.value_clip_range
+        )
+        loss = masked_sum(errors_BR, mask_BR) / self.num_tokens
+        with torch.no_grad():
+            clipped = (is_clipped_BR & mask_BR).sum() / self.num_tokens
+        return self.config.vf_coef * loss, _numbers({"value_loss": loss, "value_clip_fraction": clipped})
+
+    def _mean(self, values_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """This micro-batch's share of a mean over the step, as the config aggregates losses."""
+        return aggregate(
+            values_BR,
+            mask_BR,
+            aggregation=self.config.loss_aggregation,
+            num_tokens=self.num_tokens,
+            num_samples=self.num_samples,
+            max_response_len=self.setting.max_response_len,
+        )
+
+
+def _numbers(statistics: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars on the device, fetched in one go."""
+    values = cast("list[float]", torch.stack([value.detach().float() for value in statistics.values()]).tolist())
+    return dict(zip(statistics, values, strict=True))
 
 
 def _check_ratio(worst: float, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ this process. With --until it stops once the mean score of five updates is there
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import statistics
@@ -73,13 +74,13 @@ def trainer(given: Any, callback: Any) -> Callable[[], Any]:
     """The peer's training loop, ready to go."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
 
+    trl: Any = importlib.import_module("trl.experimental.ppo")  # an extra, which is not there when types are checked
     policy, reward = given.assets / "policy", given.assets / "reward"
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in (given.assets / "prompts.jsonl").open()]
     data = Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
-    args = PPOConfig(
+    args = trl.PPOConfig(
         output_dir=tempfile.mkdtemp(dir=given.out.parent),
         per_device_train_batch_size=given.batch // given.minibatches,
         gradient_accumulation_steps=given.minibatches,
@@ -104,7 +105,7 @@ def trainer(given: Any, callback: Any) -> Callable[[], Any]:
         seed=given.seed,
         disable_tqdm=True,
     )
-    return PPOTrainer(
+    return trl.PPOTrainer(
         args=args,
         processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(policy),
