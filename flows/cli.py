@@ -18,6 +18,7 @@ from rich.markup import escape
 from flows import stopping
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
+from rlhf_core.memory import settle_memory
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig
@@ -296,6 +297,7 @@ def _stopped() -> int:
 
 def _prepare_environment() -> None:
     """Quiet and private defaults for the libraries; whatever the user has set stays."""
+    settle_memory()
     defaults = {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

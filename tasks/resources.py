@@ -20,8 +20,9 @@ from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, 
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
+from rlhf_core.memory import settle_memory
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer
-from rlhf_core.models.devices import keep_freed_memory, resolve_device
+from rlhf_core.models.devices import resolve_device
 from rlhf_core.models.frozen import FrozenModels, move_models
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
@@ -223,5 +224,5 @@ class Resources:
 def resources(run_dir: str) -> Resources:
     """The resources of a run folder, loaded at first use and kept for the process's life."""
     torch.set_grad_enabled(True)
-    keep_freed_memory()
+    settle_memory()
     return Resources(RunFolder.open(Path(run_dir)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +13,6 @@ import torch
 from rlhf_core.contracts.errors import UserError
 
 Result = TypeVar("Result")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,19 +66,6 @@ def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
         running = [others.submit(alone, work) for work in works[1:]]
         first = alone(works[0])
         return [first, *(each.result() for each in running)]
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for what is allocated next.
-
-    By default it gives large blocks back and asks for them anew: some 40,000 page faults an iteration of the reviews,
-    4 % of its time. Without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            mallopt(option, value)
 
 
 @contextlib.contextmanager

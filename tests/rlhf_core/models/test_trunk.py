@@ -98,14 +98,16 @@ def test_a_row_is_the_same_in_any_company(saved: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_decoding_draws_the_same_by_each_way(samples: int, tiny: Any) -> None:
+def test_decoding_draws_the_same_by_each_way(samples: int, tiny: Any, tmp_path: Path) -> None:
     """Rows finish at different steps and leave; prompts have different lengths."""
+    tokenizer = load_tokenizer(str(tiny.policy), field="x")
+    folder = save_random(decoders(len(tokenizer))["gpt2"], "AutoModelForCausalLM", tmp_path, tokenizer)
     eos = frozenset(range(0, 300, 9))
     rules = DecodingRules(max_new_tokens=20, temperature=1.0, top_k=None, top_p=1.0, eos_ids=eos)
     uniforms = torch.rand(len(ROWS) * samples, 20, generator=torch.Generator().manual_seed(2))
 
     def drawn() -> Any:
-        model = load(tiny.policy)
+        model = load(folder)
         is_written_out = model._reads.written_out is not None
         return is_written_out, decode(model, ROWS, uniforms, samples_per_prompt=samples, rules=rules, pad_id=1)
 
