@@ -1,4 +1,4 @@
-# Three commands: `make quickstart`, `make test` and `make torture`. Each sets up .venv by itself.
+# Four commands: `make quickstart`, `make test`, `make torture`, `make bench`. Each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 # rows of the battery at a time: at most one a core

@@ -23,6 +23,7 @@ from rlhf_core.contracts.batches import StageResult
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.records import read_record, seal
 from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.models.trunk import Trunk
 from tasks.resources import Resources, resources
 
 ITERATION = 1
@@ -312,9 +313,17 @@ def one_bad_pass(stage: str) -> Callable[[Resources], None]:
             output.last_hidden_state[:2] = float("nan")
             return output
 
+        if stage != "generate":
+            assert trunk_of(kept, stage).packs, "it has been asked: its probe is not the pass that is spoilt"
         handle = model.base_model.register_forward_hook(spoil)
 
     return act
+
+
+def trunk_of(kept: Resources, stage: str) -> Trunk:
+    """The trunk of a stage's frozen model."""
+    component: Any = kept.reward_components[0]
+    return component._trunk if stage == "score_rewards" else kept.reference._reads
 
 
 def one_bad_gradient(kept: Resources) -> None:
