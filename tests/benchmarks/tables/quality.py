@@ -61,6 +61,7 @@ def first_window(scores: Sequence[float], threshold: float, window: int = WINDOW
 
 def _ours(effort: Effort, turn: int) -> dict[str, Any]:
     settings = effort.world.settings() | {"seed": 1, "num_threads": effort.threads, "device": "cpu"}
+    settings |= {"num_iterations": 60}  # its rate is constant, so that more of them change none before
     if effort.small:
         settings |= {"num_iterations": 6, "prompts.batch_size": 8}
     run = train(effort.folder / f"ours-{turn}", settings, threads=effort.threads, config=CONFIG)
