@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf_core.models.activations import A, B, TanhGELU
+from rlhf_core.models.activations import TanhGELU, gelu_gate, gelu_slope
 from rlhf_core.models.packing import PackedRows
 
 MAX_ROW_LEN = 512
@@ -55,7 +55,6 @@ class GPT2Passes:
     """
 
     def __init__(self, module: Any) -> None:
-        self.module = module
         self.num_heads = int(module.config.num_attention_heads)
         self.head_dim = int(module.config.hidden_size) // self.num_heads
         self.eps = float(module.config.layer_norm_epsilon)
@@ -147,7 +146,7 @@ class GPT2Prefix:
             x = torch.addmm(layer[5], attended.reshape(len(x), -1), layer[4]).add_(x)
             h, _, _ = passes.norm(x, *layer[6:8])
             u = torch.addmm(layer[9], h, layer[8])
-            g = (u * u).mul_(B).add_(A).mul_(u).sigmoid_().mul_(u)
+            g = gelu_gate(u).mul_(u)
             x = torch.addmm(layer[11], g, layer[10]).add_(x)
         self._step += 1
         self.hidden_bD = self._out(x)
@@ -180,7 +179,7 @@ class _Cells:
 
 
 class _Pass(torch.autograd.Function):
-    """The whole trunk. Backward lets go of each layer's memory as it comes to it."""
+    """The whole trunk as one function with a gradient of its own."""
 
     @staticmethod
     def forward(ctx: Any, passes: GPT2Passes, rows: PackedRows, wanted_N: Tensor, *parameters: Tensor) -> Tensor:
@@ -234,7 +233,7 @@ def _forward(
     x_mid = torch.addmm(b_o, attended, w_o).add_(x)
     h, mean_2, rstd_2 = passes.norm(x_mid, weight_2, bias_2)
     u = torch.addmm(b_f, h, w_f)
-    s = (u * u).mul_(B).add_(A).mul_(u).sigmoid_()
+    s = gelu_gate(u)
     g = u * s
     out = torch.addmm(b_p, g, w_p).add_(x_mid)
     return out, _Kept(x_in, a, mean_1, rstd_1, qkv, weights, attended, x_mid, h, mean_2, rstd_2, u, s, g)
@@ -252,9 +251,7 @@ def _backward(
     weight_1, bias_1, w_a, _, w_o, _, weight_2, bias_2, w_f, _, w_p, _ = layer
     d = passes.head_dim
     d_w_p, d_b_p = kept.g.t().mm(dx), dx.sum(dim=0)
-    slope = (kept.u * kept.u).mul_(3 * B).add_(A).mul_(kept.u)
-    slope.addcmul_(slope, kept.s, value=-1).add_(1).mul_(kept.s)
-    du = dx.mm(w_p.t()).mul_(slope)
+    du = dx.mm(w_p.t()).mul_(gelu_slope(kept.u, kept.s))
     d_w_f, d_b_f = kept.h.t().mm(du), du.sum(dim=0)
     d_mid, d_weight_2, d_bias_2 = _norm_backward(du.mm(w_f.t()), kept.x_mid, kept.mean_2, kept.rstd_2, weight_2, bias_2)
     dx.add_(d_mid)
