@@ -39,7 +39,7 @@ class TanhGELU(nn.Module):
 
 
 def gelu_gate(x: Tensor) -> Tensor:
-    """S = σ(A x + B x³), by which x is multiplied; new memory."""
+    """The gate s = σ(A x + B x³), by which x is multiplied; new memory."""
     return (x * x).mul_(B).add_(A).mul_(x).sigmoid_()
 
 
