@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from flows.cli import watch_run
+from flows.commands.training import watch_run
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from tasks.text_world import prepare_text_world

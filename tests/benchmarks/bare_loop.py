@@ -11,7 +11,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from flows.cli import _prepare_environment
+from flows.commands.options import prepare_environment
 from rlhf_core.contracts.config_io import load_config
 from tasks.generate import generate
 from tasks.lifecycle import start_run
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--run-dir", type=Path, required=True)
     given = parser.parse_args()
-    _prepare_environment()
+    prepare_environment()
     config = load_config(given.config, given.overrides)
     start_run(config, str(given.run_dir))
     with ThreadPoolExecutor(2) as threads:

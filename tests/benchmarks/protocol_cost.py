@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.calling import call, without_prefect
-from flows.cli import _prepare_environment
+from flows.commands.options import prepare_environment
 from flows.ppo import train_iteration
 from rlhf_core.contracts import artifacts, durable, records
 from rlhf_core.contracts.artifacts import ArtifactRef
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="on the disk that shall be measured")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    _prepare_environment()
+    prepare_environment()
     total = (given.blocks + 1) * given.block
     length = f"num_iterations={total}"
     on = load_config(given.config, [*given.overrides, length])

@@ -104,7 +104,7 @@ def shell(
     tiny_config: MakeConfig,
 ) -> Shell:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flows.cli.watch_run", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("flows.commands.training.watch_run", lambda *_: pytest.fail("training began"))
     return Shell(capsys, tmp_path, tiny_config([]), tiny)
 
 

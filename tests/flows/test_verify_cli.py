@@ -39,14 +39,15 @@ def run_dir(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def rlhf(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """A command line without a server -> its exit code, what it printed, and its errors."""
-    monkeypatch.setattr(cli, "console", cli.Console(width=160))
+    for room in ("cli", "commands.looking", "commands.training"):
+        monkeypatch.setattr(f"flows.{room}.console", cli.Console(width=160))
 
     def watch_run(run_dir: Path, *_: Any) -> None:
         from flows.ppo import iterate
 
         iterate(str(run_dir))
 
-    monkeypatch.setattr(cli, "watch_run", watch_run)
+    monkeypatch.setattr("flows.commands.training.watch_run", watch_run)
 
     def call(*arguments: str) -> Answer:
         capsys.readouterr()

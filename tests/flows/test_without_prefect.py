@@ -205,8 +205,8 @@ def test_nothing_is_pickled_in_a_run_or_a_failure(tiny: Any, tmp_path: Path) -> 
     script = tmp_path / "run.py"
     script.write_text(
         "import json, pickle, sys\n"
-        "from flows import cli\n"
-        "cli._prepare_environment()\n"
+        "from flows.commands.options import prepare_environment\n"
+        "prepare_environment()\n"
         "import cloudpickle\n"
         "used = []\n"
         "def watch(event, arguments):\n"

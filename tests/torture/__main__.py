@@ -1,6 +1,6 @@
 """The battery: every row of it, its goal, and the figure reached.
 
-    python -m torture [--only NAME ...] [--json FILE] [--small] [--jobs N]
+    python -m torture [--only NAME ...] [--json FILE] [--again] [--small] [--jobs N]
 
 Exit code 0 only if every row is met in full (with ``--small``: is met).
 """
@@ -15,12 +15,10 @@ be_quiet_and_private()
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 from tiny_world import Tiny, make_tiny, tiny_in
 from torture.battery import ROWS, Outcome, unlisted_rows
+from torture.report import code_digest, report, still_valid
 from torture.running import Finished, run_rows
 from torture.runs import battery_config, in_child, warm
 
@@ -46,27 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=160)  # a log is read in an editor
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="rlhf-torture-", dir=asked.folder or _room()))
-    started, finished = time.monotonic(), list[Finished]()
+    code = code_digest()
+    finished = [] if asked.again else still_valid(asked.json, small=asked.small, code=code)
+    asked.only = [name for name in asked.only if name not in {row.name for row in finished}]
+    for row in finished:
+        console.print(f"{row.name}: met earlier on this code, {row.seconds:.0f} s; --again measures it again")
 
     def keep(row: Finished) -> None:
         """A battery that is stopped has kept the rows that were done."""
         finished.append(row)
-        finished.sort(key=lambda row: ROWS.index(row.name))
         if asked.json:
-            report = _report(finished, asked.small, time.monotonic() - started)
-            asked.json.write_text(json.dumps(report, indent=2) + "\n")
+            asked.json.write_text(json.dumps(report(finished, small=asked.small, code=code), indent=2) + "\n")
 
     is_whole = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        tiny = _prepare(folder)
-        run_rows(asked.only, folder, tiny, full=not asked.small, jobs=asked.jobs, console=console, done=keep)
+        if asked.only:
+            run_rows(
+                asked.only, folder, _prepare(folder), full=not asked.small, jobs=asked.jobs, console=console, done=keep
+            )
         is_whole = True
     except KeyboardInterrupt:
-        console.print(f"[yellow]stopped[/] after {len(finished)} of {len(asked.only)} rows")
+        console.print("[yellow]stopped[/]; the same command goes on with the rows that are left")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     good = all(row.is_good(full=not asked.small) for row in finished)
+    finished.sort(key=lambda row: ROWS.index(row.name))
     console.print(_table(finished, full=not asked.small))
     for row in finished:
         for failure in row.outcome.failures:
@@ -80,6 +84,7 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, default=list(ROWS), help=", ".join(ROWS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and its numbers there, too")
+    parser.add_argument("--again", action="store_true", help="also the rows that FILE has met on this code")
     parser.add_argument("--small", action="store_true", help="a small size of each row: minutes, not hours")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--folder", type=Path, help="where to work; default: memory if there is room, else a disk")
@@ -106,22 +111,6 @@ def _prepare(folder: Path) -> Tiny:
     tiny = tiny_in(folder / "tiny")
     warm(battery_config(tiny), folder / "warm")
     return tiny
-
-
-def _report(finished: Sequence[Finished], small: bool, seconds: float) -> dict[str, Any]:
-    return {
-        "machine": {
-            "cpus": os.cpu_count(),
-            "cpus_usable": len(os.sched_getaffinity(0)),
-            "machine": platform.machine(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "small": small,
-        "seconds": round(seconds, 1),
-        "rows": [row.to_json() for row in finished],
-    }
 
 
 def _table(finished: Sequence[Finished], *, full: bool) -> Table:

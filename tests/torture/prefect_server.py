@@ -119,11 +119,12 @@ def rlhf(arguments: Sequence[str], *, api: str | None, log: Path, slow_s: float 
 
 def _command(arguments: Sequence[str], api: str | None, slow_s: float) -> int:
     from flows import cli
+    from flows.commands.options import prepare_environment
 
     os.environ.pop("PREFECT_API_URL", None)
     if api is not None:
         os.environ["PREFECT_API_URL"] = api
-    cli._prepare_environment()
+    prepare_environment()
     from prefect.context import refresh_global_settings_context
 
     refresh_global_settings_context()

@@ -9,8 +9,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ class Finished:
             "cpu_seconds": round(self.cpu_seconds, 1),
             **asdict(self.outcome),
         }
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Finished:
+        """The same from what ``to_json`` gave."""
+        outcome = Outcome(**{part.name: row[part.name] for part in fields(Outcome)})
+        return Finished(row["name"], row["row"], row["goal"], outcome, row["seconds"], row["cpu_seconds"])
 
 
 @dataclass

@@ -91,6 +91,16 @@ class TestARow:
         assert not outcome.met
         assert "torture.rows.of_nobody" in outcome.figure
 
+    def test_is_not_measured_again_on_the_same_code(self, tmp_path: Path) -> None:
+        found = tmp_path / "torture.json"
+        first = battery("--small", "--json", str(found), "--only", "clock")
+        assert "clock: met, " in first.stdout
+        assert "clock: met earlier" in battery("--small", "--json", str(found), "--only", "clock").stdout
+        report = json.loads(found.read_text())
+        for other in ({"code": "another"}, {"small": False}, {"rows": [{**report["rows"][0], "passed": 0}]}):
+            found.write_text(json.dumps(report | other))
+            assert "clock: met, " in battery("--small", "--json", str(found), "--only", "clock").stdout
+
     def test_of_no_such_name_is_refused(self) -> None:
         done = battery("--only", "nobody")
         assert done.returncode == 2

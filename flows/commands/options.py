@@ -1,0 +1,46 @@
+"""What the commands share: options, exit codes, the console, and the environment that they prepare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rlhf_core.contracts.secrets import without_credentials
+from rlhf_core.memory import settle_memory
+
+console = Console()
+EXIT_MISTAKE = 2
+EXIT_GUARD = 3
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+def prepare_environment() -> None:
+    """Quiet and private defaults for the libraries; whatever the user has set stays."""
+    settle_memory()
+    defaults = {
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
+        "PREFECT_API_REQUEST_TIMEOUT": "10",
+        "PREFECT_CLIENT_MAX_RETRIES": "2",  # 2 + 4 s for an API that is gone: the run goes on without it
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the shortest: deployments/zombies.yaml waits for three
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors reach the terminal as exceptions, once
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    api = os.environ.get("PREFECT_API_URL", "")
+    if without_credentials(api) != api:  # Prefect logs and stores the address of its pages
+        defaults["PREFECT_UI_URL"] = without_credentials(api).removesuffix("/").removesuffix("/api")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

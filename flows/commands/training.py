@@ -1,0 +1,141 @@
+"""Train: from a config to a policy, and on after a stop."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows import stopping
+from flows.commands.options import ConfigOption, RunArgument, SetOption, console, prepare_environment
+from rlhf_core.contracts.errors import RlhfError
+
+if TYPE_CHECKING:
+    from rlhf_core.contracts.config import RunConfig
+
+
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where the text world and its runs are kept.")] = Path(".quickstart"),
+) -> None:
+    """A whole run on a small embedded world: no download, a few minutes on two cores."""
+    prepare_environment()
+    from flows.quickstart import quickstart as run_quickstart
+
+    run_quickstart(folder, console)
+
+
+def train(
+    config: ConfigOption,
+    set_: SetOption = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="A new folder for the run.")] = None,
+) -> None:
+    """Train a policy with PPO."""
+    prepare_environment()
+    from rlhf_core.contracts.config_io import load_config
+    from rlhf_core.contracts.run_folder import check_vacant
+
+    run_config = load_config(config, set_ or [])
+    run_dir = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_vacant(run_dir)
+    with console.status("checking the config, models and prompts"):
+        from rlhf_core.preflight import preflight
+
+        preflight(run_config)
+    from flows.calling import run_flow
+    from flows.ppo import train as train_flow
+
+    watch_run(run_dir, run_config, lambda: run_flow(train_flow, run_config, str(run_dir)))
+
+
+def resume(
+    run: RunArgument,
+    accept_drift: Annotated[
+        bool, typer.Option(help="Go on although machine, libraries, models or prompts differ.")
+    ] = False,
+    accept_guards: Annotated[
+        bool, typer.Option(help="Go on although a guard has stopped it, until its number is back within the threshold.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option(help="First compute again what is damaged, and put it in place if its digests are the same.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="guards.a.b=c", help="Change a guard; may be repeated.")
+    ] = None,
+) -> None:
+    """Continue a stopped run from its last committed stage."""
+    prepare_environment()
+    from tasks.lifecycle import check_resumable
+
+    if repair:
+        from flows.verify_display import repair_and_show
+
+        repair_and_show(console, run)
+    with console.status("checking the run, its models and prompts"):
+        run_config = check_resumable(str(run), accept_drift=accept_drift)
+    from flows.calling import run_flow
+    from flows.ppo import resume as resume_flow
+
+    watch_run(run, run_config, lambda: run_flow(resume_flow, str(run), accept_drift, accept_guards, set_))
+
+
+def check(
+    config: ConfigOption,
+    set_: SetOption = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="Where the run will be, for its disk's free space.")
+    ] = Path("runs"),
+) -> None:
+    """Check a config against its files and models; print the plan. Loads no weights."""
+    prepare_environment()
+    from flows.inspect import show_plan
+    from rlhf_core.contracts.config_io import load_config
+    from rlhf_core.preflight import preflight
+
+    run_config = load_config(config, set_ or [])
+    with console.status("checking the config, models and prompts"):
+        plan = preflight(run_config)
+    show_plan(console, run_config, plan, run_dir)
+
+
+def config() -> None:
+    """Print a commented config with every knob."""
+    from rlhf_core.contracts.config_io import config_template
+
+    sys.stdout.write(config_template())
+
+
+def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
+    """Run a flow with live progress, then print its result."""
+    from flows.display import TerminalWatcher, print_result
+    from flows.progress import watched_by
+    from rlhf_core.contracts.run_folder import RunFolder
+    from rlhf_core.inspection import before_and_after, iteration_rows
+    from tasks.tracking import shown_tracking_uri
+
+    assert callable(run)
+    done = 0
+    with suppress(RlhfError):
+        done = RunFolder.open(run_dir).num_finished()
+    stopping.on_stop(lambda: how_to_go_on(run_dir))
+    with TerminalWatcher(console, config.num_iterations, done) as terminal, watched_by(terminal):
+        run()
+    folder = RunFolder.open(run_dir)
+    print_result(
+        console,
+        str(run_dir),
+        iteration_rows(folder),
+        before_and_after(folder),
+        kl_target=config.kl.held_at,
+        tracking_uri=shown_tracking_uri(folder),
+    )
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """What a person reads when a run was stopped."""
+    if (run_dir / "run.json").is_file():
+        return f"stopped; continue with  rlhf resume {run_dir}"
+    return "stopped before the run began; the same command starts it"
