@@ -1,9 +1,12 @@
-"""What a run folder says, as plain rows: works while the run is going, and needs no model."""
+"""What a run folder says, as plain rows and as sheets: works while the run is going, and needs no model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as pa
 
 from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
 from rlhf_core.contracts.errors import UserError
@@ -11,8 +14,93 @@ from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.models.tokenizers import load_tokenizer
+from rlhf_core.selection import Selection, select_samples, spread
+from rlhf_core.tables import RunTables
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """An answer about a run: a table, and what stands above it."""
+
+    title: str
+    table: pa.Table
+    facts: Row = field(default_factory=dict[str, Any])
+    """Plain JSON."""
+
+
+def run_sheet(run: RunFolder) -> Sheet:
+    """One row a finished iteration; which checkpoints there are, and whether anybody works on it."""
+    rows, of = iteration_rows(run), run.config.num_iterations
+    facts = {"run": str(run.path), "finished": len(rows), "num_iterations": of}
+    facts |= {"checkpoints": run.checkpoints(), "standing": standing(run)}
+    title = (
+        f"{run.path}: {len(rows)} of {of} iterations" if rows else f"{run.path}: no iteration of {of} is finished yet"
+    )
+    return Sheet(title, pa.Table.from_pylist(rows), facts)
+
+
+def iteration_sheet(run: RunFolder, iteration: int) -> Sheet:
+    """One row a stage, and all metrics. Raises UserError if there is no such iteration."""
+    facts = {
+        "run": str(run.path),
+        "iteration": iteration,
+        "metrics": dict(sorted(stage_metrics(run, iteration).items())),
+    }
+    return Sheet(f"iteration {iteration}", pa.Table.from_pylist(stage_rows(run, iteration)), facts)
+
+
+def artifact_sheet(run: RunFolder, iteration: int | None, stage: str) -> Sheet:
+    """The rows of a stage's artifact. Raises UserError for an unknown stage or iteration."""
+    where = latest_iteration(run) if iteration is None else iteration
+    table = artifact_table(run, where, stage)
+    facts = {"run": str(run.path), "iteration": where, "stage": stage, "total": table.num_rows}
+    return Sheet(f"{stage}, iteration {where}", table, facts)
+
+
+def sample_sheet(run: RunFolder, sample_id: str) -> Sheet:
+    """One response token by token. Raises UserError if it is not in the run."""
+    facts, tokens = sample_tokens(run, sample_id)
+    return Sheet(sample_id, pa.Table.from_pylist(tokens), facts)
+
+
+def samples_sheet(run: RunFolder, iteration: int | None, selection: Selection, *, everything: bool) -> Sheet:
+    """The responses chosen. Raises UserError if no rewards are shaped yet.
+
+    Args:
+        run: whose.
+        iteration: of this one; None: of the newest whose rewards are shaped.
+        selection: which, in which order.
+        everything: of all iterations, instead of one.
+    """
+    tables, where = _samples(run, iteration, everything=everything)
+    chosen = select_samples(tables, selection)
+    order = f", the {'lowest' if selection.lowest else 'highest'} {selection.by} first" if selection.by else ""
+    facts = {"run": str(run.path), "total": chosen.num_rows}
+    return Sheet(f"responses of {where}{order}", chosen, facts)
+
+
+def histogram_sheet(run: RunFolder, iteration: int | None, selection: Selection, *, everything: bool) -> Sheet:
+    """How scores, KL, lengths, entropies and advantages are spread, over the responses chosen."""
+    tables, where = _samples(run, iteration, everything=everything)
+    chosen = select_samples(tables, selection)
+    if not chosen.num_rows:
+        raise UserError(f"no response of {where} is like that")
+    title = f"{chosen.num_rows} responses of {where}"
+    return Sheet(title, pa.Table.from_pylist(spread(chosen)), {"run": str(run.path), "responses": chosen.num_rows})
+
+
+def _samples(run: RunFolder, iteration: int | None, *, everything: bool) -> tuple[Iterator[pa.Table], str]:
+    """Samples, an iteration at a time, and of which iterations they are, in words."""
+    tables = RunTables(run)
+    there = tables.samples().iterations
+    if not there:
+        raise UserError(f"{run.path} has no response yet whose rewards are shaped")
+    if everything:
+        return tables.samples().batches(), f"{len(there)} iterations"
+    where = there[-1] if iteration is None else iteration
+    return tables.samples([where]).batches(), f"iteration {where}"
 
 
 def iteration_rows(run: RunFolder) -> list[Row]:
@@ -63,6 +151,11 @@ def stage_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
 
 def artifact_rows(run: RunFolder, iteration: int, stage: str, limit: int) -> list[Row]:
     """The first rows of an artifact. Raises UserError for an unknown stage or iteration."""
+    return artifact_table(run, iteration, stage).slice(0, limit).to_pylist()
+
+
+def artifact_table(run: RunFolder, iteration: int, stage: str) -> pa.Table:
+    """An artifact, checked. Raises UserError for an unknown stage or iteration."""
     if stage not in STAGES:
         raise UserError(f"--stage {stage} is not a stage; stages: {', '.join(STAGES)}")
     manifests = _manifests(run, iteration)
@@ -70,7 +163,7 @@ def artifact_rows(run: RunFolder, iteration: int, stage: str, limit: int) -> lis
         raise UserError(
             f"--stage {stage} of iteration {iteration} is not committed yet; committed: {', '.join(manifests)}"
         )
-    return read_artifact(run.path, manifests[stage].artifact).slice(0, limit).to_pylist()
+    return read_artifact(run.path, manifests[stage].artifact)
 
 
 def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,15 +12,30 @@ from flows.commands.options import EXIT_MISTAKE, JsonOption, RunArgument, consol
 
 def inspect(
     run: RunArgument,
-    iteration: Annotated[int | None, typer.Option(min=0, help="Show one iteration.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Show the rows of one stage's artifact.")] = None,
-    sample: Annotated[str | None, typer.Option(help="Show one response token by token.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows shown.")] = 20,
+    iteration: Annotated[int | None, typer.Option(min=0, help="Of this iteration; default: the newest.")] = None,
+    stage: Annotated[str | None, typer.Option(help="The rows of one stage's artifact.")] = None,
+    sample: Annotated[str | None, typer.Option(help="One response token by token.")] = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Responses with their main numbers.")] = False,
+    by: Annotated[
+        str | None, typer.Option(help="Responses, the highest first: score, kl, k3, reward, length or change.")
+    ] = None,
+    lowest: Annotated[bool, typer.Option("--lowest", help="The lowest first.")] = False,
+    finish: Annotated[str | None, typer.Option(help="Responses that ended so: eos, stop or length (cut).")] = None,
+    contains: Annotated[str | None, typer.Option(help="Responses that contain this text.")] = None,
+    histograms: Annotated[bool, typer.Option("--histograms", help="How their numbers are spread.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Responses of all iterations.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many rows; default: 20 in a terminal, else all.")
+    ] = None,
+    as_json: JsonOption = False,
+    to: Annotated[Path | None, typer.Option(help="Write all rows to a file: .parquet, .csv, .jsonl or .arrow.")] = None,
 ) -> None:
-    """Look into a run: works while it is going."""
-    from flows.inspect import show_run
+    """Look into a run: works while it is going. `change` is the mean |log-ratio to the reference| of a token."""
+    from flows.inspect_display import Question, show_run
+    from rlhf_core.selection import Selection
 
-    show_run(console, run, iteration=iteration, stage=stage, sample=sample, limit=limit)
+    question = Question(iteration, stage, sample, samples, histograms, all_, Selection(by, lowest, finish, contains))
+    show_run(console, run, question, limit=limit, as_json=as_json, to=to)
 
 
 def verify(

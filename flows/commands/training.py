@@ -91,7 +91,7 @@ def check(
 ) -> None:
     """Check a config against its files and models; print the plan. Loads no weights."""
     prepare_environment()
-    from flows.inspect import show_plan
+    from flows.plan_display import show_plan
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.preflight import preflight
 

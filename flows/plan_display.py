@@ -1,4 +1,4 @@
-"""Tables about a run or a plan, in the terminal."""
+"""The plan of a run, in the terminal."""
 
 from __future__ import annotations
 
@@ -8,56 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from flows.display import print_records, table_of
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.inspection import (
-    artifact_rows,
-    iteration_rows,
-    latest_iteration,
-    sample_tokens,
-    stage_metrics,
-    stage_rows,
-    standing,
-)
 
 if TYPE_CHECKING:
     from rlhf_core.disk_use import DiskUse
     from rlhf_core.preflight import Plan
-
-
-def show_run(
-    console: Console, path: Path, *, iteration: int | None, stage: str | None, sample: str | None, limit: int
-) -> None:
-    """Print a run, an iteration, an artifact or a response. Raises UserError for what is not there."""
-    run = RunFolder.open(path)
-    if sample is not None:
-        facts, tokens = sample_tokens(run, sample)
-        for name, value in facts.items():
-            console.print(f"[bold]{name:14}[/]", end="")
-            console.print(value, markup=False, highlight=False)
-        console.print(table_of(tokens))
-        return
-    if stage is not None:
-        where = latest_iteration(run) if iteration is None else iteration
-        print_records(console, artifact_rows(run, where, stage, limit), f"{stage}, iteration {where}")
-        return
-    if iteration is not None:
-        rows = [{**row, "sha256": row["sha256"][:12]} for row in stage_rows(run, iteration)]
-        console.print(table_of(rows, f"iteration {iteration}"))
-        metrics = [{"metric": k, "value": v} for k, v in sorted(stage_metrics(run, iteration).items())]
-        console.print(table_of(metrics))
-        return
-    rows = iteration_rows(run)
-    finished, of = len(rows), run.config.num_iterations
-    if not rows:
-        console.print(f"{path}: no iteration of {of} is finished yet")
-        console.print(standing(run), highlight=False, markup=False, soft_wrap=True)
-        return
-    shown = rows if finished <= limit else rows[:: max(1, finished // limit)]
-    console.print(table_of(shown, f"{path}: {finished} of {of} iterations"))
-    console.print(f"checkpoints: {', '.join(f'{i:06d}' for i in run.checkpoints()) or 'none yet'}", highlight=False)
-    console.print(standing(run), highlight=False, markup=False, soft_wrap=True)
 
 
 def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) -> None:

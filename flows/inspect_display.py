@@ -1,0 +1,193 @@
+"""What `rlhf inspect` shows of a run: as tables, as JSON, or as a file for another program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from flows.display import print_records, table_of
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.export import check_target, export_table
+from rlhf_core.inspection import (
+    Sheet,
+    artifact_sheet,
+    histogram_sheet,
+    iteration_sheet,
+    run_sheet,
+    sample_sheet,
+    samples_sheet,
+)
+from rlhf_core.selection import Selection
+
+SHOWN = 20
+"""Rows in a terminal, unless a person asks for another number."""
+BAR = 24
+"""Characters of a histogram's longest bar."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person wants to see of a run; at most one of a stage, a sample, samples and histograms."""
+
+    iteration: int | None = None
+    stage: str | None = None
+    sample: str | None = None
+    samples: bool = False
+    histograms: bool = False
+    everything: bool = False
+    """Of samples and histograms: of all iterations."""
+    selection: Selection = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        wants_samples = self.samples or self.selection != Selection()
+        asked = {
+            "--stage": self.stage is not None,
+            "--sample": self.sample is not None,
+            "--histograms": self.histograms,
+            "--samples, --by, --finish and --contains": wants_samples,
+        }
+        several = [name for name, is_asked in asked.items() if is_asked]
+        if len(several) > 1 and several != ["--histograms", "--samples, --by, --finish and --contains"]:
+            raise UserError(f"{' and '.join(several)} ask for different tables; choose one")
+        if self.everything and (self.iteration is not None or not (self.histograms or wants_samples)):
+            raise UserError("--all goes with --samples or --histograms, instead of --iteration")
+
+    def answer(self, run: RunFolder) -> tuple[Sheet, Callable[[Console, Sheet, int], None]]:
+        """The sheet, and what prints the first rows of it."""
+        if self.sample is not None:
+            return sample_sheet(run, self.sample), _print_sample
+        if self.stage is not None:
+            return artifact_sheet(run, self.iteration, self.stage), _print_artifact
+        if self.histograms:
+            return histogram_sheet(run, self.iteration, self.selection, everything=self.everything), _print_histograms
+        if self.samples or self.selection != Selection():
+            return samples_sheet(run, self.iteration, self.selection, everything=self.everything), _print_samples
+        if self.iteration is not None:
+            return iteration_sheet(run, self.iteration), _print_iteration
+        return run_sheet(run), _print_run
+
+
+def show_run(
+    console: Console,
+    path: Path,
+    question: Question,
+    *,
+    limit: int | None = None,
+    as_json: bool = False,
+    to: Path | None = None,
+) -> None:
+    """Print what was asked of a run, or write it to a file. Raises UserError for what is not there.
+
+    Args:
+        console: where to.
+        path: the run folder.
+        question: what is asked.
+        limit: the first so many rows; default: SHOWN in a terminal, all in JSON or a file.
+        as_json: print one JSON object and nothing else.
+        to: the file, instead of printing.
+    """
+    run = RunFolder.open(path)
+    if to is not None:
+        check_target(to, path)
+    sheet, show = question.answer(run)
+    if to is not None:
+        table = sheet.table.slice(0, limit)
+        export_table(table, to)
+        console.print(
+            f"{table.num_rows} rows, {table.num_columns} columns: {to}", highlight=False, markup=False, soft_wrap=True
+        )
+    if as_json:
+        rows = sheet.table.slice(0, limit).to_pylist()
+        sys.stdout.write(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False) + "\n")
+    elif to is None:
+        show(console, sheet, limit or SHOWN)
+
+
+def _print_run(console: Console, sheet: Sheet, limit: int) -> None:
+    rows = sheet.table.to_pylist()
+    if rows:
+        shown = rows if len(rows) <= limit else rows[:: -(-len(rows) // limit)]
+        console.print(table_of(shown, sheet.title))
+        kept = ", ".join(f"{i:06d}" for i in sheet.facts["checkpoints"]) or "none yet"
+        console.print(f"checkpoints: {kept}", highlight=False)
+    else:
+        console.print(sheet.title, highlight=False, markup=False, soft_wrap=True)
+    console.print(sheet.facts["standing"], highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_iteration(console: Console, sheet: Sheet, _: int) -> None:
+    rows = [{**row, "sha256": row["sha256"][:12]} for row in sheet.table.to_pylist()]
+    console.print(table_of(rows, sheet.title))
+    console.print(table_of([{"metric": k, "value": v} for k, v in sheet.facts["metrics"].items()]))
+
+
+def _print_artifact(console: Console, sheet: Sheet, limit: int) -> None:
+    print_records(console, sheet.table.slice(0, limit).to_pylist(), sheet.title)
+    _print_rest(console, sheet, limit)
+
+
+def _print_sample(console: Console, sheet: Sheet, _: int) -> None:
+    for name, value in sheet.facts.items():
+        console.print(Text.assemble((f"{name:14} ", "bold"), str(value)))
+    console.print(table_of(sheet.table.to_pylist()))
+
+
+def _print_samples(console: Console, sheet: Sheet, limit: int) -> None:
+    table = Table(title=Text(sheet.title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    numbers = {"score": "score", "kl": "KL", "num_tokens": "tokens", "change": "change"}
+    table.add_column("sample", no_wrap=True)
+    for heading in numbers.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, ratio in (("finish", None), ("prompt", 2), ("response", 5)):
+        table.add_column(name, ratio=ratio)
+    for row in sheet.table.slice(0, limit).to_pylist():
+        cells = (f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in numbers)
+        texts = (row["finish_reason"], row["prompt_text"].strip(), row["response_text"].strip())
+        table.add_row(row["sample_id"], *cells, *(Text(text) for text in texts))
+    console.print(table)
+    if sheet.table.num_rows:
+        one = sheet.table["sample_id"][0].as_py()
+        command = f"rlhf inspect {sheet.facts['run']} --sample {one}"
+        console.print(f"one of them token by token:  {command}", highlight=False, markup=False, soft_wrap=True)
+    _print_rest(console, sheet, limit)
+
+
+def _print_rest(console: Console, sheet: Sheet, limit: int) -> None:
+    total = sheet.facts["total"]
+    if total > limit:
+        console.print(f"{limit} of {total} rows; --limit shows more, --to FILE keeps all", highlight=False)
+
+
+def _print_histograms(console: Console, sheet: Sheet, _: int) -> None:
+    console.print(sheet.title, style="italic")
+    quantities: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sheet.table.to_pylist():
+        quantities.setdefault(f"{row['quantity']}, {row['unit']}", []).append(row)
+    console.print(Columns([_histogram(name, rows) for name, rows in quantities.items()], padding=(1, 4)))
+
+
+def _histogram(name: str, rows: Sequence[Mapping[str, Any]]) -> Group:
+    highest = max(row["count"] for row in rows) or 1
+    bars = Table.grid(padding=(0, 1))
+    for justify in ("right", "left", "right"):
+        bars.add_column(justify=justify)
+    for row in rows:
+        bars.add_row(f"{row['low']:.3g}", _bar(row["count"] / highest), str(row["count"]))
+    bars.add_row(f"{rows[-1]['high']:.3g}", "", "")
+    return Group(Text(name, style="bold"), bars)
+
+
+def _bar(share: float) -> Text:
+    eighths = round(share * BAR * 8)
+    return Text("█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8], style="green")
