@@ -78,7 +78,7 @@ function pathSpec(data, rows) {
   const xs = [0, ...training.map(([x]) => x), ...(marks?.xs ?? [])];
   return {
     title: "Score against KL",
-    summary: `${counted(training.length, "iteration")} of training${evaluation ? `, ${counted(evaluation.policies.length, "evaluated policy").replace("policys", "policies")} and the attainable frontier` : ""}. Arrow keys read the points.`,
+    summary: `${counted(training.length, "iteration")} of training${evaluation ? `, ${counted(evaluation.policies.length, "evaluated point")} and the attainable frontier` : ""}. Arrow keys read the points.`,
     xLabel: "KL to the reference, nats a response",
     xDomain: padded(xs, { room: 0.04 }),
     yDomain: padded([...training.map(([, y]) => y), ...(marks?.ys ?? [])]),
