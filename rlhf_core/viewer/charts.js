@@ -19,6 +19,7 @@ class Chart {
     this.frame.addEventListener("keydown", (event) => this.key(event));
     this.frame.addEventListener("blur", () => this.leave());
     new ResizeObserver(() => this.draw()).observe(this.frame);
+    this.draw();
   }
 
   draw() {

@@ -16,7 +16,8 @@ class Detail {
     const hadTokenFocus = Boolean(document.activeElement?.closest("#tokens"));
     this.row = row;
     tip.hide();
-    this.host.replaceChildren(this.heading(), this.facts(), this.text("Prompt", this.data.prompt(row)), this.response(), this.tokenTable(), this.others(), this.command());
+    const parts = [this.heading(), this.facts(), this.text("Prompt", this.data.prompt(row)), this.response(), this.tokenTable(), this.others(), this.command()];
+    this.host.replaceChildren(...parts.filter(Boolean));
     this.host.scrollTop = 0;
     this.colour();
     if (hadTokenFocus) byId("tokens").querySelector('[tabindex="0"]')?.focus();
@@ -112,6 +113,11 @@ class Detail {
     const t = Number(token.dataset.t);
     const text = this.data.tokenTexts(this.row)[t];
     return tip.show(`${t + 1}  ${tokenName(text)}`, this.columns.map(([label, values]) => [label, fixed(values[t], 4)]), token.getClientRects()[0] ?? token.getBoundingClientRect());
+  }
+
+  // After a scroll: the numbers of the token that has the focus stay beside it, any others go.
+  follow() {
+    this.reveal(document.activeElement?.closest(".token"));
   }
 
   key(event) {

@@ -56,6 +56,7 @@ const detail = new Detail(data, { open: (row) => show(row), move: (by) => table.
 function show(row) {
   if (table.row !== row) table.mark(row);
   detail.show(row);
+  byId("missing").hidden = true;
   try {
     history.replaceState(null, "", `#${encodeURIComponent(data.ids[row])}`);
   } catch {
@@ -72,7 +73,7 @@ function showAddressed() {
     // not ours: taken as it stands
   }
   const row = data.rowOf.get(id);
-  byId("missing").hidden = id === "" || row !== undefined;
+  byId("missing").hidden = row !== undefined || ["", "samples"].includes(id);
   byId("missing").textContent = `${visible(id.slice(0, 80))} is not among the samples of this page: it holds ${named(data.run.shown)}.`;
   if (row !== undefined) show(row);
   else if (table.rows.length && table.row === null) {
@@ -118,7 +119,6 @@ byId("help-button").addEventListener("click", () => byId("help").showModal());
 byId("help-close").addEventListener("click", () => byId("help").close());
 document.addEventListener("keydown", onKey);
 window.addEventListener("hashchange", showAddressed);
-window.addEventListener("scroll", () => tip.hide(), { passive: true });
-byId("detail").addEventListener("scroll", () => tip.hide(), { passive: true });
+document.addEventListener("scroll", () => detail.follow(), { capture: true, passive: true });
 showAddressed();
 document.documentElement.dataset.ready = "true";

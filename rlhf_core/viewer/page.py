@@ -32,8 +32,12 @@ SCRIPTS: Final = (
 """In the order in which they stand in the page: each uses what is above it."""
 SMALL_BYTES: Final = 2_000_000
 """A page that a run writes by itself is smaller."""
+EMPTY_BYTES: Final = 65_000
+"""Of a page without samples."""
+SAMPLE_BYTES: Final = 250
+"""For each response: its id, its numbers, and its prompt."""
 TOKEN_BYTES: Final = 54
-"""Of the page, for each response token: nine numbers, and its part of the text."""
+"""For each response token: nine numbers, and its part of the text."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,18 @@ def write_run_page(run: RunFolder, tokenizer: PreTrainedTokenizerBase | None = N
         limit = max(1, int(0.9 * limit * SMALL_BYTES / len(page)))
 
 
+def run_page_bytes(num_iterations: int, num_samples: int, response_len: int) -> int:
+    """About the size of the page that a run leaves.
+
+    Args:
+        num_iterations: of the run.
+        num_samples: responses of an iteration.
+        response_len: tokens of each.
+    """
+    shown = len(first_middle_last(num_iterations)) * num_samples
+    return min(SMALL_BYTES, EMPTY_BYTES + shown * (SAMPLE_BYTES + response_len * TOKEN_BYTES))
+
+
 def check_out(path: Path) -> None:
     """Raise UserError unless a page may be written there."""
     if path.suffix != ".html":
@@ -130,7 +146,8 @@ def _small_limit(run: RunFolder, iterations: Sequence[int]) -> int:
     for iteration in iterations:
         rollouts = run.manifests(iteration)["generate"]
         tokens_of_one += rollouts.metrics["rollout/num_tokens"] / max(rollouts.artifact.rows, 1)
-    return max(1, int(SMALL_BYTES / TOKEN_BYTES / max(tokens_of_one, 1.0)))
+    of_one = len(iterations) * SAMPLE_BYTES + tokens_of_one * TOKEN_BYTES
+    return max(1, int((SMALL_BYTES - EMPTY_BYTES) / of_one))
 
 
 def _written(path: Path, page: bytes, contents: Mapping[str, Any]) -> Written:
