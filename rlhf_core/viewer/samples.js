@@ -22,7 +22,7 @@ class SampleTable {
     this.chosen = chosen;
     this.row = null;
     this.filter = { text: "", iteration: null, finishReason: null, ranges: { score: [null, null], kl: [null, null] } };
-    this.sort = { name: "iteration", isDescending: false };
+    this.sort = { name: "iteration", isDescending: true };
     this.build();
     this.buildFilters();
     this.update();
