@@ -170,6 +170,7 @@ def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
         "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
         "open an artifact": f"{_command('python')} -c \"import pandas; print(pandas.read_feather('{artifact}'))\"",
         "see the picture": f"{run_dir}/report.png",
+        "read its responses token by token, in a browser": f"{run_dir}/view.html",
     }
 
 

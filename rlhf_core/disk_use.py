@@ -25,6 +25,7 @@ from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.preflight import Plan
 from rlhf_core.stages.sample_prompts import sample_prompts
+from rlhf_core.viewer.page import run_page_bytes
 
 MANIFESTS_BYTES: Final = 6_500
 """The six manifests of an iteration: names, digests and some fifty numbers."""
@@ -52,12 +53,14 @@ class DiskUse:
     """Iterations in the archive at the end, at most."""
     checkpoints: int
     """At a time, at most: a new one is written before an old one is removed."""
+    page: int
+    """The page about the run."""
 
     @property
     def run(self) -> int:
         """All of the run at its largest."""
         kept = self.loose * self.iteration + self.archived * self.archived_iteration
-        return kept + self.checkpoints * self.checkpoint + OTHERS_BYTES
+        return kept + self.checkpoints * self.checkpoint + self.page + OTHERS_BYTES
 
 
 def predict_disk_use(config: RunConfig, plan: Plan, *, response_len: int | None = None) -> DiskUse:
@@ -87,6 +90,7 @@ def predict_disk_use(config: RunConfig, plan: Plan, *, response_len: int | None 
         loose=loose,
         archived=config.num_iterations - loose,
         checkpoints=min(kept + 1, -(-config.num_iterations // every)),
+        page=run_page_bytes(config.num_iterations, config.prompts.batch_size, length),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for a person: the same prompts with the same dice before and after, and a picture."""
+"""What a run leaves for a person: the same prompts with the same dice before and after, a picture, and a page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from rlhf_core.contracts.records import write_record
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards
+from rlhf_core.viewer.page import write_run_page
 from tasks.figures import draw_run
 from tasks.resources import Resources, resources
 
 
 @task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def write_report(run_dir: str, limit: int = 5) -> None:
-    """Write ``RUN/before_after.json`` and ``RUN/report.png``."""
+    """Write ``RUN/before_after.json``, ``RUN/report.png`` and ``RUN/view.html``."""
     kept = resources(run_dir)
     rows = compare_samples(kept, limit)
     write_record(kept.run.path / "before_after.json", {"samples": rows})
     draw_run(kept.run, kept.run.path / "report.png")
+    write_run_page(kept.run, kept.tokenizer.tokenizer)
 
 
 def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from rlhf_core.contracts.config_io import config_digest, config_template, flat_p
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
+from rlhf_core.viewer.page import NAME as PAGE
+from rlhf_core.viewer.page import write_run_page
 from tasks.figures import draw_run
 from tasks.guards import GuardRecord, guard_metrics
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
@@ -151,7 +153,7 @@ class _Sender:
                 self._log_checkpoint(iteration)
 
     def finish(self, *, brief: bool) -> None:
-        """The figure, the sample table, the aliases of the best and last good checkpoint, and the run's end."""
+        """The figure, the page, the samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
             self._remove_doubles()
@@ -159,6 +161,7 @@ class _Sender:
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
                 send_file(self.client, self.run_id, figure)
+            self._send_page()
             name, newest = self.run.config.tracking.registered_model, max(self.models, default=None)
             for alias, iteration in (
                 ("newest", newest), ("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)
@@ -326,6 +329,12 @@ class _Sender:
         self.models |= registered
         if iteration == max(self.models):  # the last good one is written late
             self.client.set_registered_model_alias(name, "newest", self.models[iteration])
+
+    def _send_page(self) -> None:
+        """The page of the run; a run that a guard has stopped, or an error, has written none of this state."""
+        page, is_whole = self.run.path / PAGE, (self.run.path / "before_after.json").is_file()
+        if (is_whole and page.is_file()) or write_run_page(self.run):
+            send_file(self.client, self.run_id, page)
 
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""

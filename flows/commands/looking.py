@@ -38,6 +38,22 @@ def inspect(
     show_run(console, run, question, limit=limit, as_json=as_json, to=to)
 
 
+def view(
+    run: RunArgument,
+    iterations: Annotated[
+        str | None,
+        typer.Option(metavar="0,10,last", help="Numbers, last, ranges as 3-7, or all; default: first, middle, last."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Default: view.html in the run folder.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Responses of each iteration; default: all.")] = None,
+) -> None:
+    """Write a page to read a run in a browser: each response token by token, curves. Works while it is going."""
+    prepare_environment()
+    from flows.view import write_view
+
+    write_view(console, run, iterations=iterations, out=out, limit=limit)
+
+
 def verify(
     run: RunArgument,
     as_json: JsonOption = False,

@@ -25,7 +25,7 @@ QUARANTINE = ".quarantine"
 """Where a repair puts what does not belong."""
 KNOWN = frozenset(
     {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "before_after.json",
-     "report.png", "evaluations", ARCHIVE, QUARANTINE}
+     "report.png", "view.html", "evaluations", ARCHIVE, QUARANTINE}
 )  # fmt: skip
 SETTLE_S = 0.5
 """How long a run that is going has for a write, before a second look."""

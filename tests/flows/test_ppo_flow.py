@@ -100,8 +100,9 @@ def test_beta_follows_the_controller_and_is_carried_on(finished: Path) -> None:
         assert after.episodes == 8 * (iteration + 1)
 
 
-def test_the_result_of_a_run_is_a_picture_and_a_comparison(finished: Path) -> None:
+def test_the_result_of_a_run_is_a_picture_a_page_and_a_comparison(finished: Path) -> None:
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "view.html").read_bytes().startswith(b"<!doctype html>")
     samples = json.loads((finished / "before_after.json").read_text())["samples"]
     assert len(samples) == 5
     assert any(row["before"] != row["after"] for row in samples)

@@ -71,7 +71,7 @@ def test_params_config_dataset_and_links_are_there(tracked: Path) -> None:
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "prompts.jsonl"
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert artifacts >= {"config.yaml", "identity.json", "report.png", "samples.json"}
+    assert artifacts >= {"config.yaml", "identity.json", "report.png", "samples.json", "view.html"}
 
 
 def test_a_checkpoint_from_the_registry_generates_text(tracked: Path, tmp_path: Path) -> None:

@@ -323,7 +323,8 @@ def _judge(fault: Fault, report: dict[str, Any]) -> str:
 
 def _half_way(whole: Contents) -> Contents:
     """A finished run as it was in its second iteration, with what a kill leaves."""
-    later = ("run/iterations/000002", "run/checkpoints", "run/before_after.json", "run/report.png")
+    later = ("run/iterations/000002", "run/checkpoints", "run/before_after.json", "run/report.png",
+             "run/view.html")  # fmt: skip
     kept = {
         path: value
         for path, value in whole.items()

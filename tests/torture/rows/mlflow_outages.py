@@ -264,7 +264,7 @@ class _Bench:
             found.append(f"{len(params)} params instead of {len(wanted)}")
         (artifacts,) = self._ask("select artifact_uri, '' from runs where run_uuid = ?", run_id)
         folder = self.database.parent / "artifacts" / artifacts[0].partition("mlflow-artifacts:/")[2]
-        files = ("config.yaml", "identity.json", "report.png", "samples.json")
+        files = ("config.yaml", "identity.json", "report.png", "samples.json", "view.html")
         found += [f"{file} has not arrived" for file in files if not (folder / file).is_file()]
         if not found and len(json.loads((folder / "samples.json").read_text())["data"]) != len(before_and_after(run)):
             found.append("samples.json has rows twice")
