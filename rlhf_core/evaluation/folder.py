@@ -162,6 +162,16 @@ class EvaluationFolder:
             raise UserError(f"{self.path} is not finished: it has no summary.json")
         return read_json(path.read_bytes(), origin=str(path))
 
+    def frontier(self) -> list[dict[str, Any]]:
+        """What is attainable, as rows of FRONTIER. Raises IntegrityError if the file is gone or damaged."""
+        path = self.path / "frontier.arrow"
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing, though the evaluation is finished; evaluate again to write it")
+        table = _parse(path.read_bytes(), path)
+        if not table.schema.equals(FRONTIER):
+            raise IntegrityError(f"{path} has another schema than the frontier of an evaluation")
+        return table.to_pylist()
+
     def side_by_side(self, limit: int) -> list[dict[str, Any]]:
         """The first rows of samples.arrow."""
         path = self.path / "samples.arrow"
