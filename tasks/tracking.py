@@ -16,21 +16,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from rlhf_core.contracts.config_io import config_digest, config_template, flat_params
+from rlhf_core.contracts.config import PromptsConfig
+from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
 from tasks.figures import draw_run
-from tasks.guards import GuardRecord, guard_metrics
+from tasks.guards import GuardRecord
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
+from tasks.tracked_metrics import SENTINEL, batch_of_metrics, iteration_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
+from tasks.tracker_notes import (
+    added_tags,
+    created_tags,
+    introduce_experiment,
+    leave_note,
+    model_tags,
+    prompts_source,
+    run_note,
+    version_note,
+)
+
+__all__ = ["Tracker", "connect", "iteration_metrics", "log_metrics", "log_prompts", "shown_tracking_uri"]
 
 logger = logging.getLogger(__name__)
 
-SENTINEL = "episode"
-"""Sent with every iteration: the steps that have it have arrived."""
-MAX_PARAMS, MAX_METRICS = 100, 1000
+MAX_PARAMS = 100
 """MLflow takes no more at a time."""
 LIMITS: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -59,21 +71,6 @@ def tracking_uri(run: RunFolder) -> str:
 def shown_tracking_uri(run: RunFolder) -> str:
     """The tracker as it may be shown and stored: without user, password or key."""
     return without_credentials(tracking_uri(run))
-
-
-def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
-    """All numbers of a committed iteration, by their MLflow names."""
-    manifests = run.manifests(iteration)
-    metrics: dict[str, float] = {SENTINEL: float(run.state_before(iteration + 1).episodes)}
-    for stage, manifest in manifests.items():
-        metrics |= manifest.metrics
-        metrics[f"time/{stage}_s"] = manifest.timing["total_s"]
-    metrics["time/iteration_s"] = sum(manifest.timing["total_s"] for manifest in manifests.values())
-    epochs = metrics["update/num_steps"] / run.config.ppo.num_minibatches
-    for stage, passes in (("generate", 1), ("score_rewards", 1), ("reference_logprobs", 1), ("ppo_update", epochs)):
-        tokens = passes * metrics["rollout/num_tokens"]
-        metrics[f"rate/{stage}_tokens_per_s"] = tokens / max(metrics[f"time/{stage}_s"], 1e-9)
-    return metrics | guard_metrics(run, iteration)
 
 
 class Tracker:
@@ -126,7 +123,8 @@ class _Sender:
         self.run = run
         self.ledger = Ledger.of(run.path).named(run.path)
         self.client, self.experiment_id = connect(run, is_over)
-        self.run_id = self._open_run(prefect_run)
+        self.prefect_run = prefect_run
+        self.run_id = self._open_run()
         self.next = self.ledger.sending.first if self.ledger.sending else self._num_arrived()
         self.models = self._registered()
 
@@ -134,7 +132,7 @@ class _Sender:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
         while self.next < finished:
             sending, had = self.ledger.sending, set[tuple[str, int]]()
-            values = self._values(self.next, min(finished, sending.after) if sending else finished)
+            values = batch_of_metrics(self.run, self.next, min(finished, sending.after) if sending else finished)
             after = max(values) + 1
             if sending is None:
                 sending = Sending(self.next, after, int(time.time() * 1000))
@@ -151,11 +149,13 @@ class _Sender:
                 self._log_checkpoint(iteration)
 
     def finish(self, *, brief: bool) -> None:
-        """The figure, the sample table, the aliases of the best and last good checkpoint, and the run's end."""
+        """The results, figure and samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
             self._remove_doubles()
+            self._log_results()
             self._log_samples()
+            leave_note(self.client, self.run_id, run_note(self.run, self.prefect_run))
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
                 send_file(self.client, self.run_id, figure)
@@ -170,33 +170,16 @@ class _Sender:
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
-    def _values(self, first: int, after: int) -> dict[int, dict[str, float]]:
-        """Metrics of iterations, as many as a batch takes; what is not finite is left out and counted."""
-        found: dict[int, dict[str, float]] = {}
-        for iteration in range(first, after):
-            values = iteration_metrics(self.run, iteration)
-            dropped = sum(not math.isfinite(value) for value in values.values())
-            values["guard/dropped_metrics"] = float(dropped)
-            if found and sum(map(len, found.values())) + len(values) > MAX_METRICS:
-                break
-            found[iteration] = {name: value for name, value in values.items() if math.isfinite(value)}
-        return found
-
     def _arrived_of(self, values: Mapping[int, Mapping[str, float]]) -> set[tuple[str, int]]:
         """Which metrics of these iterations the tracker has: a batch may be taken in part."""
         names = sorted(set().union(*values.values()))
         return {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n) if m.step in values}
 
-    def _open_run(self, prefect_run: Mapping[str, str]) -> str:
+    def _open_run(self) -> str:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
-            tags = {
-                OUTBOX_TAG: self.ledger.outbox,
-                "rlhf.run_dir": str(self.run.path.resolve()),
-                "rlhf.config_sha256": config_digest(self.run.config),
-                **{f"rlhf.{name}": str(self.run.identity[name]) for name in ("source", "prompts", "device")},
-            }
+            tags = {OUTBOX_TAG: self.ledger.outbox} | created_tags(self.run)
             there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
@@ -205,12 +188,15 @@ class _Sender:
                 self.run.path, run_id=run_id, experiment_id=self.experiment_id, is_described=False
             )
         self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
-        for name, value in prefect_run.items():
-            self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
+        links = {f"prefect.{name}": without_credentials(value) for name, value in self.prefect_run.items()}
+        for name, value in (links | added_tags(self.run)).items():
+            self.client.set_tag(run_id, name, value)
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
             self._describe(run_id)
+            introduce_experiment(self.client, self.experiment_id)
+            leave_note(self.client, run_id, run_note(self.run, self.prefect_run))
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
@@ -239,7 +225,7 @@ class _Sender:
 
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Param
 
         params = [Param(name, json.dumps(value) if isinstance(value, list) else str(value))
                   for name, value in flat_params(self.run.config).items()]  # fmt: skip
@@ -248,14 +234,7 @@ class _Sender:
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         send_text(self.client, run_id, config_template(self.run.config), "config.yaml")
         send_text(self.client, run_id, json.dumps(self.run.identity, indent=2, sort_keys=True), "identity.json")
-        source = self.run.config.prompts.source
-        dataset = Dataset(
-            name=Path(source).name or source,
-            digest=self.run.identity["prompts"][:16],
-            source_type="local" if Path(source).exists() else "hugging_face",
-            source=json.dumps({"uri": source}),
-        )
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "prompts")])])
+        log_prompts(self.client, run_id, self.run.config.prompts, self.run.identity["prompts"], "training")
 
     def _num_arrived(self) -> int:
         """Iterations whose sentinel the tracker has."""
@@ -299,7 +278,7 @@ class _Sender:
             self.experiment_id,
             name=self._model_name(iteration),
             source_run_id=self.run_id,
-            params={"iteration": str(iteration)},
+            params={"iteration": str(iteration)} | model_tags(self.run),
             model_type="transformers-policy",
         )  # fmt: skip
         send_model(self.client, model.model_id, folder)
@@ -312,13 +291,14 @@ class _Sender:
             )
         name = self.run.config.tracking.registered_model
         _create_registered_model(self.client, name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)}
+        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | model_tags(self.run)
         if iteration not in (registered := self._registered()):
             version = self.client.create_model_version(
                 name,
                 f"models:/{model.model_id}",
                 run_id=self.run_id,
                 tags=tags,
+                description=version_note(self.run, iteration),
                 model_id=model.model_id,
                 await_creation_for=0,
             )
@@ -326,6 +306,15 @@ class _Sender:
         self.models |= registered
         if iteration == max(self.models):  # the last good one is written late
             self.client.set_registered_model_alias(name, "newest", self.models[iteration])
+
+    def _log_results(self) -> None:
+        """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
+        values = result_metrics(self.run)
+        last = max(self.client.get_metric_history(self.run_id, SENTINEL), key=lambda m: m.step, default=None)
+        if last is not None and last.step in values:
+            had = self._arrived_of(values)
+            new = {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
+            log_metrics(self.client, self.run_id, last.timestamp, new)
 
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""
@@ -374,6 +363,22 @@ def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int
     metrics = [Metric(k, v, timestamp_ms, step) for step, of in values.items() for k, v in sorted(of.items())]
     if metrics:
         client.log_batch(run_id, metrics=metrics)
+
+
+def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, context: str) -> None:
+    """Say which prompts a run has read, and what for. The same ones again change nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind, source = prompts_source(prompts.source, prompts.subset, prompts.split, is_local=Path(prompts.source).exists())
+    columns = [{"name": name, "type": "string", "required": True} for name in (prompts.column, *prompts.columns)]
+    dataset = Dataset(
+        name=Path(prompts.source).name or prompts.source,
+        digest=digest[:16],
+        source_type=kind,
+        source=json.dumps(source),
+        schema=json.dumps({"mlflow_colspec": columns}),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
 def _create_registered_model(client: Any, name: str) -> None:

@@ -70,8 +70,45 @@ def test_params_config_dataset_and_links_are_there(tracked: Path) -> None:
     assert run.info.status == "FINISHED"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "prompts.jsonl"
+    assert {tag.key: tag.value for tag in dataset.tags} == {"mlflow.data.context": "training"}
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert artifacts >= {"config.yaml", "identity.json", "report.png", "samples.json"}
+
+
+def test_the_pages_say_what_it_is_and_what_came_out(tracked: Path) -> None:
+    client, run = client_of(tracked)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Finished: **3 of 3** iterations")
+    assert f"rlhf compare {tracked} OTHER_RUN" in note
+    assert (
+        run.data.tags["rlhf.model.policy"].partition(" sha256:")[2]
+        == (RunFolder.open(tracked).identity["models"]["policy"][:16])
+    )
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert "Runs of **rlhf-flow**" in experiment.tags["mlflow.note.content"]
+    (result,) = client.get_metric_history(run.info.run_id, "result/score")
+    scores = [metric.value for metric in client.get_metric_history(run.info.run_id, "objective/scores")]
+    assert (result.step, result.value) == (2, pytest.approx(sum(scores) / 3))
+    assert run.data.metrics["system/process_memory_megabytes"] > 50
+    (version, *_) = client.search_model_versions("name = 'rlhf-policy'")
+    assert "of 3 iterations: score" in version.description
+    assert version.tags["rlhf.model.policy"] == run.data.tags["rlhf.model.policy"]
+
+
+def test_added_tags_and_a_persons_description(tracked: Path, tmp_path: Path) -> None:
+    from rlhf_core.contracts.records import write_record
+    from tasks import tracking
+
+    folder = shutil.copytree(tracked.parent, tmp_path / "copy")
+    client, run = client_of(folder / "run-a")
+    client.set_tag(run.info.run_id, "mlflow.note.content", "mine")
+    write_record(folder / "run-a" / "tags.json", {"mlflow.parentRunId": "p"})
+    with tracking.Tracker(RunFolder.open(folder / "run-a"), {}):
+        pass
+    _, again = client_of(folder / "run-a")
+    assert again.data.tags["mlflow.parentRunId"] == "p"
+    assert again.data.tags["mlflow.note.content"] == "mine"
+    assert len(client.get_metric_history(run.info.run_id, "result/score")) == 1, "sent once"
 
 
 def test_a_checkpoint_from_the_registry_generates_text(tracked: Path, tmp_path: Path) -> None:
@@ -141,7 +178,9 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     run_dir = shutil.copytree(tracked, tmp_path / "run")
     sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(run_dir), Client(), "r", 0
     sender.ledger, sender.models = Ledger.of(run_dir), dict.fromkeys(sender.run.checkpoints(), "1")
-    monkeypatch.setattr(tracking, "iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")})
+    monkeypatch.setattr(
+        "tasks.tracked_metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
+    )
     sender.send_up_to(1)
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
 
