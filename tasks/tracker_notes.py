@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from rlhf_core.comparing.outcome import LAST, Spread
 from rlhf_core.comparing.presentation import QUANTITIES
+from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_digest
-from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
@@ -25,8 +27,6 @@ NOTE: Final = "mlflow.note.content"
 """The description of a run or experiment."""
 OWN_NOTES: Final = "rlhf.note_sha256"
 """Digests of the descriptions that may be ours."""
-ADDED_TAGS: Final = "tags.json"
-"""In a run folder, sealed: {"name": "text"}, tags that whoever has started the run gives it in the tracker."""
 SHOWN_DIGITS: Final = 16
 """Of a digest."""
 EXPERIMENT_NOTE: Final = """\
@@ -59,12 +59,6 @@ def created_tags(run: RunFolder) -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
-
-
-def added_tags(run: RunFolder) -> dict[str, str]:
-    """What ``RUN/tags.json`` holds; nothing where there is none."""
-    path = run.path / ADDED_TAGS
-    return {name: str(text) for name, text in read_record(path).items()} if path.is_file() else {}
 
 
 def model_tags(run: RunFolder) -> dict[str, str]:
@@ -128,11 +122,18 @@ def introduce_experiment(client: Any, experiment_id: str) -> None:
             client.set_experiment_tag(experiment_id, name, text)
 
 
-def prompts_source(source: str, subset: str | None, split: str, *, is_local: bool) -> tuple[str, dict[str, Any]]:
-    """Where prompts come from, as MLflow's pages read it: its type, and its fields."""
-    if is_local:
-        return "local", {"uri": source}
-    return "hugging_face", {"path": source, "config_name": subset, "split": split}
+def prompts_dataset(prompts: PromptsConfig, digest: str) -> dict[str, str]:
+    """The fields of MLflow's Dataset, as its pages read them, for the prompts of a run."""
+    is_local = Path(prompts.source).exists()
+    hub = {"path": prompts.source, "config_name": prompts.subset, "split": prompts.split}
+    columns = [{"name": name, "type": "string", "required": True} for name in (prompts.column, *prompts.columns)]
+    return {
+        "name": Path(prompts.source).name or prompts.source,
+        "digest": digest[:SHOWN_DIGITS],
+        "source_type": "local" if is_local else "hugging_face",
+        "source": json.dumps({"uri": prompts.source} if is_local else hub),
+        "schema": json.dumps({"mlflow_colspec": columns}),
+    }
 
 
 def _state(run: RunFolder, finished: int) -> str:

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Self
 
 from rlhf_core.contracts.config import PromptsConfig
@@ -28,12 +27,11 @@ from tasks.retention import best_checkpoint, checkpoint_value
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, iteration_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
 from tasks.tracker_notes import (
-    added_tags,
     created_tags,
     introduce_experiment,
     leave_note,
     model_tags,
-    prompts_source,
+    prompts_dataset,
     run_note,
     version_note,
 )
@@ -188,9 +186,8 @@ class _Sender:
                 self.run.path, run_id=run_id, experiment_id=self.experiment_id, is_described=False
             )
         self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
-        links = {f"prefect.{name}": without_credentials(value) for name, value in self.prefect_run.items()}
-        for name, value in (links | added_tags(self.run)).items():
-            self.client.set_tag(run_id, name, value)
+        for name, value in self.prefect_run.items():
+            self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
@@ -369,15 +366,7 @@ def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, c
     """Say which prompts a run has read, and what for. The same ones again change nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    kind, source = prompts_source(prompts.source, prompts.subset, prompts.split, is_local=Path(prompts.source).exists())
-    columns = [{"name": name, "type": "string", "required": True} for name in (prompts.column, *prompts.columns)]
-    dataset = Dataset(
-        name=Path(prompts.source).name or prompts.source,
-        digest=digest[:16],
-        source_type=kind,
-        source=json.dumps(source),
-        schema=json.dumps({"mlflow_colspec": columns}),
-    )
+    dataset = Dataset(**prompts_dataset(prompts, digest))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 

@@ -24,8 +24,7 @@ from rlhf_core.verification.iterations import FILES, IterationCheck
 QUARANTINE = ".quarantine"
 """Where a repair puts what does not belong."""
 KNOWN = frozenset(
-    {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "tags.json",
-     "before_after.json",
+    {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "before_after.json",
      "report.png", "evaluations", ARCHIVE, QUARANTINE}
 )  # fmt: skip
 SETTLE_S = 0.5
@@ -165,7 +164,6 @@ def _records(run: RunFolder, finished: int) -> Iterator[Finding]:
     for name, afterwards in (
         ("guards.json", "the guards then judge anew, and ask again what a person had accepted"),
         ("prefect.json", "the flow run that it names is then not marked as crashed"),
-        ("tags.json", "the tracker's run then lacks the tags that it holds"),
         ("mlflow.json", "a new MLflow run is then begun and everything is sent to it"),
     ):
         path = run.path / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import pytest
 from made_runs import made_run
 
+from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.records import write_record
 from tasks.tracker_notes import (
     EXPERIMENT_NOTE,
     NOTE,
-    added_tags,
     created_tags,
     introduce_experiment,
     leave_note,
-    prompts_source,
+    prompts_dataset,
     run_note,
     version_note,
 )
@@ -80,13 +81,6 @@ def test_tags_name_the_models_with_their_digests(tmp_path: Path) -> None:
     assert tags["rlhf.run_dir"] == str(tmp_path / "run")
 
 
-def test_whoever_starts_a_run_may_add_tags(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "run", [])
-    assert added_tags(run) == {}
-    write_record(run.path / "tags.json", {"mlflow.parentRunId": "abc", "sweep": "kl"})
-    assert added_tags(run) == {"mlflow.parentRunId": "abc", "sweep": "kl"}
-
-
 class TestLeaving:
     def test_our_note_is_replaced_by_a_newer_one(self) -> None:
         client = Client()
@@ -120,7 +114,13 @@ class TestLeaving:
         assert client.tags[NOTE] == "mine"
 
 
-def test_where_prompts_come_from() -> None:
-    assert prompts_source("p.jsonl", None, "train", is_local=True) == ("local", {"uri": "p.jsonl"})
-    hub = {"path": "a/b", "config_name": "c", "split": "train"}
-    assert prompts_source("a/b", "c", "train", is_local=False) == ("hugging_face", hub)
+def test_where_prompts_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.touch()
+    local = prompts_dataset(PromptsConfig(source=str(file), columns=["answer"]), "a" * 64)
+    assert (local["name"], local["digest"], local["source_type"]) == ("p.jsonl", "a" * 16, "local")
+    assert json.loads(local["source"]) == {"uri": str(file)}
+    assert [column["name"] for column in json.loads(local["schema"])["mlflow_colspec"]] == ["prompt", "answer"]
+    hub = prompts_dataset(PromptsConfig(source="some/where", subset="c"), "a" * 64)
+    assert json.loads(hub["source"]) == {"path": "some/where", "config_name": "c", "split": "train"}
+    assert hub["source_type"] == "hugging_face"
