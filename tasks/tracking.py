@@ -55,6 +55,7 @@ ONCE: Final = (
     "log_metric",
     "create_logged_model",
     "create_model_version",
+    "log_outputs",
 )
 """Calls that are not simply repeated when their answer is lost."""
 OUTBOX_TAG = "rlhf.outbox"
@@ -129,16 +130,15 @@ class _Sender:
     def send_up_to(self, finished: int) -> None:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
         while self.next < finished:
-            sending, had = self.ledger.sending, set[tuple[str, int]]()
+            sending = self.ledger.sending
             values = batch_of_metrics(self.run, self.next, min(finished, sending.after) if sending else finished)
             after = max(values) + 1
             if sending is None:
                 sending = Sending(self.next, after, int(time.time() * 1000))
                 self.ledger = self.ledger.change(self.run.path, sending=sending, sent=self.next)
             else:  # whether an earlier try has arrived is not known
-                had = self._arrived_of(values)
-            new = {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
-            log_metrics(self.client, self.run_id, sending.timestamp_ms, new)
+                values = self._missing_of(values)
+            log_metrics(self.client, self.run_id, sending.timestamp_ms, values)
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
@@ -168,10 +168,11 @@ class _Sender:
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
-    def _arrived_of(self, values: Mapping[int, Mapping[str, float]]) -> set[tuple[str, int]]:
-        """Which metrics of these iterations the tracker has: a batch may be taken in part."""
+    def _missing_of(self, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
+        """Those that the tracker does not have, metric by metric: a batch may be taken in part."""
         names = sorted(set().union(*values.values()))
-        return {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n) if m.step in values}
+        had = {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n)}
+        return {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
 
     def _open_run(self) -> str:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
@@ -280,6 +281,7 @@ class _Sender:
         )  # fmt: skip
         send_model(self.client, model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
+        self._link_output(model.model_id, iteration)
         value = checkpoint_value(self.run, iteration)
         history = self.client.get_metric_history(self.run_id, "checkpoint/value")
         if math.isfinite(value) and iteration not in {metric.step for metric in history}:
@@ -304,14 +306,20 @@ class _Sender:
         if iteration == max(self.models):  # the last good one is written late
             self.client.set_registered_model_alias(name, "newest", self.models[iteration])
 
+    def _link_output(self, model_id: str, iteration: int) -> None:
+        """Show a logged model on the run's page. A second time is refused by the tracker, and so never there twice."""
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = self.client.get_run(self.run_id).outputs
+        if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, iteration)])
+
     def _log_results(self) -> None:
         """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
         values = result_metrics(self.run)
         last = max(self.client.get_metric_history(self.run_id, SENTINEL), key=lambda m: m.step, default=None)
         if last is not None and last.step in values:
-            had = self._arrived_of(values)
-            new = {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
-            log_metrics(self.client, self.run_id, last.timestamp, new)
+            log_metrics(self.client, self.run_id, last.timestamp, self._missing_of(values))
 
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""

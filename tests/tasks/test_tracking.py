@@ -211,11 +211,17 @@ class TestAnAnswerThatIsLost:
             counts = database.execute("select key, step, count(*) from metrics group by 1, 2").fetchall()
         assert {count for _, _, count in counts} == {1}
         assert {step for key, step, _ in counts if key == "episode"} == {0, 1, 2}
+        assert {step for key, step, _ in counts if key.startswith("result/")} == {2}
         assert {step for key, step, _ in counts if key == "checkpoint/value"} == {2, 3}
         versions = client.search_model_versions("name = 'rlhf-policy'")
         assert sorted(int(version.tags["rlhf.iteration"]) for version in versions) == [2, 3]
         models = client.search_logged_models([run.info.experiment_id])
         assert sorted(model.name for model in models) == ["run-000002", "run-000003"]
+        there = {model.model_id for model in models}
+        assert sorted(o.step for o in run.outputs.model_outputs if o.model_id in there) == [2, 3]
+        assert {tag for tag in run.data.tags if tag.startswith("rlhf.model.")}
+        assert run.data.tags["mlflow.note.content"].startswith("Finished: ")
+        assert len(run.inputs.dataset_inputs) == 1
         assert run.info.status == "FINISHED"
         assert run.data.params["kl.coef"] == "0.15"
 
@@ -226,8 +232,9 @@ class TestAnAnswerThatIsLost:
 
         calls = (
             "create_experiment", "create_run", "log_batch", "log_inputs", "create_logged_model",
-            "log_model_artifacts", "finalize_logged_model", "log_metric", "create_registered_model",
-            "create_model_version", "set_registered_model_alias", "log_artifact", "set_terminated",
+            "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_metric", "set_tag",
+            "set_experiment_tag", "create_registered_model", "create_model_version",
+            "set_registered_model_alias", "log_artifact", "set_terminated",
         )  # fmt: skip
         lost: list[str] = []
 
