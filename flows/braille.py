@@ -19,7 +19,7 @@ def braille_plot(curves: Sequence[tuple[str, Points]], *, width: int, height: in
     Args:
         curves: a style and the points of each; where two share a character, the later one gives its color.
         width: in characters, without the labels.
-        height: in lines, without the labels.
+        height: in lines, without the labels; at least 2.
         axes: names of x and y.
     """
     points = [point for _, curve in curves for point in curve]
@@ -38,7 +38,7 @@ def braille_plot(curves: Sequence[tuple[str, Points]], *, width: int, height: in
     margin = max(map(len, labels))
     lines = [Text(f"{'':{margin}} {axes[1]}", style="dim")]
     for label, row, style in zip(labels, bits, styles, strict=True):
-        line = Text(f"{label:>{margin}} ┤" if label else f"{'':{margin}} │", style="dim")
+        line = Text.assemble((f"{label:>{margin}} ┤" if label else f"{'':{margin}} │", "dim"))
         for bit, of in zip(row, style, strict=True):
             line.append(chr(BLANK + bit), style=of or None)
         lines.append(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -51,8 +51,7 @@ def show_comparison(console: Console, compared: Comparison) -> None:
     if differences:
         _print_lines(console, "Configs: what differs", names, differences)
     else:
-        console.print("Configs: all the same", style="italic")
-        console.print()
+        _print_title(console, "Configs: all the same\n")
     _print_lines(console, f"Results: means of the last {compared.last} iterations ± std", names, result_lines(compared))
     if compared.groups:
         heads = [Text(group.name, overflow="fold") for group in compared.groups]
@@ -68,7 +67,8 @@ def style_of(run: int) -> str:
     return STYLES[run % len(STYLES)]
 
 
-def _drawing(out: Path):  # noqa: ANN202 - a function from a comparison to bytes, of modules that are slow to import
+def _drawing(out: Path) -> Callable[[Comparison], bytes]:
+    """What draws a file of that name. Raises UserError."""
     if out.suffix == ".png":
         from tasks.comparison_figure import draw_comparison
 
@@ -80,14 +80,16 @@ def _drawing(out: Path):  # noqa: ANN202 - a function from a comparison to bytes
     raise UserError(f"--out {out} ends in {out.suffix or 'nothing'}; name a FILE.png or a FILE.html")
 
 
+def _print_title(console: Console, title: str) -> None:
+    console.print(title, style="italic", highlight=False)
+
+
 def _print_lines(console: Console, title: str, names: Sequence[Text], lines: Sequence[Line]) -> None:
     """A table with a column a run; as many beside each other as the terminal is wide, then the rest below."""
     fit = max(1, (console.width - LABEL) // CELL)
+    _print_title(console, title)
     for start in range(0, len(names), fit):
-        table = Table(
-            title=title if start == 0 else None, title_justify="left", header_style="bold", box=SIMPLE_HEAD,
-            pad_edge=False, collapse_padding=True,
-        )  # fmt: skip
+        table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", max_width=LABEL, overflow="fold")
         for name in names[start : start + fit]:
             table.add_column(name, justify="right", overflow="fold")
@@ -101,11 +103,9 @@ def _print_sparklines(console: Console, compared: Comparison, names: Sequence[Te
     """A line of bars for each run and quantity, all of one quantity on one scale."""
     longest = max(len(each.rows) for each in compared.outcomes)
     room = (console.width - max(len(name) for name in names) - 4) // len(CURVES) - 2
-    width = max(8, min(longest, room, 40))
-    table = Table(
-        title=f"Curves: iterations 0 to {longest - 1}, each quantity on one scale", title_justify="left",
-        header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    width = min(longest, max(8, room), 40)
+    _print_title(console, f"Curves: iterations 0 to {longest - 1}, each quantity on one scale")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("")
     scales: dict[str, tuple[float, float]] = {}
     for column, label in CURVES.items():
@@ -142,10 +142,10 @@ def _print_score_against_kl(console: Console, compared: Comparison) -> None:
     names = [(each.name + "   ", style) for each, (style, _) in zip(compared.outcomes, curves, strict=True)]
     attainable = next((each.evaluated.frontier for each in compared.outcomes if each.evaluated), None)
     if attainable is not None:
-        curves.insert(0, ("white", [(kl, score) for kl, score in attainable if kl <= reach]))
-        names.append(("attainable", "white"))
+        curves.insert(0, ("bold", [(kl, score) for kl, score in attainable if kl <= reach]))
+        names.append(("attainable", "bold"))
     width = max(20, min(WIDEST_PLOT, console.width - 14))
-    console.print(f"Score against KL, means of {compared.last} iterations", style="italic")
+    _print_title(console, f"Score against KL, means of {compared.last} iterations")
     for line in braille_plot(curves, width=width, height=PLOT_HEIGHT, axes=("KL to the reference, nats", "score")):
         console.print(line, no_wrap=True)
     console.print(Text.assemble("  ", *(part for name, style in names for part in (("━ ", style), name))))

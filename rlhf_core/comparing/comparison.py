@@ -13,8 +13,8 @@ from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import flat_identity
 
-ABSENT: Final = None
-"""The value of a key that a config lacks, as a list of components may be shorter."""
+ABSENT: Final = "(absent)"
+"""Stands for a key that a config lacks, as a list of components may be shorter."""
 SHOWN_DIGITS: Final = 12
 """Of a digest."""
 

@@ -82,9 +82,7 @@ def duration(seconds: float) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value of a config as YAML would have it; a key that is not there is a dash."""
-    if value is None:
-        return "null"
+    """A value of a config as YAML would have it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -22,5 +22,5 @@ def test_one_point_and_a_flat_line_have_a_place() -> None:
 
 def test_the_later_curve_colors_what_they_share() -> None:
     line = [(0.0, 0.0), (1.0, 1.0)]
-    lines = braille_plot([("red", line), ("blue", line)], width=2, height=1, axes=("x", "y"))
-    assert {str(span.style) for span in lines[1].spans} == {"blue"}
+    lines = braille_plot([("red", line), ("blue", line)], width=2, height=2, axes=("x", "y"))
+    assert {str(span.style) for span in lines[1].spans} == {"dim", "blue"}

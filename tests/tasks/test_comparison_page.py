@@ -45,7 +45,8 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        if tag not in VOID:
+            assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -57,7 +58,7 @@ def test_the_page_is_well_formed_and_asks_nobody_for_anything(compared: Comparis
     elements.feed(page)
     assert elements.open == []
     tags = {tag for tag, _ in elements.found}
-    assert not tags & {"script", "img", "link", "iframe", "object", "b"} - {"b"}
+    assert not tags & {"script", "img", "link", "iframe", "object"}
     attributes = [(name, value) for _, attrs in elements.found for name, value in attrs.items()]
     assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "href")]
     policy = next(attrs["content"] for tag, attrs in elements.found if attrs.get("http-equiv"))
@@ -72,7 +73,7 @@ def test_the_page_has_what_the_terminal_has(compared: Comparison) -> None:
     for text in (
         "kl.target",
         "8.0",
-        "4.000 ± 1.000",
+        "3.000 ± 2.160",
         "evaluated: win rate",
         "target 8",
         "attainable",
