@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import socket
@@ -121,7 +122,7 @@ def draw_terminal(path: Path, *arguments: Any) -> None:
         text=True,
         check=True,
     )
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(said.stdout))
     console.save_svg(str(path), title=" ".join(["rlhf", *map(str, arguments)]))
 

@@ -18,7 +18,7 @@ from rlhf_core.contracts.secrets import without_secrets
 
 PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config),
-    "Look": (looking.inspect, looking.view, looking.verify),
+    "Look": (looking.inspect, looking.view, looking.compare, looking.verify),
     "Measure": (measuring.evaluate, measuring.blend),
 }
 """Heading of the help -> its commands, named as their functions."""

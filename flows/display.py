@@ -167,6 +167,7 @@ def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
     return {
         "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else server,
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
+        "compare it with another one": f"{_command('rlhf')} compare {run_dir} OTHER_RUN --out compare.html",
         "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
         "open an artifact": f"{_command('python')} -c \"import pandas; print(pandas.read_feather('{artifact}'))\"",
         "see the picture": f"{run_dir}/report.png",

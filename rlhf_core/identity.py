@@ -62,7 +62,7 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 def identity_drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each entry that differs: ``num_threads: 2 -> 4``."""
-    flat_then, flat_now = _flatten(then), _flatten(now)
+    flat_then, flat_now = flat_identity(then), flat_identity(now)
     return [
         f"{key}: {flat_then.get(key, 'absent')} -> {flat_now.get(key, 'absent')}"
         for key in sorted(flat_then.keys() | flat_now.keys())
@@ -88,11 +88,12 @@ def model_digest(name: str) -> str:
     return digest_json({p.name: hash_file(p) for p in sorted(folder.iterdir()) if p.suffix in kept})
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """An identity, or a part of it, by dotted names: ``versions.torch``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+            flat |= flat_identity(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

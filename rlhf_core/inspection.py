@@ -103,10 +103,10 @@ def _samples(run: RunFolder, iteration: int | None, *, everything: bool) -> tupl
     return tables.samples([where]).batches(), f"iteration {where}"
 
 
-def iteration_rows(run: RunFolder) -> list[Row]:
-    """One row a finished iteration: its main numbers."""
+def iteration_rows(run: RunFolder, first: int = 0, after: int | None = None) -> list[Row]:
+    """One row a finished iteration from ``first``, up to but not with ``after``: its main numbers."""
     rows: list[Row] = []
-    for iteration in range(run.num_finished()):
+    for iteration in range(first, run.num_finished() if after is None else after):
         manifests = run.manifests(iteration)
         metrics = {k: v for manifest in manifests.values() for k, v in manifest.metrics.items()}
         rows.append(

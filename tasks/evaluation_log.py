@@ -14,7 +14,7 @@ from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.summary import metrics as evaluation_metrics
 from tasks.outbox import CLOSE_TIMEOUT_S, LEDGER, Ledger, reason
 from tasks.tracker_files import send_file, send_table
-from tasks.tracking import connect, log_metrics, logger, shown_tracking_uri
+from tasks.tracking import connect, log_metrics, log_prompts, logger, shown_tracking_uri
 
 EVALUATION_SAMPLES = 200
 """Rows of an evaluation's sample table."""
@@ -60,6 +60,7 @@ def _send(there: EvaluationFolder) -> None:
             continue
         step = int(policy) if policy.isdecimal() else 0
         log_metrics(client, run_id, before["timestamp"], {step: evaluation_metrics(values)})
+    log_prompts(client, run_id, there.config.prompts, there.identity["prompts"], "evaluation")
     place = "/".join(("evaluations", there.path.resolve().name))
     for file in ("evaluation.png", "summary.json", "frontier.arrow"):
         send_file(client, run_id, there.path / file, place)

@@ -1,4 +1,4 @@
-"""The picture of a run: score, KL and β by iteration; and that of an evaluation: score against KL."""
+"""The picture of a run: score, KL, β and length by iteration; and that of an evaluation: score against KL."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.comparing.outcome import smoothed
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import BLENDED, split_name
+from rlhf_core.inspection import iteration_rows
 
 SMOOTHING = 5
-"""Iterations averaged on the training path."""
+"""Iterations averaged on smooth lines."""
 
 
 def draw_run(run: RunFolder, path: Path) -> bool:
-    """Draw score, KL against its target, and β to a PNG. Returns False while no iteration is finished."""
+    """Draw score, KL against its target, β and response length to a PNG. Returns False before the first iteration."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    shaped = [m for m in (run.manifest("shape_rewards", i) for i in range(run.num_finished())) if m is not None]
-    if not shaped:
+    rows = iteration_rows(run)
+    if not rows:
         return False
-    steps = [m.artifact.iteration for m in shaped]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, name, title, unit in zip(
+    steps = [row["iteration"] for row in rows]
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    panels = figure.subplots(1, 4)
+    for panel, column, title, unit in zip(
         panels,
-        ("objective/scores", "objective/kl", "kl/beta"),
-        ("Score", "KL to the reference", "KL coefficient β"),
-        ("mean score", "nats per response", "β"),
+        ("score", "kl", "beta", "length"),
+        ("Score", "KL to the reference", "KL coefficient β", "Response length"),
+        ("mean score", "nats per response", "β", "tokens"),
         strict=True,
     ):
-        panel.plot(steps, [m.metrics[name] for m in shaped], color="#2458a6", linewidth=1.6)
+        values = [row[column] for row in rows]
+        panel.plot(steps, values, color="#2458a6", linewidth=1, alpha=0.35)
+        panel.plot(steps, smoothed(values, SMOOTHING), color="#2458a6", linewidth=1.8)
         panel.set_title(title, loc="left", fontsize=11)
         panel.set_xlabel("iteration")
         panel.set_ylabel(unit)
@@ -44,9 +48,10 @@ def draw_run(run: RunFolder, path: Path) -> bool:
     if run.config.kl.held_at is not None:
         panels[1].axhline(run.config.kl.target, color="#c0392b", linestyle="--", linewidth=1, label="target")
         panels[1].legend(frameon=False)
-    panels[1].set_ylim(bottom=min(0.0, *(m.metrics["objective/kl"] for m in shaped)))
+    panels[1].set_ylim(bottom=min(0.0, *(row["kl"] for row in rows)))
     panels[2].set_ylim(bottom=0.0)
-    figure.suptitle(run.path.name, x=0.01, ha="left", fontsize=10, color="#555555")
+    title = f"{run.path.name}   thick: means of {SMOOTHING} iterations"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="#555555", parse_math=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=130)
     write_file(path, drawn.getvalue())

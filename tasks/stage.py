@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -21,6 +22,7 @@ from prefect.tasks import Task
 from rlhf_core.contracts.artifacts import ArtifactRef, Manifest, commit_stage, read_artifact, stage_key
 from rlhf_core.contracts.batches import StageResult
 from rlhf_core.contracts.errors import IntegrityError, StorageError
+from rlhf_core.memory import peak_resident_bytes, resident_bytes
 from rlhf_core.models.devices import using_threads
 from tasks.resources import Resources
 
@@ -76,7 +78,7 @@ def run_stage(
     committed = _committed(resources, stage, iteration)
     if committed is not None and committed.key == key and _is_intact(resources, committed):
         return committed.artifact
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     with using_threads(num_threads or resources.num_threads):
         try:
             result = compute()
@@ -95,9 +97,18 @@ def run_stage(
         identity=resources.identity,
         metrics=result.metrics,
         state=state(result) if state else result.state,
-        timing={"compute_s": computed - started, "total_s": time.perf_counter() - started},
+        timing={"compute_s": computed - started, "total_s": time.perf_counter() - started}
+        | _taken(resources, time.process_time() - cpu_started),
     )
     return manifest.artifact
+
+
+def _taken(resources: Resources, cpu_s: float) -> dict[str, float]:
+    """What the whole process has taken of the machine, in this stage and so far."""
+    taken = {"cpu_s": cpu_s, "memory_bytes": resident_bytes(), "peak_memory_bytes": peak_resident_bytes()}
+    if resources.device.type == "cuda":
+        taken["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(resources.device))
+    return taken
 
 
 def _committed(resources: Resources, stage: str, iteration: int) -> Manifest | None:

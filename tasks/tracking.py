@@ -13,26 +13,36 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Self
 
-from rlhf_core.contracts.config_io import config_digest, config_template, flat_params
+from rlhf_core.contracts.config import PromptsConfig
+from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
 from rlhf_core.viewer.page import NAME as PAGE
 from rlhf_core.viewer.page import write_run_page
 from tasks.figures import draw_run
-from tasks.guards import GuardRecord, guard_metrics
+from tasks.guards import GuardRecord
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
+from tasks.tracked_metrics import SENTINEL, batch_of_metrics, iteration_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
+from tasks.tracker_notes import (
+    created_tags,
+    introduce_experiment,
+    leave_note,
+    model_tags,
+    prompts_dataset,
+    run_note,
+    version_note,
+)
+
+__all__ = ["Tracker", "connect", "iteration_metrics", "log_metrics", "log_prompts", "shown_tracking_uri"]
 
 logger = logging.getLogger(__name__)
 
-SENTINEL = "episode"
-"""Sent with every iteration: the steps that have it have arrived."""
-MAX_PARAMS, MAX_METRICS = 100, 1000
+MAX_PARAMS = 100
 """MLflow takes no more at a time."""
 LIMITS: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -47,6 +57,7 @@ ONCE: Final = (
     "log_metric",
     "create_logged_model",
     "create_model_version",
+    "log_outputs",
 )
 """Calls that are not simply repeated when their answer is lost."""
 OUTBOX_TAG = "rlhf.outbox"
@@ -61,21 +72,6 @@ def tracking_uri(run: RunFolder) -> str:
 def shown_tracking_uri(run: RunFolder) -> str:
     """The tracker as it may be shown and stored: without user, password or key."""
     return without_credentials(tracking_uri(run))
-
-
-def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
-    """All numbers of a committed iteration, by their MLflow names."""
-    manifests = run.manifests(iteration)
-    metrics: dict[str, float] = {SENTINEL: float(run.state_before(iteration + 1).episodes)}
-    for stage, manifest in manifests.items():
-        metrics |= manifest.metrics
-        metrics[f"time/{stage}_s"] = manifest.timing["total_s"]
-    metrics["time/iteration_s"] = sum(manifest.timing["total_s"] for manifest in manifests.values())
-    epochs = metrics["update/num_steps"] / run.config.ppo.num_minibatches
-    for stage, passes in (("generate", 1), ("score_rewards", 1), ("reference_logprobs", 1), ("ppo_update", epochs)):
-        tokens = passes * metrics["rollout/num_tokens"]
-        metrics[f"rate/{stage}_tokens_per_s"] = tokens / max(metrics[f"time/{stage}_s"], 1e-9)
-    return metrics | guard_metrics(run, iteration)
 
 
 class Tracker:
@@ -128,23 +124,23 @@ class _Sender:
         self.run = run
         self.ledger = Ledger.of(run.path).named(run.path)
         self.client, self.experiment_id = connect(run, is_over)
-        self.run_id = self._open_run(prefect_run)
+        self.prefect_run = prefect_run
+        self.run_id = self._open_run()
         self.next = self.ledger.sending.first if self.ledger.sending else self._num_arrived()
         self.models = self._registered()
 
     def send_up_to(self, finished: int) -> None:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
         while self.next < finished:
-            sending, had = self.ledger.sending, set[tuple[str, int]]()
-            values = self._values(self.next, min(finished, sending.after) if sending else finished)
+            sending = self.ledger.sending
+            values = batch_of_metrics(self.run, self.next, min(finished, sending.after) if sending else finished)
             after = max(values) + 1
             if sending is None:
                 sending = Sending(self.next, after, int(time.time() * 1000))
                 self.ledger = self.ledger.change(self.run.path, sending=sending, sent=self.next)
             else:  # whether an earlier try has arrived is not known
-                had = self._arrived_of(values)
-            new = {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
-            log_metrics(self.client, self.run_id, sending.timestamp_ms, new)
+                values = self._missing_of(values)
+            log_metrics(self.client, self.run_id, sending.timestamp_ms, values)
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
@@ -153,11 +149,13 @@ class _Sender:
                 self._log_checkpoint(iteration)
 
     def finish(self, *, brief: bool) -> None:
-        """The figure, the page, the samples, the aliases of the best and last good checkpoint, and the run's end."""
+        """Results, figure, page, samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
             self._remove_doubles()
+            self._log_results()
             self._log_samples()
+            leave_note(self.client, self.run_id, run_note(self.run, self.prefect_run))
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
                 send_file(self.client, self.run_id, figure)
@@ -173,33 +171,17 @@ class _Sender:
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
-    def _values(self, first: int, after: int) -> dict[int, dict[str, float]]:
-        """Metrics of iterations, as many as a batch takes; what is not finite is left out and counted."""
-        found: dict[int, dict[str, float]] = {}
-        for iteration in range(first, after):
-            values = iteration_metrics(self.run, iteration)
-            dropped = sum(not math.isfinite(value) for value in values.values())
-            values["guard/dropped_metrics"] = float(dropped)
-            if found and sum(map(len, found.values())) + len(values) > MAX_METRICS:
-                break
-            found[iteration] = {name: value for name, value in values.items() if math.isfinite(value)}
-        return found
-
-    def _arrived_of(self, values: Mapping[int, Mapping[str, float]]) -> set[tuple[str, int]]:
-        """Which metrics of these iterations the tracker has: a batch may be taken in part."""
+    def _missing_of(self, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
+        """Those that the tracker does not have, metric by metric: a batch may be taken in part."""
         names = sorted(set().union(*values.values()))
-        return {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n) if m.step in values}
+        had = {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n)}
+        return {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
 
-    def _open_run(self, prefect_run: Mapping[str, str]) -> str:
+    def _open_run(self) -> str:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
-            tags = {
-                OUTBOX_TAG: self.ledger.outbox,
-                "rlhf.run_dir": str(self.run.path.resolve()),
-                "rlhf.config_sha256": config_digest(self.run.config),
-                **{f"rlhf.{name}": str(self.run.identity[name]) for name in ("source", "prompts", "device")},
-            }
+            tags = {OUTBOX_TAG: self.ledger.outbox} | created_tags(self.run)
             there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
@@ -208,12 +190,14 @@ class _Sender:
                 self.run.path, run_id=run_id, experiment_id=self.experiment_id, is_described=False
             )
         self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
-        for name, value in prefect_run.items():
+        for name, value in self.prefect_run.items():
             self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
             self._describe(run_id)
+            introduce_experiment(self.client, self.experiment_id)
+            leave_note(self.client, run_id, run_note(self.run, self.prefect_run))
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
@@ -242,7 +226,7 @@ class _Sender:
 
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Param
 
         params = [Param(name, json.dumps(value) if isinstance(value, list) else str(value))
                   for name, value in flat_params(self.run.config).items()]  # fmt: skip
@@ -251,14 +235,7 @@ class _Sender:
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         send_text(self.client, run_id, config_template(self.run.config), "config.yaml")
         send_text(self.client, run_id, json.dumps(self.run.identity, indent=2, sort_keys=True), "identity.json")
-        source = self.run.config.prompts.source
-        dataset = Dataset(
-            name=Path(source).name or source,
-            digest=self.run.identity["prompts"][:16],
-            source_type="local" if Path(source).exists() else "hugging_face",
-            source=json.dumps({"uri": source}),
-        )
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "prompts")])])
+        log_prompts(self.client, run_id, self.run.config.prompts, self.run.identity["prompts"], "training")
 
     def _num_arrived(self) -> int:
         """Iterations whose sentinel the tracker has."""
@@ -302,11 +279,12 @@ class _Sender:
             self.experiment_id,
             name=self._model_name(iteration),
             source_run_id=self.run_id,
-            params={"iteration": str(iteration)},
+            params={"iteration": str(iteration)} | model_tags(self.run),
             model_type="transformers-policy",
         )  # fmt: skip
         send_model(self.client, model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
+        self._link_output(model.model_id, iteration)
         value = checkpoint_value(self.run, iteration)
         history = self.client.get_metric_history(self.run_id, "checkpoint/value")
         if math.isfinite(value) and iteration not in {metric.step for metric in history}:
@@ -315,13 +293,14 @@ class _Sender:
             )
         name = self.run.config.tracking.registered_model
         _create_registered_model(self.client, name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)}
+        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | model_tags(self.run)
         if iteration not in (registered := self._registered()):
             version = self.client.create_model_version(
                 name,
                 f"models:/{model.model_id}",
                 run_id=self.run_id,
                 tags=tags,
+                description=version_note(self.run, iteration),
                 model_id=model.model_id,
                 await_creation_for=0,
             )
@@ -335,6 +314,21 @@ class _Sender:
         page, is_whole = self.run.path / PAGE, (self.run.path / "before_after.json").is_file()
         if (is_whole and page.is_file()) or write_run_page(self.run):
             send_file(self.client, self.run_id, page)
+
+    def _link_output(self, model_id: str, iteration: int) -> None:
+        """Show a logged model on the run's page. A second time is refused by the tracker, and so never there twice."""
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = self.client.get_run(self.run_id).outputs
+        if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, iteration)])
+
+    def _log_results(self) -> None:
+        """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
+        values = result_metrics(self.run)
+        last = max(self.client.get_metric_history(self.run_id, SENTINEL), key=lambda m: m.step, default=None)
+        if last is not None and last.step in values:
+            log_metrics(self.client, self.run_id, last.timestamp, self._missing_of(values))
 
     def _log_samples(self) -> None:
         """Responses before and after training, as a table."""
@@ -383,6 +377,14 @@ def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int
     metrics = [Metric(k, v, timestamp_ms, step) for step, of in values.items() for k, v in sorted(of.items())]
     if metrics:
         client.log_batch(run_id, metrics=metrics)
+
+
+def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, context: str) -> None:
+    """Say which prompts a run has read, and what for. The same ones again change nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(**prompts_dataset(prompts, digest))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
 def _create_registered_model(client: Any, name: str) -> None:

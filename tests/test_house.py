@@ -309,7 +309,7 @@ def metrics() -> set[str]:
     found: set[str] = set()
     core = ROOT / "rlhf_core"
     senders = [*(core / "stages").glob("*.py"), core / "evaluation" / "summary.py"]
-    senders += [ROOT / "tasks" / "tracking.py", ROOT / "tasks" / "guards.py"]
+    senders += [ROOT / "tasks" / f"{name}.py" for name in ("tracking", "tracked_metrics", "guards")]
     for path in senders:
         tree = parsed(path)
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}

@@ -54,6 +54,21 @@ def view(
     write_view(console, run, iterations=iterations, out=out, limit=limit)
 
 
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more, also going ones.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|FILE.html", help="Also draw it: a picture, or a page.")
+    ] = None,
+    last: Annotated[int, typer.Option(min=1, help="Iterations averaged at the end of each run.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs: what differs in their configs, what came out, curves. Works while they are going."""
+    prepare_environment()
+    from flows.compare_display import compare_and_show
+
+    compare_and_show(console, runs, last=last, out=out, as_json=as_json)
+
+
 def verify(
     run: RunArgument,
     as_json: JsonOption = False,

@@ -28,7 +28,7 @@ OTHERS_OFF = [
 @pytest.fixture
 def made(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunFolder]:
     def make(*overrides: str) -> RunFolder:
-        return RunFolder.create(tmp_path / "run", tiny_config([*OTHERS_OFF, *overrides]), {"a": 1})
+        return RunFolder.create(tmp_path / "run", tiny_config([*OTHERS_OFF, *overrides]), {"a": 1, "models": {}})
 
     return make
 
@@ -193,10 +193,11 @@ class TestRetention:
         assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["000001", "000012", "last_good"]
 
     def test_the_alias_newest_is_not_taken_by_an_older_state_that_is_registered_late(
-        self, made: Callable[..., RunFolder]
+        self, made: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from tasks import tracking
 
+        monkeypatch.setattr(tracking, "version_note", lambda _run, _iteration: "")
         aliases: dict[str, str] = {}
 
         class Client(MagicMock):

@@ -70,8 +70,42 @@ def test_params_config_dataset_and_links_are_there(tracked: Path) -> None:
     assert run.info.status == "FINISHED"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "prompts.jsonl"
+    assert {tag.key: tag.value for tag in dataset.tags} == {"mlflow.data.context": "training"}
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert artifacts >= {"config.yaml", "identity.json", "report.png", "samples.json", "view.html"}
+
+
+def test_the_pages_say_what_it_is_and_what_came_out(tracked: Path) -> None:
+    client, run = client_of(tracked)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Finished: **3 of 3** iterations")
+    assert f"rlhf compare {tracked} OTHER_RUN" in note
+    assert (
+        run.data.tags["rlhf.model.policy"].partition(" sha256:")[2]
+        == (RunFolder.open(tracked).identity["models"]["policy"][:16])
+    )
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert "Runs of **rlhf-flow**" in experiment.tags["mlflow.note.content"]
+    (result,) = client.get_metric_history(run.info.run_id, "result/score")
+    scores = [metric.value for metric in client.get_metric_history(run.info.run_id, "objective/scores")]
+    assert (result.step, result.value) == (2, pytest.approx(sum(scores) / 3))
+    assert run.data.metrics["system/process_memory_megabytes"] > 50
+    (version, *_) = client.search_model_versions("name = 'rlhf-policy'")
+    assert "of 3 iterations: score" in version.description
+    assert version.tags["rlhf.model.policy"] == run.data.tags["rlhf.model.policy"]
+
+
+def test_a_persons_description_stays(tracked: Path, tmp_path: Path) -> None:
+    from tasks import tracking
+
+    folder = shutil.copytree(tracked.parent, tmp_path / "copy")
+    client, run = client_of(folder / "run-a")
+    client.set_tag(run.info.run_id, "mlflow.note.content", "mine")
+    with tracking.Tracker(RunFolder.open(folder / "run-a"), {}):
+        pass
+    _, again = client_of(folder / "run-a")
+    assert again.data.tags["mlflow.note.content"] == "mine"
+    assert len(client.get_metric_history(run.info.run_id, "result/score")) == 1, "sent once"
 
 
 def test_a_checkpoint_from_the_registry_generates_text(tracked: Path, tmp_path: Path) -> None:
@@ -141,7 +175,9 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     run_dir = shutil.copytree(tracked, tmp_path / "run")
     sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(run_dir), Client(), "r", 0
     sender.ledger, sender.models = Ledger.of(run_dir), dict.fromkeys(sender.run.checkpoints(), "1")
-    monkeypatch.setattr(tracking, "iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")})
+    monkeypatch.setattr(
+        "tasks.tracked_metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
+    )
     sender.send_up_to(1)
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
 
@@ -175,11 +211,17 @@ class TestAnAnswerThatIsLost:
             counts = database.execute("select key, step, count(*) from metrics group by 1, 2").fetchall()
         assert {count for _, _, count in counts} == {1}
         assert {step for key, step, _ in counts if key == "episode"} == {0, 1, 2}
+        assert {step for key, step, _ in counts if key.startswith("result/")} == {2}
         assert {step for key, step, _ in counts if key == "checkpoint/value"} == {2, 3}
         versions = client.search_model_versions("name = 'rlhf-policy'")
         assert sorted(int(version.tags["rlhf.iteration"]) for version in versions) == [2, 3]
         models = client.search_logged_models([run.info.experiment_id])
         assert sorted(model.name for model in models) == ["run-000002", "run-000003"]
+        there = {model.model_id for model in models}
+        assert sorted(o.step for o in run.outputs.model_outputs if o.model_id in there) == [2, 3]
+        assert {tag for tag in run.data.tags if tag.startswith("rlhf.model.")}
+        assert run.data.tags["mlflow.note.content"].startswith("Finished: ")
+        assert len(run.inputs.dataset_inputs) == 1
         assert run.info.status == "FINISHED"
         assert run.data.params["kl.coef"] == "0.15"
 
@@ -190,8 +232,9 @@ class TestAnAnswerThatIsLost:
 
         calls = (
             "create_experiment", "create_run", "log_batch", "log_inputs", "create_logged_model",
-            "log_model_artifacts", "finalize_logged_model", "log_metric", "create_registered_model",
-            "create_model_version", "set_registered_model_alias", "log_artifact", "set_terminated",
+            "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_metric", "set_tag",
+            "set_experiment_tag", "create_registered_model", "create_model_version",
+            "set_registered_model_alias", "log_artifact", "set_terminated",
         )  # fmt: skip
         lost: list[str] = []
 

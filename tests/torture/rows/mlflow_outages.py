@@ -30,7 +30,7 @@ from torture.runs import battery_config, fingerprint, fork, in_child, start, sta
 from rlhf_core.contracts.config_io import flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after
-from tasks.tracking import iteration_metrics
+from tasks.tracked_metrics import iteration_metrics, result_metrics
 
 NAME = "MLflow down, slow, 500s, hangs, lost and late answers"
 GOAL = "same hash, every metric exactly once"
@@ -220,6 +220,7 @@ class _Bench:
             for iteration in range(run.config.num_iterations)
             for key, value in (iteration_metrics(run, iteration) | {"guard/dropped_metrics": 0.0}).items()
         }
+        wanted |= {(key, step): value for step, of in result_metrics(run).items() for key, value in of.items()}
         self.num_metrics = len(wanted)
         found = [f"{key} of iteration {step} has not arrived" for key, step in wanted if (key, step) not in there]
         found += [f"{key} of step {step} is there {len(v)} times" for (key, step), v in there.items() if len(v) > 1]
@@ -266,6 +267,10 @@ class _Bench:
         folder = self.database.parent / "artifacts" / artifacts[0].partition("mlflow-artifacts:/")[2]
         files = ("config.yaml", "identity.json", "report.png", "samples.json", "view.html")
         found += [f"{file} has not arrived" for file in files if not (folder / file).is_file()]
+        notes = self._ask("select count(*), '' from tags where run_uuid = ? and key = 'mlflow.note.content'", run_id)
+        found += [] if notes[0][0] == 1 else ["the run has no description"]
+        inputs = self._ask("select count(*), '' from inputs where destination_id = ?", run_id)
+        found += [] if inputs[0][0] == 1 else [f"the run has {inputs[0][0]} datasets instead of one"]
         if not found and len(json.loads((folder / "samples.json").read_text())["data"]) != len(before_and_after(run)):
             found.append("samples.json has rows twice")
         return found
