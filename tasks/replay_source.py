@@ -136,7 +136,7 @@ def _as_then(name: str, run: RunFolder, iteration: int) -> Source:
         return Source(name, then, iteration, manifests)
     if manifests and iteration == run.num_finished():
         raise UserError(
-            f"--iteration {iteration} of {name} is not finished: only {', '.join(manifests)} of its six stages "
+            f"--iteration {iteration} of {name} is not finished: of its six stages only {', '.join(manifests)} are "
             f"committed; {_finished(run, name)}"
         )
     raise UserError(f"--iteration {iteration} is not in {name}: {_finished(run, name)}")
