@@ -205,8 +205,7 @@ def _checked(path: Path, infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.
         name = info.orig_filename
         if not _NAME.fullmatch(name):
             raise UserError(f"{path} holds an entry named {name[:100]!r}, which no bundle has; nothing was unpacked")
-        mode = info.external_attr >> 16
-        if mode and not stat.S_ISREG(mode):
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
             raise UserError(f"{path} holds {name}, which is a link or a device and no file; nothing was unpacked")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise UserError(

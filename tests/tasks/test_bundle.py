@@ -187,8 +187,6 @@ class TestMistakes:
 
     def test_a_checkpoint_of_other_weights(self, sent: dict[str, Path], tmp_path: Path) -> None:
         """Sealed again by whoever has changed it; the run says which weights they must be."""
-        from rlhf_core.contracts.records import write_record
-
         (tmp_path / "x").mkdir()
         record = unpack_bundle(sent["whole"], tmp_path / "x")
         update = tmp_path / "x/run/iterations/000000/06_update.json"
