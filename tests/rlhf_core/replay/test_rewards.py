@@ -68,8 +68,8 @@ def test_a_config_with_models_alone(tiny: Tiny) -> None:
 
 def test_components_say_again_what_they_said() -> None:
     scores = Scores(
-        ["a", "b"], ["two", "one"], torch.tensor([[2.5, 0.0], [3.5, 1.25]]), torch.tensor([[True, False], [True, True]]),
-        torch.zeros(2),
+        ["a", "b"], ["two", "one"], torch.tensor([[2.5, 0.0], [3.5, 1.25]]),
+        torch.tensor([[True, False], [True, True]]), torch.zeros(2),
     )  # fmt: skip
     said = score_all(stored_components(scores, ["one", "two", "three"]), [None, None])  # pyright: ignore[reportArgumentType]
     assert said[1] == [2.5, 3.5]
