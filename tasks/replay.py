@@ -158,7 +158,7 @@ class _Work:
         if self.sample is not None:
             tokens = token_rows(self.stored, self.replayed, self.sample, self.source.decode)
             replay = replace(replay, tokens=tokens)
-        return replay if replay.is_identical else replace(replay, conditions=self.source.conditions())
+        return replay if replay.is_identical else replace(replay, conditions=tuple(self.source.conditions()))
 
 
 def _from(first: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from rlhf_core.preflight import Plan
 from rlhf_core.replay.changes import BETA, Changes, changes_of
 from rlhf_core.replay.rewards import stored_components
 from rlhf_core.replay.tokens import check_sample, token_rows
-from rlhf_core.replay.what_if import WhatIf, advantages_of, quantities_of, retuned
+from rlhf_core.replay.what_if import WhatIf, advantages_of, quantities_of, with_optimizer_of
 from tasks.replay import Progress
 from tasks.replay_source import Source, check_weights, opened
 from tasks.resources import Resources, resources
@@ -139,7 +139,7 @@ def _trainer(source: Source, config: RunConfig) -> Trainer:
     then = Resources(replace(source.run, config=source.config))
     then.keep_plan(source.plan)
     check_weights(then, source.iteration)
-    return retuned(then.trainer(source.iteration), config)
+    return with_optimizer_of(then.trainer(source.iteration), config)
 
 
 def _set_beta(shadow: RunFolder, iteration: int, kl_coef: float) -> None:

@@ -6,18 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from tiny_world import Tiny
-from torture.runs import battery_config, start
+from torture.runs import A_PICTURE, battery_config, start
 
 from rlhf_core.contracts.batches import Experience, StageResult
-from rlhf_core.contracts.durable import hash_file
+from rlhf_core.contracts.durable import hash_file, write_file
+from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.stages.shape_rewards import shape_rewards
+from tasks import report
 
 ROW, POSITION = 3, 0
 """Where :func:`another_advantage` plants its change."""
@@ -25,8 +28,14 @@ ROW, POSITION = 3, 0
 
 def run_of(tiny: Tiny, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A finished run of three iterations, with checkpoints 2 and 3."""
-    start(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}} | dict(changes or {})), path)
+    with mock.patch.object(report, "draw_run", _draw_a_pixel):  # drawing is a third of such a run
+        start(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}} | dict(changes or {})), path)
     return path
+
+
+def _draw_a_pixel(_run: RunFolder, path: Path) -> bool:
+    write_file(path, A_PICTURE)
+    return True
 
 
 def state_of(folder: Path) -> dict[str, tuple[str, int, int]]:

@@ -137,7 +137,7 @@ def advantages_of(stored: Tables, what_if: Tables) -> Advantages:
     )
 
 
-def retuned(trainer: Trainer, config: RunConfig) -> Trainer:
+def with_optimizer_of(trainer: Trainer, config: RunConfig) -> Trainer:
     """The same weights and moments, moved by an optimizer of another config.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ class TestIdentical:
     def test_runs_of_other_kinds(self, tiny: Tiny, tmp_path: Path, changes: dict[str, Any]) -> None:
         tree = {name: section | _base(tiny, name) for name, section in changes.items()}
         run_dir = run_of(tiny, tmp_path / "run", tree)
-        archived = not (run_dir / "iterations/000001").exists()
+        archived = not (run_dir / "iterations/000000").exists()
         assert archived == ("artifacts" in changes)
-        for iteration in (1, 2):
+        for iteration in (0, 1):
             assert verdicts(replay_iteration(str(run_dir), iteration)) == ALL
 
     def test_from_a_stage_on(self, run_dir: Path) -> None:
@@ -212,22 +213,20 @@ def stored(run_dir: Path, iteration: int, stage: str) -> pa.Table:
 class TestRewardsThatAreNotHere:
     SCORER = "def scorer(responses, **_):\n    return [float(len(r) % 5) for r in responses]\n"
 
-    @pytest.fixture
-    def mine(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    @pytest.fixture(scope="class")
+    def mine(self, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
         """A run with a function of its own, and that function's file."""
-        place = tmp_path / "code"
-        place.mkdir()
+        place = tmp_path_factory.mktemp("code")
         module = place / "own_scorer_of_replays.py"
         module.write_text(self.SCORER)
-        monkeypatch.syspath_prepend(str(place))
-        monkeypatch.delitem(sys.modules, module.stem, raising=False)
         components = [
             {"kind": "model", "model": str(tiny.reward)},
             {"kind": "function", "name": "mine", "function": f"{module.stem}:scorer"},
         ]
-        run_dir = run_of(tiny, tmp_path / "run", {"reward": {"components": components}, "num_iterations": 1})
-        monkeypatch.delitem(sys.modules, module.stem)
-        return run_dir, module
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(place))
+            yield run_of(tiny, place / "run", {"reward": {"components": components}, "num_iterations": 1}), module
+        sys.modules.pop(module.stem, None)
 
     def test_here_it_is_called(self, mine: tuple[Path, Path]) -> None:
         assert verdicts(replay_iteration(str(mine[0]), 0)) == ALL
@@ -237,6 +236,7 @@ class TestRewardsThatAreNotHere:
         self, mine: tuple[Path, Path], harm: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run_dir, module = mine
+        monkeypatch.delitem(sys.modules, module.stem)
         module.unlink() if harm == "gone" else module.write_text("raise SystemExit('evil')\n")
         monkeypatch.setattr("rlhf_core.rewards.function._import", refuse)
         replay = replay_iteration(str(run_dir), 0)
@@ -244,6 +244,7 @@ class TestRewardsThatAreNotHere:
         assert replay.is_identical
         said = "there is no module" if harm == "gone" else "the function is not the one of the run: rewards.mine"
         assert said in str(of(replay, "score_rewards").skipped)
+        module.write_text(self.SCORER)
 
 
 class TestMistakes:
