@@ -210,24 +210,26 @@ def stored(run_dir: Path, iteration: int, stage: str) -> pa.Table:
     return read_artifact(run_dir, RunFolder.open(run_dir).manifests(iteration)[stage].artifact)
 
 
+SCORER = "def scorer(responses, **_):\n    return [float(len(r) % 5) for r in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def mine(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A run with a function of its own, and that function's file."""
+    place = tmp_path_factory.mktemp("code")
+    module = place / "own_scorer_of_replays.py"
+    module.write_text(SCORER)
+    components = [
+        {"kind": "model", "model": str(tiny.reward)},
+        {"kind": "function", "name": "mine", "function": f"{module.stem}:scorer"},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(place))
+        yield run_of(tiny, place / "run", {"reward": {"components": components}, "num_iterations": 1}), module
+    sys.modules.pop(module.stem, None)
+
+
 class TestRewardsThatAreNotHere:
-    SCORER = "def scorer(responses, **_):\n    return [float(len(r) % 5) for r in responses]\n"
-
-    @pytest.fixture(scope="class")
-    def mine(self, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-        """A run with a function of its own, and that function's file."""
-        place = tmp_path_factory.mktemp("code")
-        module = place / "own_scorer_of_replays.py"
-        module.write_text(self.SCORER)
-        components = [
-            {"kind": "model", "model": str(tiny.reward)},
-            {"kind": "function", "name": "mine", "function": f"{module.stem}:scorer"},
-        ]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(place))
-            yield run_of(tiny, place / "run", {"reward": {"components": components}, "num_iterations": 1}), module
-        sys.modules.pop(module.stem, None)
-
     def test_here_it_is_called(self, mine: tuple[Path, Path]) -> None:
         assert verdicts(replay_iteration(str(mine[0]), 0)) == ALL
 
@@ -244,7 +246,7 @@ class TestRewardsThatAreNotHere:
         assert replay.is_identical
         said = "there is no module" if harm == "gone" else "the function is not the one of the run: rewards.mine"
         assert said in str(of(replay, "score_rewards").skipped)
-        module.write_text(self.SCORER)
+        module.write_text(SCORER)
 
 
 class TestMistakes:
