@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import stopping
-from flows.commands import looking, measuring, training
+from flows.commands import looking, measuring, replaying, training
 from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, console
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_secrets
@@ -20,6 +20,7 @@ PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config),
     "Look": (looking.inspect, looking.view, looking.compare, looking.verify),
     "Measure": (measuring.evaluate, measuring.blend),
+    "Replay": (replaying.replay, replaying.bundle),
 }
 """Heading of the help -> its commands, named as their functions."""
 

@@ -17,14 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.archive import open_segment, segment_paths
-from rlhf_core.contracts.artifacts import (
-    Manifest,
-    artifact_path,
-    commit_folder,
-    encode_archived,
-    parse_manifest,
-    read_manifest,
-)
+from rlhf_core.contracts.artifacts import ArtifactRef, Manifest, artifact_path, commit_folder, read_manifest
 from rlhf_core.contracts.durable import hash_file, move, read_file, remove_file, settle, write_file
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.records import read_record
@@ -34,14 +27,9 @@ from rlhf_core.verification.checkpoints import CheckpointCheck
 from rlhf_core.verification.findings import Verification
 from rlhf_core.verification.iterations import IterationCheck
 from rlhf_core.verification.run import QUARANTINE, Progress, verify_run
-from tasks.generate import generate
 from tasks.lifecycle import check_identity, save_state
-from tasks.ppo_update import ppo_update
-from tasks.reference_logprobs import reference_logprobs
 from tasks.resources import resources
-from tasks.sample_prompts import sample_prompts
-from tasks.score_rewards import score_rewards
-from tasks.shape_rewards import shape_rewards
+from tasks.shadow import compute_stage, manifest_path, take_out
 
 Item = tuple[int, str]
 """Iteration and stage."""
@@ -133,7 +121,7 @@ class _Repair:
             for stage in STAGES:
                 if (iteration, stage) in self.damaged:
                     continue
-                for path in (Path(artifact_path(iteration, stage)), _manifest_path(iteration, stage)):
+                for path in (artifact_path(iteration, stage), manifest_path(iteration, stage)):
                     if (self.run.path / path).is_file():
                         _link(self.run.path / path, shadow / path)
         for iteration in self.run.checkpoints():
@@ -160,20 +148,14 @@ class _Repair:
             for stage in STAGES:
                 if (iteration, stage) in self.damaged:
                     continue
-                manifest = parse_manifest(segment.record(stage, iteration), stage, iteration, origin=str(path))
-                write_file(shadow / artifact_path(iteration, stage), encode_archived(segment, manifest.artifact))
-                write_file(shadow / _manifest_path(iteration, stage), segment.manifest(stage, iteration))
+                take_out(segment, stage, iteration, shadow)
                 self.taken_out.add((iteration, stage))
 
     def _compute(self, shadow: RunFolder, iteration: int) -> None:
         """The stages of an iteration that are not there, and a comparison with what is known of them."""
-        where = str(shadow.path)
-        prompts = sample_prompts.fn(where, iteration)
-        rollouts = generate.fn(where, iteration, prompts)
-        scores = score_rewards.fn(where, iteration, prompts, rollouts)
-        ref_logprobs = reference_logprobs.fn(where, iteration, prompts, rollouts)
-        experience = shape_rewards.fn(where, iteration, prompts, rollouts, scores, ref_logprobs)
-        ppo_update.fn(where, iteration, prompts, rollouts, experience)
+        refs: dict[str, ArtifactRef] = {}
+        for stage in STAGES:
+            refs[stage] = compute_stage(shadow, stage, iteration, refs)
         for stage in STAGES:
             before, after = self._trusted(iteration, stage), shadow.manifest(stage, iteration)
             assert after is not None
@@ -232,7 +214,7 @@ class _Repair:
         for iteration, stage in sorted(
             self.damaged | self.taken_out, key=lambda item: (item[0], [*STAGES].index(item[1]))
         ):
-            artifact, manifest = Path(artifact_path(iteration, stage)), _manifest_path(iteration, stage)
+            artifact, manifest = Path(artifact_path(iteration, stage)), Path(manifest_path(iteration, stage))
             trusted = (iteration, stage) not in self.taken_out and self._trusted(iteration, stage) is not None
             for path in (artifact, manifest):
                 keep = path == manifest and trusted and (self.run.path / path).is_file()
@@ -291,10 +273,6 @@ def _way_on(found: Verification) -> str:
         f"the newest intact state is {found.path}/checkpoints/{found.newest_intact:06d}: put the files back from a "
         "copy, or begin a new run from its policy/ (policy.model; with LoRA policy.adapter)"
     )
-
-
-def _manifest_path(iteration: int, stage: str) -> Path:
-    return Path(artifact_path(iteration, stage)).with_suffix(".json")
 
 
 def _is_same(path: Path, other: Path) -> bool:

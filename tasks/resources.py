@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -80,6 +80,14 @@ class Resources:
     def keep_plan(self, plan: Plan) -> None:
         """Take over the plan of whoever has just checked this run, instead of making it again."""
         self._kept["plan"] = plan
+
+    def keep_rewards(self, components: Sequence[Component]) -> None:
+        """Let these score, instead of those that the config names."""
+        self._kept["reward_components"] = list(components)
+
+    def keep_trainer(self, trainer: Trainer) -> None:
+        """Take over a trainer, instead of finding it again from checkpoint and updates."""
+        self._trainer = trainer
 
     @property
     def tokenizer(self) -> PolicyTokenizer:

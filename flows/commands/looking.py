@@ -70,11 +70,16 @@ def compare(
 
 
 def verify(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or a bundle of one iteration.")],
     as_json: JsonOption = False,
 ) -> None:
     """Read again everything a run wrote: what is damaged, and what can be recovered. Works while the run is going."""
     prepare_environment()
+    if run.is_file():
+        from flows.replay_display import verify_and_show_bundle
+
+        verify_and_show_bundle(console, run, as_json=as_json)
+        return
     from flows.verify_display import verify_and_show
 
     if not verify_and_show(console, run, as_json=as_json):

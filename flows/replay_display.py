@@ -1,0 +1,318 @@
+"""What `rlhf replay` and `rlhf bundle` print: stages compared, the first difference, what moves, what is packed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_core.replay.outcome import Replay, StageReplay
+
+if TYPE_CHECKING:
+    from rlhf_core.replay.bundles import BundleRecord
+    from rlhf_core.replay.comparison import ColumnDifference
+    from rlhf_core.replay.what_if import Advantages, Quantity, WhatIf
+
+SHOWN_LINES = 8
+"""Of what else differs in a stage."""
+LONGEST_VALUE = 40
+
+
+def replay_and_show(
+    console: Console, path: Path, *, iteration: int | None, first: str | None, sample: str | None, as_json: bool
+) -> bool:
+    """Compute an iteration again and print how it compares. Returns: whether all of it came back bit for bit."""
+    from tasks.replay import replay_iteration
+
+    with _computing(console, quiet=as_json) as tell:
+        replay = replay_iteration(str(path), iteration, first=first, sample=sample, progress=tell)
+    if as_json:
+        _print_json(replay.to_json())
+    else:
+        show_replay(console, replay)
+    return replay.is_identical
+
+
+def what_if_and_show(
+    console: Console, path: Path, overrides: Sequence[str], *, iteration: int | None, sample: str | None, as_json: bool
+) -> None:
+    """Compute an iteration again under other knobs and print what moves."""
+    from tasks.what_if import ask_what_if
+
+    with _computing(console, quiet=as_json) as tell:
+        answer = ask_what_if(str(path), iteration, overrides, sample=sample, progress=tell)
+    if as_json:
+        _print_json(answer.to_json())
+    else:
+        show_what_if(console, answer)
+
+
+def bundle_and_show(
+    console: Console, run: Path, out: Path, *, iteration: int, with_models: bool, as_json: bool
+) -> None:
+    """Pack an iteration and print what the bundle holds."""
+    from tasks.bundle import make_bundle
+
+    with console.status("packing"):
+        record = make_bundle(str(run), iteration, str(out), with_models=with_models)
+    _show_bundle(console, out, record, as_json=as_json)
+    if not as_json:
+        _line(console, f"replay it: rlhf replay {out}")
+
+
+def verify_and_show_bundle(console: Console, path: Path, *, as_json: bool) -> None:
+    """Check every seal and digest of a bundle and print what it holds. Raises IntegrityError if it is damaged."""
+    from rlhf_core.replay.opening import verify_bundle
+
+    record = verify_bundle(path)
+    _show_bundle(console, path, record, as_json=as_json)
+    if not as_json:
+        _line(console, "whole", style="green")
+
+
+def show_replay(console: Console, replay: Replay) -> None:
+    """Print a table of stages, then whatever differs, then one last line."""
+    console.print(_table_of_stages(replay))
+    for stage in replay.stages:
+        _show_stage(console, stage)
+    if replay.sample is not None:
+        console.print(_table_of_tokens(replay.tokens, "replayed", f"{replay.sample}, token by token"))
+    computed = [stage for stage in replay.stages if stage.is_identical is not None]
+    where = f"iteration {replay.iteration} of {replay.run}"
+    is_part = len(computed) < len(replay.stages)
+    what = f"{len(computed)} of {len(replay.stages)} stages" if is_part else _stages(computed)
+    what = what if replay.sample is None else f"{replay.sample} in {what}"
+    if replay.is_identical:
+        _line(console, f"identical: {where}, {what}, bit for bit ({_threads(replay)})", style="green")
+        return
+    if replay.conditions:
+        _line(console, "The run was computed under other conditions:")
+        for line in replay.conditions:
+            _line(console, f"  {line}")
+    else:
+        _line(
+            console,
+            "Machine, libraries, models, prompts and sources are those of the run: look at the artifact itself, or at "
+            "what answers from outside, as a service.",
+        )
+    names = ", ".join(stage.stage for stage in computed if not stage.is_identical)
+    _line(console, f"different: {where}, {names} ({_threads(replay)})", style="red")
+
+
+def show_what_if(console: Console, answer: WhatIf) -> None:
+    """Print what was asked, the numbers that move, and whose advantages change most."""
+    _line(console, f"What if, iteration {answer.iteration} of {answer.run}", style="bold")
+    for line in answer.changes:
+        _line(console, f"  {line}")
+    _line(console, f"computed again on the same responses: {', '.join(answer.computed)}")
+    for stage, reason in answer.skipped.items():
+        _line(console, f"{stage} was not: {reason}", style="yellow")
+    console.print(_table_of_quantities(answer.quantities))
+    if answer.sample is not None:
+        console.print(_table_of_tokens(answer.tokens, "what_if", f"{answer.sample}: stored → what if"))
+    if "shape_rewards" in answer.computed:
+        _show_advantages(console, answer.advantages)
+
+
+def _show_advantages(console: Console, moved: Advantages) -> None:
+    _line(
+        console,
+        f"advantages: correlation with the stored ones {moved.correlation:.4f}, {moved.sign_flips} of "
+        f"{moved.num_tokens} tokens change sign",
+    )
+    if not moved.most_changed:
+        return
+    table = _table("Samples whose advantage changes most (mean over tokens)")
+    table.add_column("sample", no_wrap=True)
+    for name in ("score", "advantage, stored", "what if"):
+        table.add_column(name, justify="right")
+    for row in moved.most_changed:
+        score, advantage = row["score"], row["advantage"]
+        shown = _number(score["stored"])
+        shown += "" if score["stored"] == score["what_if"] else f" → {_number(score['what_if'])}"
+        table.add_row(Text(row["sample_id"]), shown, _number(advantage["stored"]), _number(advantage["what_if"]))
+    console.print(table)
+
+
+def _table_of_stages(replay: Replay) -> Table:
+    table = _table(f"{replay.run}, iteration {replay.iteration}")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("rows", justify="right")
+    table.add_column("stored", no_wrap=True)
+    table.add_column("replayed", no_wrap=True)
+    table.add_column("identical")
+    table.add_column("seconds", justify="right")
+    for stage in replay.stages:
+        seconds = "" if stage.skipped is not None else f"{stage.seconds:.2f}"
+        replayed = "" if stage.replayed is None else stage.replayed[:12]
+        table.add_row(stage.stage, str(stage.rows), stage.stored[:12], replayed, _verdict(stage), seconds)
+        if stage.weights is not None:
+            stored, again = stage.weights
+            same = _yes() if stored == again else _no()
+            table.add_row("  weights after it", "", stored[:12], again[:12], same, "")
+    return table
+
+
+def _verdict(stage: StageReplay) -> Text:
+    if stage.is_identical is None:
+        return Text("not replayed", "yellow")
+    return _yes() if stage.is_identical else _no()
+
+
+def _yes() -> Text:
+    return Text("yes", "green")
+
+
+def _no() -> Text:
+    return Text("no", "bold red")
+
+
+def _show_stage(console: Console, stage: StageReplay) -> None:
+    """Everything that is to be said of one stage; nothing where it came back."""
+    if stage.skipped is not None:
+        _line(console, f"{stage.stage} was not replayed: {stage.skipped}", style="yellow")
+    if stage.failed is not None:
+        _line(console, f"{stage.stage} could not be computed again: {stage.failed}", style="red")
+    if stage.difference is not None:
+        columns = stage.difference.columns
+        _line(console, f"{stage.stage}: first difference in {_place(columns[0])}", style="bold")
+        console.print(_table_of_columns(columns))
+    for line in stage.others[:SHOWN_LINES]:
+        _line(console, f"  {stage.stage}: {line}")
+    if len(stage.others) > SHOWN_LINES:
+        _line(console, f"  {stage.stage}: and {len(stage.others) - SHOWN_LINES} more lines: --json has all")
+
+
+def _place(column: ColumnDifference) -> str:
+    at = column.first
+    token = "" if at.position is None else f", position {at.position}"
+    return f"{at.column}, row {at.row} ({at.key}){token}: stored {_value(at.stored)}, replayed {_value(at.replayed)}"
+
+
+def _table_of_columns(columns: Sequence[ColumnDifference]) -> Table:
+    table = _table(None)
+    table.add_column("column", no_wrap=True)
+    for name in ("values that differ", "largest difference", "in ulp"):
+        table.add_column(name, justify="right")
+    table.add_column("first at")
+    for column in columns:
+        at = column.first
+        where = at.key if at.position is None else f"{at.key}[{at.position}]"
+        largest = "" if column.largest is None else f"{column.largest:.3g}"
+        ulp = "" if column.largest_ulp is None else f"{column.largest_ulp:,}"
+        share = f"{column.num_different:,} of {column.num_values:,}"
+        table.add_row(at.column, share, largest, ulp, Text(where))
+    return table
+
+
+def _table_of_quantities(quantities: Sequence[Quantity]) -> Table:
+    table = _table(None)
+    table.add_column("quantity", no_wrap=True)
+    for name in ("stored", "what if", "change"):
+        table.add_column(name, justify="right")
+    for quantity in quantities:
+        then, now = quantity.stored, quantity.what_if
+        moves = then is not None and now is not None and then != now
+        change = f"{now - then:+.4g}" if moves and then is not None and now is not None else ""
+        style = "" if moves else "dim"
+        table.add_row(quantity.name, _number(then), _number(now), change or ("=" if then == now else ""), style=style)
+    return table
+
+
+def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str, title: str) -> Table:
+    """One row a token; a cell is one number where both are the same, else both and how far apart they are."""
+    table = _table(title)
+    columns = [name for name in (tokens[0] if tokens else ()) if name not in ("position", "token")]
+    for name in ("position", "token", *columns):
+        table.add_column(name.replace("_", " "), justify="left" if name == "token" else "right", overflow="fold")
+    for row in tokens:
+        cells = [_pair(row[name], again) for name in columns]
+        table.add_row(str(row["position"]), Text(row["token"]), *cells)
+    return table
+
+
+def _pair(cell: Mapping[str, Any], again: str) -> Text:
+    then = cell["stored"]
+    if again not in cell:
+        return Text(_value(then), "dim")
+    now = cell[again]
+    if then == now:
+        return Text(_value(then))
+    apart = f" ({now - then:+.2g})" if isinstance(then, float) and isinstance(now, float) else ""
+    return Text(f"{_value(then)} → {_value(now)}{apart}", "red")
+
+
+def _show_bundle(console: Console, path: Path, record: BundleRecord, *, as_json: bool) -> None:
+    from rlhf_core.contracts.durable import hash_file
+
+    size, digest, parts = path.stat().st_size, hash_file(path), record.contents()
+    if as_json:
+        about = {"bundle": str(path), "bytes": size, "sha256": digest, "run": record.run}
+        _print_json(about | {"iteration": record.iteration, "with_models": record.with_models, "parts": parts})
+        return
+    table = _table(f"{path}: iteration {record.iteration} of {record.run}")
+    table.add_column("part", no_wrap=True)
+    table.add_column("files", justify="right")
+    table.add_column("size", justify="right")
+    for row in parts:
+        table.add_row(Text(row["part"]), str(row["files"]), _size(row["bytes"]))
+    table.add_section()
+    table.add_row("the bundle", str(sum(row["files"] for row in parts) + 1), _size(size))
+    console.print(table)
+    _line(console, f"sha256 {digest}")
+
+
+def _table(title: str | None) -> Table:
+    shown = None if title is None else Text(title, "bold")
+    return Table(title=shown, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _line(console: Console, text: str, *, style: str = "") -> None:
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    console.print(Text(printable, style), soft_wrap=True, highlight=False)
+
+
+def _stages(stages: Sequence[StageReplay]) -> str:
+    return stages[0].stage if len(stages) == 1 else f"all {len(stages)} stages"
+
+
+def _threads(replay: Replay) -> str:
+    return f"{replay.num_threads} CPU thread{'s' if replay.num_threads > 1 else ''}, as the run"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _value(value: Any) -> str:
+    """A value as exactly as it is: enough digits to tell a float32 from its neighbour."""
+    if value is None:
+        return "absent"
+    text = f"{value:.9g}" if isinstance(value, float) else str(value) if isinstance(value, int) else repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes >= 10_000 else f"{num_bytes:,} B"
+
+
+def _print_json(values: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _computing(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Name the stage that is computed, where somebody watches."""
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("opening") as status:
+        yield lambda stage: status.update(f"computing {stage} again")

@@ -1,0 +1,172 @@
+"""What is replayed: a run folder as it is, or a bundle in a temporary folder, and what of it can be computed here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf_core.contracts.artifacts import Manifest
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import config_digest
+from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.identity import identity_drift, run_identity, source_digest
+from rlhf_core.models.devices import using_threads
+from rlhf_core.preflight import Plan, preflight
+from rlhf_core.prompts.sources import PromptSet
+from rlhf_core.replay.bundles import BundleRecord, is_bundle
+from rlhf_core.replay.opening import open_bundle
+from rlhf_core.replay.relocation import bundle_plan, relocated
+from rlhf_core.replay.rewards import unavailable_rewards, with_models_alone
+from tasks.resources import Resources
+from tasks.shadow import as_it_was
+
+MODEL_STAGES = ("sample_prompts", "generate", "score_rewards", "reference_logprobs", "ppo_update")
+"""What needs a model or a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished iteration with what it was computed from."""
+
+    name: str
+    """Of the folder or file, as it was given."""
+    run: RunFolder
+    """As it was when the iteration was computed, with the config of its run.json."""
+    iteration: int
+    manifests: Mapping[str, Manifest]
+    bundle: BundleRecord | None = None
+    folder: Path = Path()
+    """That the bundle was unpacked into."""
+    missing: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Stage -> why it cannot be computed here."""
+
+    def located(self, config: RunConfig, own: Sequence[str] = ()) -> RunConfig:
+        """A config of the run whose places are on this machine; ``own``: fields that were set here."""
+        return config if self.bundle is None else relocated(config, self.bundle, self.folder, own=own)
+
+    def without_foreign(self, config: RunConfig) -> RunConfig:
+        """A located config without rewards that are not here: nothing of them is imported or called."""
+        return with_models_alone(config) if "score_rewards" in self.missing else config
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """What the stages are computed with here."""
+        return self.without_foreign(self.located(self.run.config))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of that config. Raises UserError with everything that is not there."""
+        return self.plan_of(self.config)
+
+    def plan_of(self, config: RunConfig) -> Plan:
+        """The plan of a located config."""
+        if self.bundle is None:
+            return preflight(config)
+        return bundle_plan(config, self.bundle) if self.bundle.with_models else _of_arithmetic(self.bundle.vocab_size)
+
+    def decode(self, token: int) -> str:
+        """The text of a token, as it is written in Python; "?" where there is no tokenizer."""
+        if self.bundle is not None and not self.bundle.with_models:
+            return "?"
+        return repr(self.plan.tokenizer.tokenizer.decode([token]))[1:-1]
+
+    def conditions(self) -> list[str]:
+        """What differs between the identity of the run and that of this machine, one line each."""
+        then = self.run.identity
+        if self.bundle is not None and not self.bundle.with_models:
+            versions = {name: importlib.metadata.version(name) for name in then["versions"]}
+            return identity_drift(then, {**then, "source": source_digest(), "versions": versions})
+        here = run_identity(self.config, self.plan.prompt_set)
+        here |= {"config": config_digest(self.run.config), "num_threads": then["num_threads"]}  # it computes with those
+        if self.bundle is not None:  # sealed; and the name of a hub is no digest of a folder
+            here |= {"prompts": then["prompts"], "models": then["models"]}
+        if "score_rewards" in self.missing:  # told already
+            here["rewards"] = then["rewards"]
+        return identity_drift(then, here)
+
+
+@contextmanager
+def opened(path: str, iteration: int | None) -> Iterator[Source]:
+    """A run folder or a bundle, ready to be computed from.
+
+    Args:
+        path: of the folder or file.
+        iteration: finished; a bundle holds one, which need not be named.
+    Raises: UserError if there is no such run, bundle or iteration; IntegrityError if it is damaged.
+    """
+    if not is_bundle(Path(path)):
+        run = RunFolder.open(Path(path))
+        if iteration is None:
+            raise UserError(f"--iteration is missing: {_finished(run, path)}")
+        yield _with_rewards(_as_then(path, run, iteration), calls_services=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf-bundle-") as folder:
+        run, record = open_bundle(Path(path), Path(folder))
+        if iteration not in (None, record.iteration):
+            raise UserError(f"--iteration {iteration} is not in {path}, which holds iteration {record.iteration}")
+        source = replace(_as_then(path, run, record.iteration), bundle=record, folder=Path(folder))
+        if record.with_models:
+            yield _with_rewards(source, calls_services=False)
+        else:
+            yield replace(source, missing=dict.fromkeys(MODEL_STAGES, "the bundle was made --without-models"))
+
+
+def check_weights(kept: Resources, iteration: int) -> None:
+    """Load the weights that an iteration starts from. Raises IntegrityError unless they are the committed ones."""
+    with using_threads(kept.num_threads):
+        digest, committed = kept.trainer(iteration).digest(), kept.policy_digest(iteration)
+    if committed not in ("initial", "", digest):
+        raise IntegrityError(
+            f"the weights before iteration {iteration} have the digest {digest[:12]}…, {committed[:12]}… was committed"
+        )
+
+
+def _as_then(name: str, run: RunFolder, iteration: int) -> Source:
+    then = as_it_was(run, iteration)
+    manifests = then.manifests(iteration) if iteration >= 0 else {}
+    if len(manifests) == len(STAGES):
+        return Source(name, then, iteration, manifests)
+    if manifests and iteration == run.num_finished():
+        raise UserError(
+            f"--iteration {iteration} of {name} is not finished: of its six stages only {', '.join(manifests)} are "
+            f"committed; {_finished(run, name)}"
+        )
+    raise UserError(f"--iteration {iteration} is not in {name}: {_finished(run, name)}")
+
+
+def _finished(run: RunFolder, name: str) -> str:
+    finished = run.num_finished()
+    if finished == 0:
+        return f"no iteration of {name} is finished yet"
+    return f"finished {'is 0' if finished == 1 else f'are 0 to {finished - 1}'}"
+
+
+def _with_rewards(source: Source, *, calls_services: bool) -> Source:
+    run = source.run
+    lines = unavailable_rewards(run.config, run.identity, run.path, calls_services=calls_services)
+    return replace(source, missing={"score_rewards": "; ".join(lines)}) if lines else source
+
+
+def _of_arithmetic(vocab_size: int) -> Plan:
+    """What shaping reads of a plan: how many tokens there are. There is no tokenizer and no prompt."""
+    return Plan(
+        prompt_set=PromptSet([], "", 0, []),
+        tokenizer=cast("Any", None),
+        max_prompt_len=0,
+        context_len=0,
+        vocab_size=vocab_size,
+        device="cpu",
+        num_threads=1,
+        parameters={},
+        memory_bytes={},
+        peak_bytes=0,
+        notes=[],
+    )
