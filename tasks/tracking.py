@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tasks.guards import GuardRecord, guard_metrics
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
 from tasks.tracker_files import send_file, send_model, send_table, send_text
+from tasks.tracking_store import shown_tracking_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,8 @@ ONCE: Final = (
 )
 """Calls that are not simply repeated when their answer is lost."""
 OUTBOX_TAG = "rlhf.outbox"
-
-
-def tracking_uri(run: RunFolder) -> str:
-    """The configured tracker, MLFLOW_TRACKING_URI, or an sqlite file beside the run folder."""
-    default = f"sqlite:///{run.path.resolve().parent / 'mlflow.db'}"
-    return run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def shown_tracking_uri(run: RunFolder) -> str:
-    """The tracker as it may be shown and stored: without user, password or key."""
-    return without_credentials(tracking_uri(run))
+_UNFIT: Final = re.compile(r"[/:.%\"']")
+"""What MLflow takes in no name of a logged model."""
 
 
 def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
@@ -287,7 +280,7 @@ class _Sender:
         return list(self.client.search_logged_models([self.experiment_id], filters, order_by=order))
 
     def _model_name(self, iteration: int) -> str:
-        return f"{self.run.path.name}-{iteration:06d}"
+        return f"{_UNFIT.sub('-', self.run.path.name)}-{iteration:06d}"
 
     def _log_checkpoint(self, iteration: int) -> None:
         """A checkpoint's policy folder as a logged model and a registered version, which says that all is there."""
