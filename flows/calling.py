@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed
 from prefect.tasks import Task
 
-from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, outage
+from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, no_server_is_wanted, outage
 from flows.stopping import received, stoppable
 
 Result = TypeVar("Result")
@@ -115,6 +115,10 @@ def run_flow(flow: Flow[..., Result], *arguments: Any, **named: Any) -> Result:
     Raises: whatever the flow's own body raises.
     """
     global _body  # noqa: PLW0603 - one flow at a time
+    if no_server_is_wanted():
+        _body = _Body()
+        with without_prefect():
+            return cast("Result", flow.fn(*arguments, **named))
     if not api_answers():
         return _run_bare(flow, arguments, named, None)
     _body = _Body(hurry=contextlib.ExitStack())

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import stopping
-from flows.commands import looking, measuring, replaying, training
+from flows.commands import looking, measuring, replaying, sweeping, training
 from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, console
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_secrets
 
 PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config),
-    "Look": (looking.inspect, looking.view, looking.compare, looking.verify),
-    "Measure": (measuring.evaluate, measuring.blend),
+    "Look": (looking.inspect, looking.view, looking.compare, looking.verify, looking.ui),
+    "Measure": (measuring.evaluate, measuring.blend, sweeping.sweep),
     "Replay": (replaying.replay, replaying.bundle),
 }
 """Heading of the help -> its commands, named as their functions."""

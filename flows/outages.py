@@ -10,6 +10,7 @@ Only errors of Prefect are caught: an error of the work is the caller's, even if
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,8 @@ PROBE_S = 2.0
 LOOK_AGAIN_S = 10.0
 """Seconds until the first look at whether it is back; after each relapse, twice as many."""
 LONGEST_PAUSE_S = 600.0
+EPHEMERAL = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
+"""Both names that Prefect takes."""
 GOES_ON = "the run goes on without it; nothing is lost: its folder has everything"
 NOT_SHOWN = f"{GOES_ON}, but this run will not be shown there"
 NOT_TOLD = "it was not told how the run ended; nothing is lost: the run's folder has everything"
@@ -77,6 +80,12 @@ def api_answers() -> bool:
     except (httpx.HTTPError, httpx.InvalidURL):
         return False
     return answer.status_code < 500
+
+
+def no_server_is_wanted() -> bool:
+    """Whether no API is configured, and the environment forbids a temporary one, by Prefect's own variable."""
+    is_chosen = any(name in os.environ for name in EPHEMERAL)
+    return is_chosen and PREFECT_API_URL.value() is None and not get_current_settings().server.ephemeral.enabled
 
 
 @contextlib.contextmanager

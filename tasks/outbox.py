@@ -139,14 +139,23 @@ class Outbox:
         connect: opens the conversation; given a function that says whether nothing more may be sent.
         run_dir: the run folder, for the ledger and for messages.
         logger: where an outage is reported, once.
+        item: what is counted, in those messages.
+        remedy: what sends the rest, in those messages; default: resuming the run.
     """
 
     def __init__(
-        self, connect: Callable[[Callable[[], bool]], Delivery], run_dir: Path, logger: logging.Logger
+        self,
+        connect: Callable[[Callable[[], bool]], Delivery],
+        run_dir: Path,
+        logger: logging.Logger,
+        *,
+        item: str = "iteration",
+        remedy: str | None = None,
     ) -> None:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._connect, self._run_dir, self._logger = connect, run_dir, logger
+        self._item, self._remedy = item, remedy or f"`rlhf resume {run_dir}`"
         self._changed = threading.Condition()
         self._finished, self._is_closing, self._is_brief = 0, False, False
         self._given_up = threading.Event()
@@ -174,10 +183,8 @@ class Outbox:
         self._given_up.set()
         if not self._delivered:
             missing = max(self._finished - self._num_arrived(), 0)
-            what = f"{missing} of {self._finished} iterations" if missing else "the end of the run"
-            self._logger.warning(
-                "MLflow has not taken %s; nothing is lost: `rlhf resume %s` sends the rest", what, self._run_dir
-            )
+            what = f"{missing} of {self._finished} {self._item}s" if missing else "the end of the run"
+            self._logger.warning("MLflow has not taken %s; nothing is lost: %s sends the rest", what, self._remedy)
 
     def _num_arrived(self) -> int:
         """Iterations that have surely arrived."""
@@ -202,13 +209,13 @@ class Outbox:
                     self._delivered = True
                     return
                 if failures:
-                    self._logger.warning("MLflow takes metrics again; it has the iterations below %d", finished)
+                    self._logger.warning("MLflow takes metrics again; it has the %ss below %d", self._item, finished)
                 seen, failures = finished, 0
             except Exception as error:  # a tracker's failure must never reach training
                 if self._given_up.is_set():
                     return
                 if not failures:
-                    what = f"iteration {finished - 1}" if finished else "the run"
+                    what = f"{self._item} {finished - 1}" if finished else "the run"
                     self._logger.warning("MLflow did not take %s (it is tried again): %s", what, reason(error))
                 failures += 1
                 if delivery is not None and delivery.next != self._arrived:  # some have: it is worth going on

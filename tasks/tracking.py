@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,6 +38,7 @@ from tasks.tracker_notes import (
     run_note,
     version_note,
 )
+from tasks.tracking_store import shown_tracking_uri, tracking_uri
 
 __all__ = ["Tracker", "connect", "iteration_metrics", "log_metrics", "log_prompts", "shown_tracking_uri"]
 
@@ -61,17 +63,8 @@ ONCE: Final = (
 )
 """Calls that are not simply repeated when their answer is lost."""
 OUTBOX_TAG = "rlhf.outbox"
-
-
-def tracking_uri(run: RunFolder) -> str:
-    """The configured tracker, MLFLOW_TRACKING_URI, or an sqlite file beside the run folder."""
-    default = f"sqlite:///{run.path.resolve().parent / 'mlflow.db'}"
-    return run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def shown_tracking_uri(run: RunFolder) -> str:
-    """The tracker as it may be shown and stored: without user, password or key."""
-    return without_credentials(tracking_uri(run))
+_UNFIT: Final = re.compile(r"[/:.%\"']")
+"""What MLflow takes in no name of a logged model."""
 
 
 class Tracker:
@@ -267,7 +260,7 @@ class _Sender:
         return list(self.client.search_logged_models([self.experiment_id], filters, order_by=order))
 
     def _model_name(self, iteration: int) -> str:
-        return f"{self.run.path.name}-{iteration:06d}"
+        return f"{_UNFIT.sub('-', self.run.path.name)}-{iteration:06d}"
 
     def _log_checkpoint(self, iteration: int) -> None:
         """A checkpoint's policy folder as a logged model and a registered version, which says that all is there."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flows import stopping
 from flows.commands.options import EXIT_MISTAKE, JsonOption, RunArgument, console, prepare_environment
 
 
@@ -84,3 +85,20 @@ def verify(
 
     if not verify_and_show(console, run, as_json=as_json):
         raise typer.Exit(EXIT_MISTAKE)
+
+
+def ui(
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of run folders, or one of them, whose tracker is shown; default: runs.")
+    ] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="Instead: a tracker, as sqlite:///FOLDER/mlflow.db.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Default: 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Default: 4200, or a free one.")] = None,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Show the pages in a browser.")] = True,
+) -> None:
+    """Start MLflow's and Prefect's pages on this machine, until Ctrl-C."""
+    prepare_environment()
+    from flows.ui import show_pages
+
+    stopping.on_stop(lambda: "ended, and what it had started")
+    show_pages(console, runs, tracking_uri, mlflow_port=mlflow_port, prefect_port=prefect_port, is_opened=open_)

@@ -15,6 +15,8 @@ from rlhf_core.memory import settle_memory
 console = Console()
 EXIT_MISTAKE = 2
 EXIT_GUARD = 3
+EXIT_INCOMPLETE = 4
+"""Of a sweep: some of its runs have failed, and the table says which."""
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]

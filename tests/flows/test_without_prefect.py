@@ -16,7 +16,8 @@ import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.flows import Flow
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED, temporary_settings
 from prefect.states import Running
 
 from flows import calling, outages, stopping
@@ -63,6 +64,24 @@ def test_an_api_that_does_not_answer_is_named_once_and_the_work_is_done() -> Non
         assert run_flow(work, 4) == 14
     assert len(told.told) == 1
     assert f"the Prefect API at {NOWHERE} does not answer" in told.told[0]
+
+
+def test_no_temporary_server_where_the_environment_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    @flow
+    def work(number: int) -> int:
+        with flow_body() as ended_with:
+            return ended_with(number)
+
+    chosen = {PREFECT_SERVER_EPHEMERAL_ENABLED: False}
+    monkeypatch.setattr(Flow, "__call__", lambda *_, **__: pytest.fail("through Prefect"))
+    told = Told()
+    with temporary_settings(chosen, restore_defaults={PREFECT_API_URL}), watched_by(told):
+        assert not outages.no_server_is_wanted(), "not said: Prefect's own default in a profile without a server"
+        monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")
+        assert run_flow(work, 4) == 4
+    assert told.told == [], "chosen, so nothing to warn of"
+    with temporary_settings({**chosen, PREFECT_API_URL: NOWHERE}):
+        assert not outages.no_server_is_wanted(), "a server is configured"
 
 
 def test_what_prefect_fails_at_in_the_middle_is_done_all_the_same(
