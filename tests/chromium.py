@@ -47,6 +47,7 @@ class Tab:
         self._last = 0
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +91,7 @@ class Tab:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with contextlib.suppress(RuntimeError):  # between two pages there is nobody to ask
-                if self.evaluate(expression):
+                if self.evaluate(f"Boolean({expression})"):
                     return
             time.sleep(0.02)
         raise TimeoutError(f"never true: {expression}; {self.complaints()}")
@@ -109,6 +110,7 @@ class Tab:
         """Put the pointer on the middle of an element."""
         box = f"document.querySelector({json.dumps(selector)}).getClientRects()[0].toJSON()"
         self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
         at = self.evaluate(box)
         self.call(
             "Input.dispatchMouseEvent", type="mouseMoved", x=at["x"] + at["width"] / 2, y=at["y"] + at["height"] / 2
@@ -123,6 +125,11 @@ class Tab:
         """What the window shows, or the whole page, as a PNG."""
         taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(taken["data"]))
+
+    def busy_s(self) -> float:
+        """Seconds of processor time that the page's thread has worked so far: waiting for others is none of it."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def complaints(self) -> list[str]:
         """Errors, warnings and violations of the policy that the page has caused."""

@@ -99,7 +99,7 @@ function evaluationMarks({ frontier, reference_score: reference, best_of_n: best
   const trusted = points.filter((_, i) => frontier.trusted[i]);
   const beyond = [...trusted.slice(-1), ...points.filter((_, i) => !frontier.trusted[i])];
   const reach = Math.max(0, ...policies.map((policy) => policy.kl.high), ...trusted.map(([kl]) => kl));
-  const near = beyond.filter(([kl]) => kl <= reach * 1.15);
+  const near = beyond.filter((_, i) => i === 0 || beyond[i - 1][0] <= reach); // one point further than anything else
   const evaluated = policies.map((policy) => ({
     x: policy.kl.mean,
     y: policy.score.mean,
@@ -111,7 +111,7 @@ function evaluationMarks({ frontier, reference_score: reference, best_of_n: best
   }));
   const told = best.map(({ n, kl, score }) => ({ x: kl, y: score, title: `best of ${n}`, rows: [["score", fixed(score)], ["KL at most", `${fixed(kl, 2)} nats`]] }));
   return {
-    xs: [reach, ...policies.flatMap(({ kl }) => [kl.low, kl.high])],
+    xs: [...near.map(([kl]) => kl), ...policies.flatMap(({ kl }) => [kl.low, kl.high])],
     ys: [reference, ...trusted.map(([, score]) => score), ...near.map(([, score]) => score), ...policies.flatMap(({ score }) => [score.low, score.high])],
     spots: [...told, ...evaluated, { x: 0, y: reference, title: "reference", rows: [["score", fixed(reference)]] }],
     lines: (plot) => [

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from damage import finished_run
 from page_contents import decoded
-from tiny_world import Tiny
 
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_record, write_record
@@ -21,11 +20,6 @@ from rlhf_core.models.tokenizers import load_tokenizer
 from rlhf_core.tables import PER_TOKEN, RunTables
 from rlhf_core.viewer import contents as module
 from rlhf_core.viewer.contents import newest_evaluation, page_contents, token_texts
-
-
-@pytest.fixture(scope="module")
-def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return RunFolder.open(finished_run(tiny, tmp_path_factory.mktemp("viewed") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def test_curves_are_the_iterations(run: RunFolder, shown: dict[str, Any]) -> Non
     assert shown["curves"]["iteration"] == [0, 1, 2]
     assert shown["curves"]["kl"] == [row["kl"] for row in rows]
     assert shown["run"]["shown"] == [0, 2]
-    assert shown["run"]["kl_target"] is None
+    assert shown["run"]["kl_target"] == run.config.kl.target == 0.5
     assert "seconds" not in shown["curves"], "a clock would make equal runs differ"
     assert len(shown["before_after"]) == len(read_record(run.path / "before_after.json")["samples"]) > 0
     assert shown["evaluation"] is None
@@ -111,7 +105,8 @@ def test_without_a_critic_there_are_no_values(run: RunFolder, monkeypatch: pytes
     table = RunTables(run).samples([0]).arrow()
     for name in ("values", "returns"):
         at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(name), [[[] for _ in range(table.num_rows)]])
+        none = pa.array([[]] * table.num_rows, table.schema.field(name).type)
+        table = table.set_column(at, table.schema.field(name), none)
     monkeypatch.setattr(RunTables, "_samples", lambda _self, _iteration: table)
     tokens = page_contents(run, [0], limit=None, with_evaluation=False)["tokens"]
     assert tokens["value"] is None
@@ -156,8 +151,6 @@ class TestEvaluation:
             {"beta": np.inf, "kl": 0.0, "score": 1.0, "score_by_half": 1.0, "ess": 8.0, "trusted": True},
             {"beta": 0.1, "kl": 2.0, "score": 2.0, "score_by_half": 1.9, "ess": 2.0, "trusted": False},
         ]
-        import pyarrow as pa
-
         frontier = pa.Table.from_pylist(rows, schema=FRONTIER)
         EvaluationFolder.open(folder).write_results(frontier, frontier, summary, b"")
         return copied

@@ -31,8 +31,8 @@ ORDER = [row for iteration in reversed(range(10)) for row in range(30 * iteratio
 """Of the rows of ``page``: the newest iteration first."""
 FIRST = slice(ORDER[0] * 12, ORDER[0] * 12 + 12)
 """The tokens of the first of them."""
-SLOW = 3.0
-"""How much slower than a second a shared machine may be."""
+AT_ONCE_S = 1.5
+"""A second, and some: a busy machine has small caches."""
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_what_a_model_wrote_is_text_and_runs_nothing(tab: Tab, tmp_path: Path) -
     assert not set("\u202e\x00\u2028") & set(tab.evaluate("document.querySelector('main').innerText"))
 
 
-def test_even_a_script_that_got_in_would_not_run(fresh: Tab) -> None:
+def test_even_a_script_that_got_in_would_not_run(fresh: Tab, page: Path) -> None:
     fresh.evaluate(
         "(() => { const s = document.createElement('script'); s.textContent = 'window.attacked = 9';"
         "document.body.append(s);"
@@ -373,27 +373,30 @@ def test_even_a_script_that_got_in_would_not_run(fresh: Tab) -> None:
     fresh.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")
     assert fresh.evaluate("window.attacked ?? null") is None
     assert fresh.complaints() != []
-    fresh.events[:] = [e for e in fresh.events if e["method"] == "Network.requestWillBeSent" and "view.html" in str(e)]
+    fresh.events.clear()  # they were meant
+    fresh.open(page)
 
 
 def test_thousands_of_samples_load_and_sort_at_once(tab: Tab, tmp_path: Path) -> None:
+    """In processor time, so that it holds on a busy machine too."""
     path = tmp_path / "large.html"
     path.write_bytes(page_of(made_contents(5_000, 64)))
     tab.look()
-    tab.open(path)
-    loaded_ms = tab.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
-    spent = "(() => {{ const t = performance.now(); {}; document.body.offsetHeight; return performance.now() - t; }})()"
-    sorted_ms = tab.evaluate(spent.format("document.querySelector('th[data-column=score] button').click()"))
-    found_ms = tab.evaluate(
-        spent.format(
-            "const s = document.querySelector('#search'); s.value = 'word77'; s.dispatchEvent(new Event('input'))"
-        )
-    )
-    step_ms = tab.evaluate(spent.format("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'j'}))"))
-    print(
-        f"5,000 x 64: load {loaded_ms:.0f} ms, sort {sorted_ms:.0f} ms, search {found_ms:.0f} ms, next {step_ms:.0f} ms"
-    )
-    assert loaded_ms < 1000 * SLOW
-    assert sorted_ms < 200 * SLOW
-    assert found_ms < 200 * SLOW
-    assert step_ms < 100 * SLOW
+    tab.call("Page.navigate", url="about:blank")
+    spent: dict[str, float] = {}
+
+    def measure(name: str, act: Callable[[], object]) -> None:
+        before = tab.busy_s()
+        act()
+        tab.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+        spent[name] = tab.busy_s() - before
+
+    measure("load", lambda: tab.open(path))
+    measure("sort", lambda: click(tab, "th[data-column=score] button"))
+    measure("search", lambda: fill(tab, "#search", "word77"))
+    measure("search on", lambda: fill(tab, "#search", "word78"))
+    measure("next", lambda: tab.press("j"))
+    measure("scroll", lambda: tab.evaluate("document.querySelector('#grid').scrollTop = 30000"))
+    print({name: f"{seconds * 1000:.0f} ms" for name, seconds in spent.items()})
+    assert spent["load"] < AT_ONCE_S
+    assert max(seconds for name, seconds in spent.items() if name != "load") < AT_ONCE_S / 4

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import finished_run
 from page_contents import ATTACKS, evaluation, made_contents, with_texts
-from tiny_world import Tiny
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -46,11 +44,6 @@ class Parts(HTMLParser):
         if self.elements and self.elements[-1][0] in ("style", "script") and self.cdata_elem:
             kind, text = self.inside[-1]
             self.inside[-1] = (kind, text + data)
-
-
-@pytest.fixture(scope="module")
-def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return RunFolder.open(finished_run(tiny, tmp_path_factory.mktemp("paged") / "run"))
 
 
 def attacked() -> dict[str, Any]:
