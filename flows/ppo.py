@@ -29,7 +29,8 @@ from tasks.retention import compact, compaction_is_due, remove_run_leftovers
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
-from tasks.tracking import Tracker, iteration_metrics
+from tasks.tracked_metrics import iteration_metrics
+from tasks.tracking import Tracker
 
 SIDE_BY_SIDE: Any = ThreadPoolTaskRunner(max_workers=2)
 """score_rewards and reference_logprobs run at the same time."""

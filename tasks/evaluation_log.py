@@ -14,7 +14,8 @@ from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.summary import metrics as evaluation_metrics
 from tasks.outbox import CLOSE_TIMEOUT_S, LEDGER, Ledger, reason
 from tasks.tracker_files import send_file, send_table
-from tasks.tracking import connect, log_metrics, log_prompts, logger, shown_tracking_uri
+from tasks.tracking import connect, log_metrics, log_prompts, logger
+from tasks.tracking_store import shown_tracking_uri
 
 EVALUATION_SAMPLES = 200
 """Rows of an evaluation's sample table."""

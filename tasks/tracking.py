@@ -27,7 +27,7 @@ from tasks.figures import draw_run
 from tasks.guards import GuardRecord
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
-from tasks.tracked_metrics import SENTINEL, batch_of_metrics, iteration_metrics, result_metrics
+from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
 from tasks.tracker_notes import (
     created_tags,
@@ -39,8 +39,6 @@ from tasks.tracker_notes import (
     version_note,
 )
 from tasks.tracking_store import shown_tracking_uri, tracking_uri
-
-__all__ = ["Tracker", "connect", "iteration_metrics", "log_metrics", "log_prompts", "shown_tracking_uri"]
 
 logger = logging.getLogger(__name__)
 

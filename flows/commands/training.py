@@ -114,7 +114,7 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
     from flows.progress import watched_by
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.inspection import before_and_after, iteration_rows
-    from tasks.tracking import shown_tracking_uri
+    from tasks.tracking_store import shown_tracking_uri
 
     assert callable(run)
     done = 0

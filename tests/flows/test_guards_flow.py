@@ -335,7 +335,8 @@ def test_a_warning_is_told_once_and_the_run_goes_on(
     copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.ppo import resume
-    from tasks.tracking import Tracker, iteration_metrics
+    from tasks.tracked_metrics import iteration_metrics
+    from tasks.tracking import Tracker
 
     run_dir, told = copied("guards.kl_ceiling.action=warn"), Told()
     sent: list[float] = []
