@@ -1,6 +1,6 @@
 // One chart: axes, layers of lines and dots, and a cursor that finds the nearest spot by pointer or arrow keys.
 
-const MARGIN = { top: 10, right: 14, bottom: 34, left: 46 };
+const MARGIN = { top: 18, right: 14, bottom: 34, left: 46 };
 const CHART_HEIGHT = 190;
 
 class Chart {
@@ -50,6 +50,15 @@ class Chart {
   line(points, kind) {
     const path = points.map(([x, y]) => `${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`).join(" ");
     return svg("polyline", { class: `line ${kind}`, points: path });
+  }
+
+  // A horizontal line with its name, at the left, where a run begins.
+  level(value, name) {
+    const [left, right] = this.spec.xDomain;
+    return [
+      this.line([[left, value], [right, value]], "target"),
+      svg("text", { class: "target-name", x: this.x(left) + 5, y: this.y(value) - 5 }, name),
+    ];
   }
 
   dot([x, y], kind, radius = 3.5) {

@@ -1,6 +1,7 @@
 // The run's curves by iteration, and its score against its KL with what is attainable.
 
 const SMOOTHING = 5; // iterations averaged on the training path, as in evaluation.png
+const MAX_MARKED = 12; // iterations of the page that are marked on the curves: more are a line of their own
 
 function drawCurves(data, host, goTo) {
   const { curves } = data;
@@ -18,8 +19,7 @@ function drawCurves(data, host, goTo) {
     const values = curves[name];
     const target = name === "kl" ? data.run.kl_target : null;
     const points = values.map((value, at) => [curves.iteration[at], value]);
-    const keys = target === null ? [] : [["target-key", `target ${fixed(target, 1)}`]];
-    const box = chartBox(title, unit, keys);
+    const box = chartBox(title, unit);
     host.append(box);
     charts.push(new Chart(box, {
       title,
@@ -32,14 +32,14 @@ function drawCurves(data, host, goTo) {
       shared,
       spots: points.map(([x, y], at) => ({ at, x, y, title: `iteration ${x}`, rows: rows(at) })),
       layers: (plot) => [
-        target === null ? null : plot.line([[0, target], [Math.max(1, points.length - 1), target]], "target"),
+        ...(target === null ? [] : plot.level(target, `target ${fixed(target, 1)}`)),
         plot.line(points, "run"),
-        points.filter(([x]) => shown.has(x)).map((point) => {
+        ...points.filter(([x]) => shown.size <= MAX_MARKED && shown.has(x)).map((point) => {
           const dot = plot.dot(point, "shown");
           dot.addEventListener("click", () => goTo(point[0]));
           return dot;
         }),
-      ].flat().filter(Boolean),
+      ],
     }));
   }
   const box = chartBox("Score against KL", data.evaluation ? `${data.evaluation.name}, with what is attainable` : "one dot an iteration", pathKeys(data));

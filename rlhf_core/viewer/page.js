@@ -13,7 +13,7 @@ function describeRun() {
       : `${counted(data.size, "response")} of the ${run.num_responses.toLocaleString("en-US")} of ${named(run.shown)}`,
     visible(run.policy),
   ];
-  byId("run-facts").replaceChildren(...parts.map((part) => el("span", {}, part)));
+  byId("run-facts").textContent = parts.join(" · ");
   if (run.note) byId("run-note").textContent = run.note;
   byId("run-note").hidden = !run.note;
 }

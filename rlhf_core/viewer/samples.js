@@ -5,11 +5,11 @@ const SPARE_ROWS = 10; // above and below what is in sight
 
 const COLUMNS = [
   { name: "iteration", label: "Iter.", digits: 0, says: "iteration" },
-  { name: "text", label: "Prompt → response", isText: true },
+  { name: "text", label: "Prompt, then response", isText: true },
   { name: "score", label: "Score", digits: 2, says: "raw score of the reward model" },
   { name: "kl", label: "KL", digits: 2, says: "k1 to the reference, summed over the response; nats" },
   { name: "k3", label: "k3", digits: 2, says: "k3 to the reference, summed over the response; nats" },
-  { name: "length", label: "Tokens", digits: 0, says: "tokens of the response" },
+  { name: "length", label: "Len", digits: 0, says: "tokens of the response" },
   { name: "rlhf_reward", label: "R(x, y)", digits: 2, says: "RLHF reward: shaped score − β · KL" },
   { name: "max_abs_advantage", label: "max |A|", digits: 2, says: "largest absolute advantage of a token" },
   { name: "finish_reason", label: "End", says: "why the response ended: eos, stop or length" },
@@ -131,7 +131,7 @@ class SampleTable {
       COLUMNS.map(({ name, isText, digits }) => {
         if (isText) {
           return el("td", { role: "gridcell", class: "col-text" },
-            el("span", { class: "prompt" }, oneLine(data.prompt(row).slice(-60), 60)), " ", el("span", { class: "response" }, oneLine(data.responses[row])));
+            el("span", { class: "prompt" }, promptEnd(data.prompt(row))), " ", el("span", { class: "response" }, oneLine(data.responses[row])));
         }
         const text = name === "finish_reason" ? visible(data.finishReason(row)) : fixed(data.numbers[name][row], digits);
         return el("td", { role: "gridcell", class: `col-${name}` }, text);
@@ -177,6 +177,12 @@ class SampleTable {
       byId("tokens")?.querySelector('[tabindex="0"]')?.focus();
     }
   }
+}
+
+// The last words of a prompt: what the response goes on from.
+function promptEnd(prompt) {
+  const end = prompt.slice(-24);
+  return (prompt.length > end.length ? "…" : "") + oneLine(end.length < prompt.length ? end.replace(/^\S*\s+/, "") : end);
 }
 
 function spacer(rows) {
