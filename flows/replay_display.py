@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHOWN_LINES = 8
 """Of what else differs in a stage."""
 LONGEST_VALUE = 40
+ROUNDING = 1e-7
+"""Of a float32, below which a change of a mean says nothing."""
 
 
 def replay_and_show(
@@ -80,11 +82,13 @@ def verify_and_show_bundle(console: Console, path: Path, *, as_json: bool) -> No
 
 def show_replay(console: Console, replay: Replay) -> None:
     """Print a table of stages, then whatever differs, then one last line."""
+    _line(console, f"{replay.run}, iteration {replay.iteration}", style="bold")
     console.print(_table_of_stages(replay))
     for stage in replay.stages:
         _show_stage(console, stage)
     if replay.sample is not None:
-        console.print(_table_of_tokens(replay.tokens, "replayed", f"{replay.sample}, token by token"))
+        _line(console, f"{replay.sample}, token by token", style="bold")
+        console.print(_table_of_tokens(replay.tokens, "replayed"))
     computed = [stage for stage in replay.stages if stage.is_identical is not None]
     where = f"iteration {replay.iteration} of {replay.run}"
     is_part = len(computed) < len(replay.stages)
@@ -117,7 +121,8 @@ def show_what_if(console: Console, answer: WhatIf) -> None:
         _line(console, f"{stage} was not: {reason}", style="yellow")
     console.print(_table_of_quantities(answer.quantities))
     if answer.sample is not None:
-        console.print(_table_of_tokens(answer.tokens, "what_if", f"{answer.sample}: stored → what if"))
+        _line(console, f"{answer.sample}: stored → what if", style="bold")
+        console.print(_table_of_tokens(answer.tokens, "what_if"))
     if "shape_rewards" in answer.computed:
         _show_advantages(console, answer.advantages)
 
@@ -130,7 +135,8 @@ def _show_advantages(console: Console, moved: Advantages) -> None:
     )
     if not moved.most_changed:
         return
-    table = _table("Samples whose advantage changes most (mean over tokens)")
+    _line(console, "Samples whose advantage changes most (mean over tokens)", style="bold")
+    table = _table()
     table.add_column("sample", no_wrap=True)
     for name in ("score", "advantage, stored", "what if"):
         table.add_column(name, justify="right")
@@ -143,13 +149,19 @@ def _show_advantages(console: Console, moved: Advantages) -> None:
 
 
 def _table_of_stages(replay: Replay) -> Table:
-    table = _table(f"{replay.run}, iteration {replay.iteration}")
+    table = _table()
     table.add_column("stage", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("stored", no_wrap=True)
     table.add_column("replayed", no_wrap=True)
     table.add_column("identical")
     table.add_column("seconds", justify="right")
+    if replay.weights is not None:
+        weights = replay.weights
+        stored = weights.stored[:12]
+        origin = "the models" if weights.checkpoint is None else f"checkpoint {weights.checkpoint}"
+        origin += f" + {weights.updates} update{'s' if weights.updates > 1 else ''}" if weights.updates else ""
+        table.add_row(f"weights from {origin}", "", stored, weights.replayed[:12], _yes(), f"{weights.seconds:.2f}")
     for stage in replay.stages:
         seconds = "" if stage.skipped is not None else f"{stage.seconds:.2f}"
         replayed = "" if stage.replayed is None else stage.replayed[:12]
@@ -198,7 +210,7 @@ def _place(column: ColumnDifference) -> str:
 
 
 def _table_of_columns(columns: Sequence[ColumnDifference]) -> Table:
-    table = _table(None)
+    table = _table()
     table.add_column("column", no_wrap=True)
     for name in ("values that differ", "largest difference", "in ulp"):
         table.add_column(name, justify="right")
@@ -214,22 +226,28 @@ def _table_of_columns(columns: Sequence[ColumnDifference]) -> Table:
 
 
 def _table_of_quantities(quantities: Sequence[Quantity]) -> Table:
-    table = _table(None)
+    table = _table()
     table.add_column("quantity", no_wrap=True)
     for name in ("stored", "what if", "change"):
         table.add_column(name, justify="right")
     for quantity in quantities:
-        then, now = quantity.stored, quantity.what_if
-        moves = then is not None and now is not None and then != now
-        change = f"{now - then:+.4g}" if moves and then is not None and now is not None else ""
-        style = "" if moves else "dim"
-        table.add_row(quantity.name, _number(then), _number(now), change or ("=" if then == now else ""), style=style)
+        change = _change(quantity.stored, quantity.what_if)
+        style = "dim" if change in ("", "=", "≈") else ""
+        table.add_row(quantity.name, _number(quantity.stored), _number(quantity.what_if), change, style=style)
     return table
 
 
-def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str, title: str) -> Table:
+def _change(stored: float | None, what_if: float | None) -> str:
+    if stored is None or what_if is None:
+        return ""
+    if stored == what_if:
+        return "="
+    return f"{what_if - stored:+.4g}" if abs(what_if - stored) > ROUNDING * max(1.0, abs(stored)) else "≈"
+
+
+def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str) -> Table:
     """One row a token; a cell is one number where both are the same, else both and how far apart they are."""
-    table = _table(title)
+    table = _table()
     columns = [name for name in (tokens[0] if tokens else ()) if name not in ("position", "token")]
     for name in ("position", "token", *columns):
         table.add_column(name.replace("_", " "), justify="left" if name == "token" else "right", overflow="fold")
@@ -258,7 +276,8 @@ def _show_bundle(console: Console, path: Path, record: BundleRecord, *, as_json:
         about = {"bundle": str(path), "bytes": size, "sha256": digest, "run": record.run}
         _print_json(about | {"iteration": record.iteration, "with_models": record.with_models, "parts": parts})
         return
-    table = _table(f"{path}: iteration {record.iteration} of {record.run}")
+    _line(console, f"{path}: iteration {record.iteration} of {record.run}", style="bold")
+    table = _table()
     table.add_column("part", no_wrap=True)
     table.add_column("files", justify="right")
     table.add_column("size", justify="right")
@@ -270,9 +289,8 @@ def _show_bundle(console: Console, path: Path, record: BundleRecord, *, as_json:
     _line(console, f"sha256 {digest}")
 
 
-def _table(title: str | None) -> Table:
-    shown = None if title is None else Text(title, "bold")
-    return Table(title=shown, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+def _table() -> Table:
+    return Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
 
 
 def _line(console: Console, text: str, *, style: str = "") -> None:

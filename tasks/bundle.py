@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.durable import write_file
@@ -122,4 +121,4 @@ def _with_models(record: BundleRecord, run: RunFolder) -> tuple[BundleRecord, di
 def _num_tokens(stored: Mapping[str, pa.Table]) -> int:
     """One more than the largest token of an iteration: as much of a vocabulary as it tells."""
     columns = [stored["sample_prompts"]["prompt_tokens"], stored["generate"]["response_tokens"]]
-    return 1 + max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
+    return 1 + max(token for column in columns for row in column.to_pylist() for token in row)

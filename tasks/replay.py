@@ -17,9 +17,9 @@ from rlhf_core.contracts.errors import IntegrityError, NumericalError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.replay.comparison import compare_tables, key_column
-from rlhf_core.replay.outcome import Replay, StageReplay, changed_entries
+from rlhf_core.replay.outcome import Replay, StageReplay, Weights, changed_entries
 from rlhf_core.replay.tokens import check_sample, sample_row, token_rows
-from tasks.replay_source import Source, check_weights, opened
+from tasks.replay_source import Source, load_weights, opened
 from tasks.resources import Resources, resources
 from tasks.shadow import compute_stage, put_stage, remove_stage, shadow_of
 
@@ -79,8 +79,9 @@ class _Work:
         self.refs: dict[str, ArtifactRef] = {stage: m.artifact for stage, m in source.manifests.items()}
         self.done: list[StageReplay] = []
         self.replayed: dict[str, pa.Table] = {}
-        self._weights: IntegrityError | None = None
-        """Why the weights that the iteration starts from are not here."""
+        self.weights: Weights | None = None
+        self._no_weights: IntegrityError | None = None
+        """Why those that the iteration starts from are not here."""
 
     def replay(self, stage: str) -> None:
         """Compute a stage from the stored artifacts of its predecessors, compare, and put the stored one back."""
@@ -94,6 +95,7 @@ class _Work:
         try:
             if stage in WEIGHT_STAGES:
                 self._load_weights()
+                started = time.perf_counter()
             ref = compute_stage(self.shadow, stage, iteration, self.refs)
         except (IntegrityError, NumericalError) as error:
             self.done.append(replace(about, failed=str(error), seconds=time.perf_counter() - started))
@@ -103,13 +105,14 @@ class _Work:
         put_stage(self.source.run, stage, iteration, self.shadow.path)
 
     def _load_weights(self) -> None:
-        if self._weights is None:
+        """Once, for both stages that need them."""
+        if self.weights is None and self._no_weights is None:
             try:
-                check_weights(self.kept, self.source.iteration)
+                self.weights = load_weights(self.kept, self.source.iteration)
             except IntegrityError as error:
-                self._weights = error
-        if self._weights is not None:
-            raise self._weights
+                self._no_weights = error
+        if self._no_weights is not None:
+            raise self._no_weights
 
     def _compared(self, about: StageReplay, manifest: Manifest, ref: ArtifactRef) -> StageReplay:
         stage = about.stage
@@ -153,6 +156,7 @@ class _Work:
             iteration=self.source.iteration,
             stages=self.done,
             num_threads=self.kept.num_threads,
+            weights=self.weights,
             sample=self.sample,
         )
         if self.sample is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from rlhf_core.preflight import Plan, preflight
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import BundleRecord, is_bundle
 from rlhf_core.replay.opening import open_bundle
+from rlhf_core.replay.outcome import Weights
 from rlhf_core.replay.relocation import bundle_plan, relocated
 from rlhf_core.replay.rewards import unavailable_rewards, with_models_alone
 from tasks.resources import Resources
@@ -119,14 +121,17 @@ def opened(path: str, iteration: int | None) -> Iterator[Source]:
             yield replace(source, missing=dict.fromkeys(MODEL_STAGES, "the bundle was made --without-models"))
 
 
-def check_weights(kept: Resources, iteration: int) -> None:
+def load_weights(kept: Resources, iteration: int) -> Weights:
     """Load the weights that an iteration starts from. Raises IntegrityError unless they are the committed ones."""
+    started = time.perf_counter()
     with using_threads(kept.num_threads):
         digest, committed = kept.trainer(iteration).digest(), kept.policy_digest(iteration)
     if committed not in ("initial", "", digest):
         raise IntegrityError(
             f"the weights before iteration {iteration} have the digest {digest[:12]}…, {committed[:12]}… was committed"
         )
+    checkpoint = max((i for i in kept.run.checkpoints() if i <= iteration), default=None)
+    return Weights(committed, digest, checkpoint, iteration - (checkpoint or 0), time.perf_counter() - started)
 
 
 def _as_then(name: str, run: RunFolder, iteration: int) -> Source:

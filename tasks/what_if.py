@@ -21,7 +21,7 @@ from rlhf_core.replay.rewards import stored_components
 from rlhf_core.replay.tokens import check_sample, token_rows
 from rlhf_core.replay.what_if import WhatIf, advantages_of, quantities_of, with_optimizer_of
 from tasks.replay import Progress
-from tasks.replay_source import Source, check_weights, opened
+from tasks.replay_source import Source, load_weights, opened
 from tasks.resources import Resources, resources
 from tasks.shadow import compute_stage, manifest_path, remove_stage, shadow_of
 
@@ -138,7 +138,7 @@ def _trainer(source: Source, config: RunConfig) -> Trainer:
     """Policy, critic and moments as the run had them, with the optimizer of another config."""
     then = Resources(replace(source.run, config=source.config))
     then.keep_plan(source.plan)
-    check_weights(then, source.iteration)
+    load_weights(then, source.iteration)
     return with_optimizer_of(then.trainer(source.iteration), config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf_core.replay.comparison import TableDifference
@@ -60,6 +60,21 @@ class StageReplay:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The weights that an iteration starts from."""
+
+    stored: str
+    """Digest that the update before has committed; "initial" before the first."""
+    replayed: str
+    """Digest of those that were computed with here."""
+    checkpoint: int | None
+    """Where they come from; None: the models of the config."""
+    updates: int
+    """Computed again from there."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Replay:
     """One iteration, computed again."""
 
@@ -68,6 +83,8 @@ class Replay:
     stages: Sequence[StageReplay]
     num_threads: int
     """That it was computed with: those of the run."""
+    weights: Weights | None = None
+    """None where no stage needed them, or they could not be had."""
     conditions: Sequence[str] = ()
     """Where something differs: what differs between the run's identity and this machine's, one line each."""
     sample: str | None = None
@@ -87,6 +104,7 @@ class Replay:
             "iteration": self.iteration,
             "identical": self.is_identical,
             "num_threads": self.num_threads,
+            "weights": None if self.weights is None else asdict(self.weights),
             "stages": [stage.to_json() for stage in self.stages],
             "conditions": list(self.conditions),
             "sample": self.sample,

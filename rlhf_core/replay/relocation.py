@@ -84,7 +84,7 @@ def relocated(config: RunConfig, record: BundleRecord, folder: Path, *, own: Seq
         own: fields that whoever replays has set himself.
     Raises: IntegrityError if the config names what the bundle does not hold.
     """
-    tree = config.model_dump() | {"device": "auto"}
+    tree: dict[str, Any] = config.model_dump() | {"device": "auto"}
     if not record.with_models:
         return build_config(tree)
     for field in model_places(config):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.tables import PER_TOKEN
@@ -16,7 +15,8 @@ Row = dict[str, Any]
 
 def sample_row(table: pa.Table, key: str, value: Any) -> pa.Table:
     """The rows of a table that a key names: one, or none."""
-    return table.filter(pc.equal(table[key], pa.scalar(value, table.schema.field(key).type)))
+    rows = [row for row, name in enumerate(table[key].to_pylist()) if name == value]
+    return table.take(rows)
 
 
 def check_sample(rollouts: pa.Table, sample: str, iteration: int) -> None:

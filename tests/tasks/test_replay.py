@@ -260,7 +260,7 @@ class TestMistakes:
             (1, {"sample": "i000000-p000000-s0"}, r"--sample i000000-p000000-s0 is not in iteration 1, whose"),
         ],
     )  # fmt: skip
-    def test_one_sentence(self, run_dir: Path, iteration: int | None, settings: dict[str, str], said: str) -> None:
+    def test_one_sentence(self, run_dir: Path, iteration: int | None, settings: dict[str, Any], said: str) -> None:
         with pytest.raises(UserError, match=said):
             replay_iteration(str(run_dir), iteration, **settings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ def ask(run_dir: Path, *overrides: str, iteration: int = 1, sample: str | None =
     return ask_what_if(str(run_dir), iteration, overrides, sample=sample)
 
 
-def numbers(answer: WhatIf) -> dict[str, tuple[float | None, float | None]]:
+def numbers(answer: WhatIf) -> dict[str, tuple[Any, Any]]:
     return {quantity.name: (quantity.stored, quantity.what_if) for quantity in answer.quantities}
 
 
