@@ -45,7 +45,8 @@ def draw_comparison(compared: Comparison) -> bytes:
     panel.set(xlim=(0, 1), ylim=(num_lines + 0.5, 0))
     row = 0.5
     for title, heads, lines in tables:
-        row = _draw_table(panel, row, title, heads, lines)
+        widest = WIDEST if heads == names(compared) else 2 * WIDEST  # the name of a group is longer
+        row = _draw_table(panel, row, title, heads, lines, widest)
     for note in compared.notes:
         panel.text(0, row, f"note: {note}", fontsize=8, color=DIM, va="center", clip_on=True, parse_math=False)
         row += 1
@@ -145,10 +146,12 @@ def _targets(outcomes: Sequence[Outcome]) -> dict[float, str]:
     return colors
 
 
-def _draw_table(panel: Any, row: float, title: str, heads: Sequence[tuple[str, str]], lines: Sequence[Line]) -> float:
+def _draw_table(
+    panel: Any, row: float, title: str, heads: Sequence[tuple[str, str]], lines: Sequence[Line], widest: float
+) -> float:
     """Draw a table from a row on; returns the row after it."""
     left, size = 0.22, 8.5 if len(heads) <= 6 else 7
-    step = min((1 - left) / len(heads), WIDEST)
+    step = min((1 - left) / len(heads), widest)
     room = int(step * 118 * 8.5 / size)
     rights = [left + (i + 1) * step for i in range(len(heads))]
 
