@@ -34,7 +34,8 @@ def braille_plot(curves: Sequence[tuple[str, Points]], *, width: int, height: in
         for column, row in _joined(dots):
             bits[row // 4][column // 2] |= DOTS[row % 4][column % 2]
             styles[row // 4][column // 2] = style
-    labels = [f"{top:.3g}", *[""] * (height - 2), f"{bottom:.3g}"]
+    low, high = ends(bottom, top)
+    labels = [high, *[""] * (height - 2), low]
     margin = max(map(len, labels))
     lines = [Text(f"{'':{margin}} {axes[1]}", style="dim")]
     for label, row, style in zip(labels, bits, styles, strict=True):
@@ -42,11 +43,17 @@ def braille_plot(curves: Sequence[tuple[str, Points]], *, width: int, height: in
         for bit, of in zip(row, style, strict=True):
             line.append(chr(BLANK + bit), style=of or None)
         lines.append(line)
-    ends = f"{left:.3g}", f"{right:.3g}"
+    begin, end = ends(left, right)
     lines.append(Text(f"{'':{margin}} └{'─' * width}", style="dim"))
-    between = axes[0].center(max(0, width - len(ends[0]) - len(ends[1])))
-    lines.append(Text(f"{'':{margin}}  {ends[0]}{between}{ends[1]}", style="dim"))
+    between = axes[0].center(max(0, width - len(begin) - len(end)))
+    lines.append(Text(f"{'':{margin}}  {begin}{between}{end}", style="dim"))
     return lines
+
+
+def ends(low: float, high: float) -> tuple[str, str]:
+    """How the ends of an axis are written; what is next to nothing beside its length is 0."""
+    first, last = (f"{0.0 if abs(value) < 1e-3 * (high - low) else value:.3g}" for value in (low, high))
+    return first, last
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

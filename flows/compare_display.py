@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.braille import braille_plot
+from flows.braille import braille_plot, ends
 from flows.display import BARS
 from rlhf_core.comparing.comparison import Comparison, compare
 from rlhf_core.comparing.outcome import smoothed
@@ -111,8 +111,7 @@ def _print_sparklines(console: Console, compared: Comparison, names: Sequence[Te
     for column, label in CURVES.items():
         values = [row[column] for each in compared.outcomes for row in each.rows]
         scales[column] = min(values), max(values)
-        low, high = scales[column]
-        table.add_column(f"{label}  {low:.3g} to {high:.3g}", no_wrap=True)
+        table.add_column(f"{label}  {' to '.join(ends(*scales[column]))}", no_wrap=True)
     for i, (each, name) in enumerate(zip(compared.outcomes, names, strict=True)):
         lines = [
             Text(_bars([row[column] for row in each.rows], scales[column], width, longest), style=style_of(i))

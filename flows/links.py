@@ -31,6 +31,8 @@ def this_flow_run() -> dict[str, str]:
     if is_bare():
         return {}
     known = {"flow_run_id": flow_run.id, "flow_run_name": flow_run.name, "flow_run_url": flow_run.ui_url}
+    has_page = str(flow_run.ui_url).startswith("http")  # a temporary server has none
+    known = {name: value for name, value in known.items() if name != "flow_run_url" or has_page}
     return {name: without_credentials(str(value)) for name, value in known.items() if value}
 
 

@@ -13,8 +13,11 @@ from rlhf_core.comparing.presentation import CURVES, Line, difference_lines, gro
 COLORS: Final = ("#2a6fdb", "#e07b00", "#2e9e4f", "#9b51c9", "#b8930b", "#d6336c", "#0f9fb0", "#6b7280")
 """Of the runs, in order, again from the first after the last; each is legible on white and on black."""
 INK, DIM = "#1f2430", "#6b7280"
-WIDTH, CHARTS_HEIGHT, LINE_HEIGHT = 12.0, 6.6, 0.235
+WIDTH, CHARTS_HEIGHT, LINE_HEIGHT = 12.0, 6.8, 0.215
 """Inches."""
+WIDEST: Final = 0.2
+"""Share of the width that a column takes at most."""
+STANDINGS: Final = {"working": "#b54708", "stopped": "#c0362c", "finished": "#1f8a4c"}
 
 
 def draw_comparison(compared: Comparison) -> bytes:
@@ -42,7 +45,8 @@ def draw_comparison(compared: Comparison) -> bytes:
     panel.set(xlim=(0, 1), ylim=(num_lines + 0.5, 0))
     row = 0.5
     for title, heads, lines in tables:
-        row = _draw_table(panel, row, title, heads, lines)
+        widest = WIDEST if heads == names(compared) else 2 * WIDEST  # the name of a group is longer
+        row = _draw_table(panel, row, title, heads, lines, widest)
     for note in compared.notes:
         panel.text(0, row, f"note: {note}", fontsize=8, color=DIM, va="center", clip_on=True, parse_math=False)
         row += 1
@@ -79,7 +83,7 @@ def reach(compared: Comparison) -> float:
 
 def _draw_charts(charts: Any, compared: Comparison) -> None:
     panels = charts.subplots(2, 2, gridspec_kw={
-        "left": 0.065, "right": 0.985, "top": 0.87, "bottom": 0.075, "hspace": 0.36, "wspace": 0.16
+        "left": 0.065, "right": 0.985, "top": 0.85, "bottom": 0.075, "hspace": 0.36, "wspace": 0.16
     })  # fmt: skip
     for panel, (column, label) in zip(panels.flat, CURVES.items(), strict=False):
         for i, each in enumerate(compared.outcomes):
@@ -142,10 +146,12 @@ def _targets(outcomes: Sequence[Outcome]) -> dict[float, str]:
     return colors
 
 
-def _draw_table(panel: Any, row: float, title: str, heads: Sequence[tuple[str, str]], lines: Sequence[Line]) -> float:
+def _draw_table(
+    panel: Any, row: float, title: str, heads: Sequence[tuple[str, str]], lines: Sequence[Line], widest: float
+) -> float:
     """Draw a table from a row on; returns the row after it."""
     left, size = 0.22, 8.5 if len(heads) <= 6 else 7
-    step = (1 - left) / len(heads)
+    step = min((1 - left) / len(heads), widest)
     room = int(step * 118 * 8.5 / size)
     rights = [left + (i + 1) * step for i in range(len(heads))]
 
@@ -155,11 +161,12 @@ def _draw_table(panel: Any, row: float, title: str, heads: Sequence[tuple[str, s
     write(0, row, title, fontsize=10.5, color=INK, weight="bold")
     for x, (head, color) in zip(rights, heads, strict=True):
         write(x, row + 1, cut(head, room), fontsize=size, color=color, weight="bold", ha="right")
-    panel.plot([0, 1], [row + 1.5, row + 1.5], color="#b8bdc7", linewidth=0.8)
+    panel.plot([0, rights[-1]], [row + 1.5, row + 1.5], color="#b8bdc7", linewidth=0.8)
     for where, (label, cells) in enumerate(lines, start=2):
         write(0, row + where, label, fontsize=8.5, color=DIM)
         for x, cell in zip(rights, cells, strict=True):
-            write(x, row + where, cut(cell, room), fontsize=size, color=INK, ha="right")
+            color = STANDINGS.get(cell, INK)
+            write(x, row + where, cut(cell, room), fontsize=size, color=color, ha="right")
     return row + len(lines) + 3
 
 

@@ -24,7 +24,7 @@ STYLE: Final = """
 body { margin: 0 auto; padding: 28px 28px 60px; max-width: 1280px; background: var(--paper); color: var(--ink);
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 h1 { font-size: 22px; margin: 0 0 2px; letter-spacing: -.01em; }
-h2 { font-size: 15px; margin: 0 0 10px; }
+h2 { font-size: 15px; margin: 0 0 10px; } h2 span { font-weight: 400; color: var(--dim); margin-left: 6px; }
 p.sub { color: var(--dim); margin: 0 0 16px; }
 ul.runs { list-style: none; display: flex; flex-wrap: wrap; gap: 8px; padding: 0; margin: 0 0 18px; }
 ul.runs li { display: flex; align-items: center; gap: 8px; padding: 5px 12px 5px 10px; border: 1px solid var(--line);
@@ -46,7 +46,8 @@ svg text { font-size: 11px; fill: var(--dim); }
 .bar { stroke: var(--color); stroke-width: 1.2; fill: none; }
 .mark { fill: var(--card); stroke: var(--color); stroke-width: 1.8; }
 .level { stroke: var(--color, var(--dim)); stroke-dasharray: 5 4; }
-svg text.level-label { text-anchor: end; fill: var(--color, var(--dim)); font-size: 10px; stroke: none; }
+svg text.level-label { text-anchor: end; fill: var(--color, var(--dim)); font-size: 10px;
+  stroke: var(--card); stroke-width: 3px; paint-order: stroke; stroke-dasharray: none; }
 .backdrop { fill: none; stroke: var(--ink); stroke-width: 1.6; } svg text.backdrop-label { text-anchor: end; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; text-align: right; white-space: nowrap; }
@@ -138,7 +139,7 @@ def _by_iteration(compared: Comparison, column: str, label: str) -> Chart:
         if column == "kl" and each.kl_target is not None:
             targets[each.kl_target] = "" if each.kl_target in targets else f"run run-{i}"
     levels = [(target, f"target {target:g}", classes) for target, classes in targets.items()]
-    return Chart(f"{label[0].upper()}{label[1:]}", "iteration", label, curves, levels, from_zero=column == "beta")
+    return Chart(label.replace("score", "Score"), "iteration", label, curves, levels, from_zero=column == "beta")
 
 
 def _figure(chart: Chart) -> str:

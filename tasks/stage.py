@@ -105,7 +105,8 @@ def run_stage(
 
 def _taken(resources: Resources, cpu_s: float) -> dict[str, float]:
     """What the whole process has taken of the machine, in this stage and so far."""
-    taken = {"cpu_s": cpu_s, "memory_bytes": resident_bytes(), "peak_memory_bytes": peak_resident_bytes()}
+    now = resident_bytes()
+    taken = {"cpu_s": cpu_s, "memory_bytes": now, "peak_memory_bytes": max(now, peak_resident_bytes())}
     if resources.device.type == "cuda":
         taken["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(resources.device))
     return taken

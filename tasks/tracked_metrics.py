@@ -63,20 +63,23 @@ def batch_of_metrics(run: RunFolder, first: int, after: int) -> dict[int, dict[s
 
 
 def result_metrics(run: RunFolder) -> dict[int, dict[str, float]]:
-    """What came out, by its step: means of the last iterations, so that runs compare by more than their last one."""
+    """What came out, by its step: means of the last iterations, so that runs compare by more than their last one.
+
+    Their names come first in the alphabet, which is how MLflow's pages order charts and choose what to compare by.
+    """
     if run.num_finished() == 0:
         return {}
     came = outcome(run, run.path.name)
     values = {
-        "result/score": came.end["score"].mean,
-        "result/kl": came.end["kl"].mean,
-        "result/beta": came.end["beta"].mean,
-        "result/entropy": came.end["entropy"].mean,
-        "result/response_len": came.end["length"].mean,
-        "result/best_score": came.best_score,
-        "result/best_score_kl": came.best_kl,
-        "result/iteration_s": came.seconds_per_iteration,
+        "achieved/score": came.end["score"].mean,
+        "achieved/kl": came.end["kl"].mean,
+        "achieved/beta": came.end["beta"].mean,
+        "achieved/entropy": came.end["entropy"].mean,
+        "achieved/response_len": came.end["length"].mean,
+        "achieved/best_score": came.best_score,
+        "achieved/best_score_kl": came.best_kl,
+        "achieved/iteration_s": came.seconds_per_iteration,
     }
     if came.gain_per_nat is not None:
-        values["result/gain_per_nat"] = came.gain_per_nat
+        values["achieved/gain_per_nat"] = came.gain_per_nat
     return {len(came.rows) - 1: values}

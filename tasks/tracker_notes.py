@@ -36,9 +36,9 @@ To compare runs, tick them and press *Compare*. Worth a column or an axis:
 
 | metric | meaning |
 |---|---|
-| `result/score`, `result/kl` | what came out: means of the last five iterations |
-| `result/gain_per_nat` | score gained over the reference by each nat of KL |
-| `result/best_score`, `result/best_score_kl` | best mean of five iterations in a row, and its KL |
+| `achieved/score`, `achieved/kl` | what came out: means of the last five iterations |
+| `achieved/gain_per_nat` | score gained over the reference by each nat of KL |
+| `achieved/best_score`, `achieved/best_score_kl` | best mean of five iterations in a row, and its KL |
 | `eval/score`, `eval/kl`, `eval/share_of_attainable` | on held-out prompts, once `rlhf evaluate RUN` has run |
 | `objective/scores`, `objective/kl`, `kl/beta` | the curves of training, by iteration |
 
@@ -79,7 +79,7 @@ def run_note(run: RunFolder, prefect_run: Mapping[str, str]) -> str:
     beta = "fixed" if config.kl.held_at is None else f"held at {config.kl.held_at:g} nats by `{config.kl.controller}`"
     lines = [
         f"{_state(run, len(rows))} **{len(rows)} of {config.num_iterations}** iterations of "
-        f"{config.prompts.batch_size} responses.",
+        f"{config.prompts.batch_size} responses{_headline(rows)}.",
         "",
         f"Policy {_code(config.policy.model)}, rewarded by {rewards}, against the reference "
         f"{_code(config.reference_model)}; prompts of {_code(config.prompts.source)}; β {config.kl.coef:g}, {beta}; "
@@ -142,8 +142,24 @@ def _state(run: RunFolder, finished: int) -> str:
     return "Finished:" if finished == run.config.num_iterations else "Begun; when this was written it had finished"
 
 
+def _headline(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    first, last = rows[: _edge(rows)], rows[-_edge(rows) :]
+    before, score, kl = (
+        Spread.of([row[column] for row in part]).mean
+        for part, column in ((first, "score"), (last, "score"), (last, "kl"))
+    )
+    return f": score {before:.2f} → **{score:.2f}** at **{kl:.2f}** nats of KL"
+
+
+def _edge(rows: Sequence[Row]) -> int:
+    """Iterations averaged at the beginning and at the end."""
+    return min(LAST, max(1, len(rows) // 2))
+
+
 def _first_to_last(rows: Sequence[Row]) -> list[str]:
-    edge = min(LAST, max(1, len(rows) // 2))
+    edge = _edge(rows)
     lines = [f"| means of {edge} iterations | first | last | change |", "|---|---:|---:|---:|"]
     for column, (label, digits) in QUANTITIES.items():
         first, last = (Spread.of([row[column] for row in part]).mean for part in (rows[:edge], rows[-edge:]))

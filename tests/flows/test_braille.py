@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.braille import braille_plot
+from flows.braille import braille_plot, ends
 
 
 def drawn(*curves: list[tuple[float, float]], width: int = 4, height: int = 2) -> list[str]:
@@ -24,3 +24,9 @@ def test_the_later_curve_colors_what_they_share() -> None:
     line = [(0.0, 0.0), (1.0, 1.0)]
     lines = braille_plot([("red", line), ("blue", line)], width=2, height=2, axes=("x", "y"))
     assert {str(span.style) for span in lines[1].spans} == {"dim", "blue"}
+
+
+def test_ends_of_an_axis_are_short() -> None:
+    assert ends(-8.3e-08, 3.7123) == ("0", "3.71")
+    assert ends(0.1, 0.1) == ("0.1", "0.1")
+    assert ends(-0.0852, 2.54) == ("-0.0852", "2.54")

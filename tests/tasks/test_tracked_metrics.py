@@ -32,7 +32,7 @@ def test_results_stand_at_the_last_iteration(tmp_path: Path) -> None:
     assert result_metrics(made_run(tmp_path / "new", [])) == {}
     ((step, values),) = result_metrics(made_run(tmp_path / "run", [0.0, 2.0, 4.0], [0.0, 1.0, 2.0])).items()
     assert step == 2
-    assert (values["result/score"], values["result/kl"], values["result/gain_per_nat"]) == (2.0, 1.0, 2.0)
+    assert (values["achieved/score"], values["achieved/kl"], values["achieved/gain_per_nat"]) == (2.0, 1.0, 2.0)
 
 
 def test_a_batch_holds_no_more_than_the_tracker_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,4 +53,4 @@ def test_a_stage_records_what_the_process_takes() -> None:
     kept: Any = SimpleNamespace(device=torch.device("cpu"))
     taken = _taken(kept, 1.5)
     assert taken["cpu_s"] == 1.5
-    assert 1e7 < taken["memory_bytes"] <= 1.05 * taken["peak_memory_bytes"]
+    assert 1e7 < taken["memory_bytes"] <= taken["peak_memory_bytes"] < 1e11

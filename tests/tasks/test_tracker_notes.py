@@ -50,7 +50,8 @@ class Client:
 def test_the_note_says_what_what_came_out_and_what_to_do(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", UP, [0.0, 0.5, 1.0, 1.5, 2.0, 2.5])
     note = run_note(run, {"flow_run_url": "http://me:secret@h:4200/runs/flow-run/1"})
-    assert note.startswith("Finished: **6 of 6** iterations of 8 responses.")
+    headline = "Finished: **6 of 6** iterations of 8 responses: score 1.00 → **4.00** at **2.00** nats of KL."
+    assert note.splitlines()[0] == headline
     assert "Policy `a-policy`, rewarded by `reward0`, against the reference `a-policy`; prompts of `p.jsonl`" in note
     assert "held at 2 nats by `log_pi`" in note
     assert "| score | 1.000 | 4.000 | +3.000 |" in note, "means of three iterations"

@@ -29,6 +29,12 @@ def tree(tiny: Any, **tracking: Any) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_tracker_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mlflow.set_tracking_uri`` leaves its address in the environment, where the next run would take it for ours."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="module")
 def tracked(tiny: Any, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path:
     """A finished run, logged to ``mlflow.db`` beside it."""
@@ -86,7 +92,7 @@ def test_the_pages_say_what_it_is_and_what_came_out(tracked: Path) -> None:
     )
     experiment = client.get_experiment(run.info.experiment_id)
     assert "Runs of **rlhf-flow**" in experiment.tags["mlflow.note.content"]
-    (result,) = client.get_metric_history(run.info.run_id, "result/score")
+    (result,) = client.get_metric_history(run.info.run_id, "achieved/score")
     scores = [metric.value for metric in client.get_metric_history(run.info.run_id, "objective/scores")]
     assert (result.step, result.value) == (2, pytest.approx(sum(scores) / 3))
     assert run.data.metrics["system/process_memory_megabytes"] > 50
@@ -105,7 +111,7 @@ def test_a_persons_description_stays(tracked: Path, tmp_path: Path) -> None:
         pass
     _, again = client_of(folder / "run-a")
     assert again.data.tags["mlflow.note.content"] == "mine"
-    assert len(client.get_metric_history(run.info.run_id, "result/score")) == 1, "sent once"
+    assert len(client.get_metric_history(run.info.run_id, "achieved/score")) == 1, "sent once"
 
 
 def test_a_checkpoint_from_the_registry_generates_text(tracked: Path, tmp_path: Path) -> None:
@@ -211,7 +217,7 @@ class TestAnAnswerThatIsLost:
             counts = database.execute("select key, step, count(*) from metrics group by 1, 2").fetchall()
         assert {count for _, _, count in counts} == {1}
         assert {step for key, step, _ in counts if key == "episode"} == {0, 1, 2}
-        assert {step for key, step, _ in counts if key.startswith("result/")} == {2}
+        assert {step for key, step, _ in counts if key.startswith("achieved/")} == {2}
         assert {step for key, step, _ in counts if key == "checkpoint/value"} == {2, 3}
         versions = client.search_model_versions("name = 'rlhf-policy'")
         assert sorted(int(version.tags["rlhf.iteration"]) for version in versions) == [2, 3]
