@@ -32,6 +32,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 """Binds its life to its parent's, then becomes the command. (Between fork and exec, threads would be a risk.)"""
 END_S = 2.8
 """How long children may take to end by themselves: less than ``flows.stopping`` gives this process."""
+REAP_S = 0.4
 POLL_S = 0.05
 LAST_BYTES = 8192
 
@@ -75,6 +76,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
+    def reap(self) -> None:
+        """Wait for the end of what was killed, which takes no time unless a disk hangs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(REAP_S)
+
     def last_lines(self, limit: int) -> list[str]:
         """What it has printed last, without secrets."""
         with self.log.open("rb") as said:
@@ -101,4 +107,5 @@ def end(children: Collection[Child], number: int = signal.SIGTERM, *, grace_s: f
     finally:
         for child in children:
             child.send(signal.SIGKILL)
-            child.poll()
+        for child in children:
+            child.reap()

@@ -224,6 +224,9 @@ def stay(pages: Sequence[Page], pause: Callable[[float], None] = time.sleep) -> 
 def print_pages(console: Console, pages: Sequence[Page]) -> None:
     """The addresses, how runs get there, and how it ends."""
     table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for page in pages:
         table.add_row(Text(page.name, style="bold"), Text(page.address, style=f"link {page.address}"), Text(page.about))
     console.print(table)

@@ -100,11 +100,7 @@ class _Sender:
         self.client, self.experiment_id = connect(_as_run(there), is_over)
         self.run_id = self._open_run(prefect_run)
         self._nested: set[str] = set()
-
-    @property
-    def next(self) -> int:
-        """Runs that are nested."""
-        return len(self._nested)
+        self.next = 0
 
     def send_up_to(self, finished: int) -> None:
         """Nest every run that the tracker knows; doing it twice is doing it once."""
@@ -112,6 +108,7 @@ class _Sender:
             if name not in self._nested:
                 self.client.set_tag(run_id, PARENT_TAG, self.run_id)
                 self._nested.add(name)
+                self.next = len(self._nested)
 
     def finish(self, *, brief: bool) -> None:
         """The results, and the sweep's end."""

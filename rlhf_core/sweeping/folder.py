@@ -166,7 +166,10 @@ class SweepFolder:
         for run in self.runs:
             if not (self.run_path(run) / "run.json").is_file():
                 continue
-            there = RunFolder.open(self.run_path(run))
+            try:
+                there = RunFolder.open(self.run_path(run))
+            except IntegrityError:  # resuming that run tells about it
+                continue
             if config_digest(there.config) != config_digest(run.config):
                 raise UserError(f"{there.path} is a run of another config than the sweep's; move it away")
             if there.is_locked():

@@ -72,7 +72,7 @@ def test_no_temporary_server_where_the_environment_forbids_it(monkeypatch: pytes
         with flow_body() as ended_with:
             return ended_with(number)
 
-    chosen = {PREFECT_SERVER_EPHEMERAL_ENABLED: False}
+    chosen: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_ENABLED: False}
     monkeypatch.setattr(Flow, "__call__", lambda *_, **__: pytest.fail("through Prefect"))
     told = Told()
     with temporary_settings(chosen, restore_defaults={PREFECT_API_URL}), watched_by(told):

@@ -96,9 +96,8 @@ def test_where_a_run_stands(there: SweepFolder) -> None:
     resources.cache_clear()
     whole = there.standing(run)
     assert (whole.finished, whole.of, whole.is_finished, whole.is_running) == (2, 2, True, False)
-    newest = RunFolder.open(there.run_path(run)).manifests(1)
-    assert whole.score == newest["score_rewards"].metrics["objective/scores"]
-    assert whole.kl == newest["shape_rewards"].metrics["objective/kl"]
+    newest = RunFolder.open(there.run_path(run)).manifests(1)["shape_rewards"].metrics
+    assert (whole.score, whole.kl) == (newest["objective/scores"], newest["objective/kl"])
     there.check_runs()
     with RunFolder.open(there.run_path(run)).locked():
         assert there.standing(run).is_running
