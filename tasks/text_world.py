@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
 from rlhf_core.textworld import TextWorld, build_text_world
 
 
 def prepare_text_world(folder: Path, on_progress: Callable[[str, int, int], None]) -> TextWorld:
     """The world's policy, reward model and prompts, built once and used again while its recipe stays."""
     return build_text_world(folder, on_progress=on_progress)
+
+
+@task(task_run_name="build_text_world", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
+def text_world(folder: str) -> TextWorld:
+    """The same for a flow of a worker: its phases are lines of the flow run's log."""
+    told: set[str] = set()
+
+    def tell(phase: str, _done: int, total: int) -> None:
+        if phase not in told:
+            told.add(phase)
+            get_run_logger().info("text world: %s, %d steps", phase, total)
+
+    return prepare_text_world(Path(folder), tell)

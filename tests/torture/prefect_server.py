@@ -62,7 +62,7 @@ class PrefectServer:
             if number == signal.SIGKILL:
                 self._process.wait()
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def ask(self, path: str, body: Mapping[str, Any] | Sequence[Any] | None = None) -> Any:
         """The JSON that its API answers."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
