@@ -46,8 +46,8 @@ def chain(config: RunConfig, runs: str, gate: Gate, reward_model: str | None = N
     """
     with flow_body() as ended_with:
         check_promotable(config)
-        config = with_registered_reward(config, Path(runs), reward_model)
         with holding_chain(Path(runs)):
+            config = with_registered_reward(config, Path(runs), reward_model)
             found = next_link(Path(runs), config, gate)
             if found is None:
                 return ended_with(f"nothing new since the last link of {runs}: prompts, models and config are the same")

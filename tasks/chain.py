@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json, config_digest
-from rlhf_core.contracts.durable import make_folder, open_lock, write_folder
-from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
+from rlhf_core.contracts.durable import make_folder, open_lock, remove_leftovers, write_folder
+from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
@@ -32,10 +33,11 @@ from rlhf_core.contracts.typed import typed
 from rlhf_core.evaluation.gate import Gate
 from rlhf_core.identity import identity_drift, model_digest, run_identity
 from rlhf_core.preflight import preflight
-from tasks.outbox import Ledger
+from tasks.outbox import Ledger, reason
 from tasks.tracking import connect, download_registered
 
 FILE = "chain.json"
+_REGISTERED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)@([A-Za-z0-9_-]+)")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def check_promotable(config: RunConfig) -> None:
 def with_registered_reward(config: RunConfig, runs: Path, name: str | None) -> RunConfig:
     """The config with the reward model that an alias of MLflow's registry names, fetched once for each version.
 
+    The caller holds the chain.
+
     Args:
         config: its first component of the kind model is given that model; the config as it is, if ``name`` is None.
         runs: where fetched models are kept, in ``rewards/NAME-VERSION``.
@@ -162,17 +166,22 @@ def with_registered_reward(config: RunConfig, runs: Path, name: str | None) -> R
     """
     if name is None:
         return config
-    model, at, alias = name.partition("@")
-    if not (model and at and alias):
+    found = _REGISTERED.fullmatch(name)
+    if found is None:
         raise UserError(f"reward_model is {name!r}; give a registered model and its alias: NAME@ALIAS")
     index = next((i for i, c in enumerate(config.reward.components) if isinstance(c, ModelReward)), None)
     if index is None:
         raise UserError(f"reward_model is {name!r}, but no component of reward.components is of the kind model")
-    version = _version_of(config, runs, model, alias)
-    folder = runs / "rewards" / f"{model}-{version}"
-    if not folder.is_dir():
-        at_home = RunFolder(runs / "chain", config, {})
-        write_folder(folder, lambda place: download_registered(at_home, model, version, place / "model"), _as_manifest)
+    model, alias = found.groups()
+    at_home = RunFolder(runs / "chain", config, {})  # knows the tracker; nothing is at its path
+    with _asking_mlflow(f"reward_model is {name!r}, which MLflow does not give"):
+        client, _ = connect(at_home)
+        version = str(client.get_model_version_by_alias(model, alias).version)
+        folder = runs / "rewards" / f"{model}-{version}"
+        if not folder.is_dir():
+            make_folder(folder.parent)
+            remove_leftovers(folder.parent, deep=False)
+            write_folder(folder, lambda new: download_registered(at_home, model, version, new / "model"), _as_manifest)
     return build_config(config.model_dump(), [f"reward.components.{index}.model={folder / 'model'}"])
 
 
@@ -187,29 +196,29 @@ def promote(run_dir: str, iteration: int, alias: str) -> str:
     """
     run = RunFolder.open(Path(run_dir))
     name, run_id = run.config.tracking.registered_model, Ledger.of(run.path).run_id
-    missing = UserError(
-        f"MLflow does not have checkpoint {iteration} of {run_dir}; `rlhf resume {run_dir}` sends it, and the chain "
-        "goes on with the same call"
-    )
-    if run_id is None:
-        raise missing
-    client, _ = connect(run)
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    versions = [str(version.version) for version in found if version.tags.get("rlhf.iteration") == str(iteration)]
-    if not versions:
-        raise missing
-    version = max(versions, key=int)
-    client.set_registered_model_alias(name, alias, version)
+    with _asking_mlflow(f"MLflow did not promote checkpoint {iteration} of {run_dir}, and the same call goes on"):
+        client, _ = connect(run)
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'") if run_id else []
+        versions = [str(version.version) for version in found if version.tags.get("rlhf.iteration") == str(iteration)]
+        if not versions:
+            raise UserError(
+                f"MLflow does not have checkpoint {iteration} of {run_dir}; `rlhf resume {run_dir}` sends it, and the "
+                "chain goes on with the same call"
+            )
+        version = max(versions, key=int)
+        client.set_registered_model_alias(name, alias, version)
     return f"{name} version {version}"
 
 
-def _version_of(config: RunConfig, runs: Path, model: str, alias: str) -> str:
-    client, _ = connect(RunFolder(runs / "chain", config, {}))
+@contextlib.contextmanager
+def _asking_mlflow(problem: str) -> Iterator[None]:
+    """Around what needs an answer of MLflow: its failure is told in a sentence."""
     try:
-        return str(client.get_model_version_by_alias(model, alias).version)
+        yield
+    except RlhfError:
+        raise
     except Exception as error:  # MLflow's own, which only tasks/tracking.py knows
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"reward_model is '{model}@{alias}', which MLflow does not give: {reason}") from None
+        raise UserError(f"{problem}: {reason(error)}") from None
 
 
 def _as_manifest(digests: Mapping[str, str]) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
 
 from rlhf_core.textworld import TextWorld, build_text_world
 
@@ -24,6 +26,13 @@ def text_world(folder: str) -> TextWorld:
     def tell(phase: str, _done: int, total: int) -> None:
         if phase not in told:
             told.add(phase)
-            get_run_logger().info("text world: %s, %d steps", phase, total)
+            _say(f"text world: {phase}, {total} steps")
 
     return prepare_text_world(Path(folder), tell)
+
+
+def _say(text: str) -> None:
+    try:
+        get_run_logger().info(text)
+    except MissingContextError:  # called as task.fn(), outside a flow
+        logging.getLogger(__name__).info(text)

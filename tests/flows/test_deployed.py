@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ class _listening:  # noqa: N801 - reads as what it does
 
     def __exit__(self, *_: object) -> None:
         self._service.shutdown()
+        self._service.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +195,14 @@ def test_everything_is_deployed(site: Site) -> None:
 @pytest.mark.slow
 def test_a_scheduled_run_begins_by_itself_and_completes(site: Site) -> None:
     nightly = site.deployment("ppo/nightly")
-    soon = datetime.now(UTC) + timedelta(seconds=2)
     parameters = {"config": site.config(2), "run_dir": "runs/scheduled"}
-    schedule = {"interval": 86400.0, "anchor_date": soon.isoformat()}
-    site.server.ask(
+    schedule = {"interval": 60.0, "anchor_date": datetime.now(UTC).isoformat()}
+    (made,) = site.server.ask(
         f"/deployments/{nightly}/schedules", [{"schedule": schedule, "active": True, "parameters": parameters}]
     )
     record = site.folder / "runs" / "scheduled" / "prefect.json"
     site.until(record.is_file, "the scheduled run")
+    site.server.ask(f"/deployments/{nightly}/schedules/{made['id']}", None, "DELETE")
     flow_run_id = read_record(record)["flow_run_id"]
     site.until_state(flow_run_id, "COMPLETED")
     flow_run = site.server.ask(f"/flow_runs/{flow_run_id}")

@@ -95,7 +95,7 @@ def test_schedules_have_a_time_zone_and_one_run_at_a_time() -> None:
     assert scheduled["nightly"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
-@pytest.mark.parametrize(("name", "pool"), zip(FILES, ("process", "docker", "kubernetes"), strict=True))
+@pytest.mark.parametrize(("name", "pool"), list(zip(FILES, ("process", "docker", "kubernetes"), strict=True)))
 def test_the_job_variables_are_ones_of_the_pool(name: str, pool: str) -> None:
     template = default_template(pool)
     if pool == "kubernetes":

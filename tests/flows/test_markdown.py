@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -58,6 +58,7 @@ def test_hostile_text_is_text(text: str) -> None:
     assert "www." not in page, "nothing that a renderer makes a link of by itself"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=100))
 def test_any_text_reads_as_it_is_and_stays_in_its_cell(text: str) -> None:
     page = table(("a", "b"), [(escaped(text), "end")])
