@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import stopping
-from flows.commands import looking, measuring, replaying, sweeping, training
+from flows.commands import chaining, looking, measuring, replaying, sweeping, training
 from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, console
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_secrets
 
 PANELS = {
-    "Train": (training.quickstart, training.train, training.resume, training.check, training.config),
+    "Train": (training.quickstart, training.train, training.resume, training.check, training.config, chaining.chain),
     "Look": (looking.inspect, looking.view, looking.compare, looking.verify, looking.ui),
     "Measure": (measuring.evaluate, measuring.blend, sweeping.sweep),
     "Replay": (replaying.replay, replaying.bundle),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from prefect.events import emit_event
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
@@ -16,6 +17,7 @@ from flows.links import leave_note, warn
 from flows.outages import GOES_ON, outage
 from flows.progress import watcher
 from rlhf_core.contracts.errors import GuardStopError
+from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.guards import Finding
 from tasks.guards import Guards
 from tasks.lifecycle import keep_last_good
@@ -24,10 +26,34 @@ POLL_S = 10
 """Seconds between two looks at whether a paused run was resumed."""
 
 
+TRIPPED = "rlhf.guard.tripped"
+"""Event of Prefect that automations react to: deployments/kl-ceiling.yaml."""
+
+
 class Decision(RunInput):
     """What a person answers in the form of a paused flow run. Resumed without an answer, it goes on."""
 
     decision: Literal["go on", "stop"] = "go on"
+
+
+def announce(run: RunFolder, found: Sequence[Finding]) -> None:
+    """Send Prefect an event for each guard that has just tripped: once, when its iteration is finished.
+
+    A resumed run does not repeat it, so that what an automation has suspended can be resumed.
+    """
+    if is_bare():
+        return
+    for finding in found:
+        if finding.is_new or finding.acts:
+            resource = {
+                "prefect.resource.id": f"prefect.flow-run.{flow_run.id}",
+                "prefect.resource.name": str(flow_run.name),
+                "rlhf.guard": finding.guard,
+                "rlhf.guard.action": finding.action,
+            }
+            told = {"iteration": finding.iteration, "value": finding.value, "threshold": finding.limit}
+            said = {"guard": finding.guard, "sentence": finding.sentence, "run": str(run.path.resolve())}
+            emit_event(TRIPPED, resource=resource, payload={**told, **said})
 
 
 def obey(guards: Guards, iteration: int) -> None:

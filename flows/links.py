@@ -5,7 +5,12 @@ RUN/prefect.json    the flow run that worked on the run last: {"api": "...", "fl
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -18,6 +23,7 @@ from prefect.states import Crashed
 
 from flows.calling import is_bare
 from flows.outages import telling_prefect
+from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
@@ -36,6 +42,49 @@ def this_flow_run() -> dict[str, str]:
     return {name: without_credentials(str(value)) for name, value in known.items() if value}
 
 
+def run_name(what: str, *parameters: str) -> Callable[[], str]:
+    """Names a flow run by what it does and to what: the last part of the path that a parameter gives, as it stands.
+
+    Args:
+        what: it does.
+        parameters: of the flow; one that is not given is left out, and ``run_dir`` is then the folder of its own.
+    """
+
+    def name() -> str:
+        given = flow_run.parameters
+        shown = [given.get(each) or (own_run_dir() if each == "run_dir" else None) for each in parameters]
+        return " · ".join([what, *(Path(str(value)).name for value in shown if value)])
+
+    return name
+
+
+def own_run_dir(runs: str = "runs") -> str:
+    """The folder in ``runs`` that this flow run trains in, where it was given none: the same one when it is retried."""
+    return _own_run_dir(runs, flow_run.id) if flow_run.id else _new_run_dir(runs)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_run_dir(runs: str, flow_run_id: str) -> str:
+    begun = (path.parent for path in Path(runs).glob(f"*/{FILE}") if _works_on(path.parent, flow_run_id))
+    return str(next(begun, None) or _new_run_dir(runs))
+
+
+def _new_run_dir(runs: str) -> str:
+    return str(Path(runs) / f"ppo-{datetime.now():%Y%m%d-%H%M%S-%f}")
+
+
+def was_begun_here(run_dir: str) -> bool:
+    """Whether this very flow run has begun this run: it was retried, or suspended and resumed."""
+    path = Path(run_dir)
+    return bool(flow_run.id) and (path / "run.json").is_file() and _works_on(path, str(flow_run.id))
+
+
+def _works_on(path: Path, flow_run_id: str) -> bool:
+    with suppress(RlhfError, OSError):
+        return _remembered(path).get("flow_run_id") == flow_run_id
+    return False
+
+
 def take_over(run: RunFolder) -> None:
     """Remember this flow run in the run folder, and end the one before it in Prefect if it still says Running.
 
@@ -44,7 +93,7 @@ def take_over(run: RunFolder) -> None:
     if is_bare():
         return
     before, this = (
-        _remembered(run),
+        _remembered(run.path),
         {"api": without_credentials(PREFECT_API_URL.value() or ""), "flow_run_id": str(flow_run.id)},
     )
     if before == this:
@@ -55,8 +104,8 @@ def take_over(run: RunFolder) -> None:
             _mark_crashed(UUID(before["flow_run_id"]))
 
 
-def _remembered(run: RunFolder) -> dict[str, str]:
-    path = run.path / FILE
+def _remembered(run_dir: Path) -> dict[str, str]:
+    path = run_dir / FILE
     if not path.is_file():
         return {}
     return {name: str(value) for name, value in read_record(path).items()}

@@ -6,17 +6,17 @@ prompts -> rollouts -> scores ─┐
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.artifacts import RunPage
 from flows.calling import call, call_both, flow_body
-from flows.guarding import obey
-from flows.links import link_to_tracker, take_over, this_flow_run
-from flows.progress import watcher
+from flows.guarding import announce, obey
+from flows.links import link_to_tracker, own_run_dir, run_name, take_over, this_flow_run, was_begun_here
+from flows.progress import also_watched_by, watcher
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.generate import generate
@@ -36,7 +36,13 @@ SIDE_BY_SIDE: Any = ThreadPoolTaskRunner(max_workers=2)
 """score_rewards and reference_logprobs run at the same time."""
 
 
-@flow(name="ppo", flow_run_name="ppo", task_runner=SIDE_BY_SIDE, persist_result=False, result_serializer="json")
+@flow(
+    name="ppo",
+    flow_run_name=run_name("ppo", "run_dir"),
+    task_runner=SIDE_BY_SIDE,
+    persist_result=False,
+    result_serializer="json",
+)
 def train(config: RunConfig, run_dir: str | None = None) -> str:
     """Train a policy with PPO.
 
@@ -46,14 +52,22 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
     Returns: the run folder.
     """
     with flow_body() as ended_with:
-        run_dir = run_dir or f"runs/ppo-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        start_run(config, run_dir)
+        run_dir = run_dir or own_run_dir()
+        begin(config, run_dir)
         return ended_with(iterate(run_dir))
+
+
+def begin(config: RunConfig, run_dir: str) -> None:
+    """Start a run. One that this very flow run has begun, and that was retried or suspended, goes on instead."""
+    if was_begun_here(run_dir):
+        check_resumable(run_dir, accept_drift=False)
+    else:
+        start_run(config, run_dir)
 
 
 @flow(
     name="ppo-resume",
-    flow_run_name="ppo-resume",
+    flow_run_name=run_name("ppo resume", "run_dir"),
     task_runner=SIDE_BY_SIDE,
     persist_result=False,
     result_serializer="json",
@@ -88,14 +102,15 @@ def iterate(run_dir: str) -> str:
         remove_run_leftovers(run)
         take_over(run)
         guards = Guards(run)
-        with Tracker(run, this_flow_run()) as tracker:
+        with RunPage(run) as page, also_watched_by(page), Tracker(run, this_flow_run()) as tracker:
+            page.tracker = tracker
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
                 call(save_due_checkpoint, run_dir, iteration)
                 if compaction_is_due(run, iteration):
                     call(compact, run_dir, iteration)
                 train_iteration(run_dir, iteration)
-                guards.check(iteration)
+                announce(run, guards.check(iteration))
                 tracker.iteration_done(iteration)
                 watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
             obey(guards, run.config.num_iterations - 1)

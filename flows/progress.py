@@ -47,12 +47,53 @@ class Silent:
         """Nobody is there to ask."""
 
 
+class Both:
+    """Two watchers, told the same; the second is asked where the first has no answer."""
+
+    def __init__(self, first: Watcher, second: Watcher) -> None:
+        self._each = (first, second)
+
+    def stage_started(self, iteration: int, stage: str) -> None:
+        """Passed on."""
+        for each in self._each:
+            each.stage_started(iteration, stage)
+
+    def iteration_finished(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Passed on."""
+        for each in self._each:
+            each.iteration_finished(iteration, metrics)
+
+    def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
+        """Passed on."""
+        for each in self._each:
+            each.guards_spoke(iteration, sentences)
+
+    def warned(self, sentence: str) -> None:
+        """Passed on."""
+        for each in self._each:
+            each.warned(sentence)
+
+    def decide(self, sentences: Sequence[str]) -> bool | None:
+        """The first answer that is one."""
+        for each in self._each:
+            if (answer := each.decide(sentences)) is not None:
+                return answer
+        return None
+
+
 _current: Watcher = Silent()
 
 
 def watcher() -> Watcher:
     """Whoever watches this process."""
     return _current
+
+
+@contextlib.contextmanager
+def also_watched_by(another: Watcher) -> Iterator[None]:
+    """Let someone watch the flows that run inside, beside whoever watches already."""
+    with watched_by(Both(_current, another)):
+        yield
 
 
 @contextlib.contextmanager

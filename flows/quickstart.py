@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from prefect import flow
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from flows.calling import call, flow_body, run_flow
 from flows.commands.training import watch_run
+from flows.links import own_run_dir
+from flows.ppo import SIDE_BY_SIDE, begin, iterate, train
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
-from tasks.text_world import prepare_text_world
+from rlhf_core.textworld import TextWorld
+from tasks.text_world import prepare_text_world, text_world
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "num_iterations": 40,
     "generation": {"max_new_tokens": 32},
     "kl": {"coef": 0.2, "controller": "log_pi", "target": 4.0},
@@ -27,10 +33,29 @@ def quickstart(folder: Path, console: Console) -> None:
     """Build the world in ``folder/world`` (once), run PPO on it in ``folder/runs/<time>``, show the result."""
     config = quickstart_config(folder, console)
     run_dir = folder / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}"
-    from flows.calling import run_flow
-    from flows.ppo import train
-
     watch_run(run_dir, config, lambda: run_flow(train, config, str(run_dir)))
+
+
+@flow(
+    name="quickstart",
+    flow_run_name="quickstart · text world",
+    task_runner=SIDE_BY_SIDE,
+    persist_result=False,
+    result_serializer="json",
+)
+def build_and_train(folder: str = ".quickstart", num_iterations: int = 40) -> str:
+    """The same for a worker: build the embedded text world, once, then train on it.
+
+    Args:
+        folder: where the world and its runs are kept.
+        num_iterations: of the training.
+    Returns: the run folder.
+    """
+    with flow_body() as ended_with:
+        config = world_config(call(text_world, str(Path(folder) / "world")), num_iterations=num_iterations)
+        run_dir = own_run_dir(str(Path(folder) / "runs"))
+        begin(config, run_dir)
+        return ended_with(iterate(run_dir))
 
 
 def quickstart_config(folder: Path, console: Console) -> RunConfig:
@@ -50,9 +75,14 @@ def quickstart_config(folder: Path, console: Console) -> RunConfig:
         f"a reward model right on {world.metrics['reward_pair_accuracy']:.0%} of held-out pairs",
         highlight=False,
     )
+    return world_config(world)
+
+
+def world_config(world: TextWorld, **changes: object) -> RunConfig:
+    """The config of a training in a text world, with other settings where they are given."""
     paths = {
         "prompts": {"source": str(world.prompts)},
         "policy": {"model": str(world.policy)},
         "reward": {"components": [{"kind": "model", "name": "taste", "model": str(world.reward)}]},
     }
-    return build_config({**SETTINGS, **paths})
+    return build_config({**SETTINGS, **paths, **changes})

@@ -386,3 +386,11 @@ def _create_registered_model(client: Any, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def download_registered(run: RunFolder, name: str, version: str, folder: Path) -> None:
+    """Fetch the files of a version of a registered model from a run's tracker."""
+    import mlflow
+
+    connect(run)
+    mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))

@@ -338,3 +338,18 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(
     (line,) = err.splitlines()
     assert line.startswith(f"error: {said.format(**places)}")
     assert (digests(tmp_path), digests(run)) == before
+
+
+def test_the_newest_run_of_a_folder_is_the_one_that_saved_last(run: Path, tmp_path: Path) -> None:
+    from flows.evaluate import newest_run
+    from rlhf_core.contracts.errors import UserError
+
+    with pytest.raises(UserError, match=f"runs is {tmp_path}, which holds no run folder with a checkpoint"):
+        newest_run(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / name, symlinks=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "a/checkpoints/000003/manifest.json").touch()
+    assert newest_run(tmp_path).path == tmp_path / "a"
+    (tmp_path / "b/checkpoints/000002/manifest.json").touch()
+    assert newest_run(tmp_path).path == tmp_path / "b"

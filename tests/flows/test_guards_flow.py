@@ -272,7 +272,7 @@ class TestPause:
         paused = answering(run_input)
         with watched_by(told):
             resume(str(run_dir), accept_drift=True)
-        assert [flow_run.name for flow_run in paused] == ["ppo-resume"], "it was paused, once"
+        assert [flow_run.name for flow_run in paused] == ["ppo resume · run"], "it was paused, once"
         assert RunFolder.open(run_dir).checkpoints() == [1, 2, 3]
         assert GuardRecord.of(RunFolder.open(run_dir)).accepted == {"kl_ceiling": 2}
         assert "nats a response, above guards.kl_ceiling.threshold" in told.told[0]

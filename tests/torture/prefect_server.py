@@ -62,12 +62,12 @@ class PrefectServer:
             if number == signal.SIGKILL:
                 self._process.wait()
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that its API answers."""
+    def ask(self, path: str, body: Mapping[str, Any] | Sequence[Any] | None = None, method: str | None = None) -> Any:
+        """The JSON that its API answers, if any. ``method``: default GET, or POST of a body."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
+            return json.loads(answer.read() or b"null")
 
     def state(self, flow_run_id: str) -> str:
         """The state of a flow run, as COMPLETED."""

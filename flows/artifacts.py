@@ -1,0 +1,177 @@
+"""What Prefect shows of a run while it is going: a progress bar, and one page that is written over and over.
+
+    <run>-progress    how many of its iterations are finished
+    <run>             the newest iterations, a few responses, the way to MLflow; at the end the result
+
+Two artifacts a flow run, however long it is. They are written by a thread of their own, at most every ``EVERY_S``, so
+that no iteration waits; what does not arrive is left out: the run folder has it all, and the next page is newer.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import re
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.runtime import flow_run
+
+from flows.calling import is_bare
+from flows.markdown import Metrics, code, edges, escaped, result_page, run_page
+from flows.outages import api_answers
+from flows.progress import Silent
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.secrets import without_secrets
+from rlhf_core.inspection import before_and_after
+from rlhf_core.tables import RunTables
+from tasks.tracking import Tracker, iteration_metrics
+
+EVERY_S = 10.0
+"""At least between two writings."""
+CLOSE_S = 3.0
+"""How long the end of a run waits for its page."""
+BRIEF_S = 0.3
+"""The same, where a signal or an error ends it."""
+RECENT = 12
+"""Iterations shown."""
+SAID = 3
+"""Sentences of guards shown."""
+logger = logging.getLogger("rlhf")
+
+
+class RunPage(Silent):
+    """Watches a run for Prefect's page of this flow run. Does nothing where there is no flow run.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.tracker: Tracker | None = None
+        """Set once there is one, for the way to it."""
+        self._standing = "running"
+        self._recent: dict[int, Metrics] = {}
+        self._guards: list[str] = []
+        self._changed, self._over = threading.Event(), threading.Event()
+        self._ids: dict[str, UUID] = {}
+        self._has_warned = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to write."""
+        if not is_bare():
+            target = contextvars.copy_context().run  # with this flow run, and the settings of its API
+            self._thread = threading.Thread(target=target, args=(self._work,), name="run page", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write the result, or why there is none; wait a bounded time for it."""
+        if self._thread is None:
+            return
+        reason = "" if error is None else without_secrets(str(error).strip() or type(error).__name__)
+        self._standing = "finished" if error is None else f"stopped: {reason.splitlines()[0]}"
+        self._over.set()
+        self._changed.set()
+        self._thread.join(CLOSE_S if error is None or isinstance(error, Exception) else BRIEF_S)
+
+    def iteration_finished(self, iteration: int, metrics: Metrics) -> None:
+        """There is something new to show."""
+        self._changed.set()
+
+    def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
+        """Show what they said."""
+        self._guards = [*self._guards, *sentences][-SAID:]
+        self._changed.set()
+
+    def warned(self, sentence: str) -> None:
+        """Told elsewhere."""
+
+    def _work(self) -> None:
+        try:
+            with get_client(sync_client=True) as client:
+                while not self._over.is_set():
+                    self._attempt(client)
+                    self._over.wait(EVERY_S)
+                    self._changed.wait()
+                    self._changed.clear()
+                self._attempt(client)
+        except Exception as error:  # the client itself
+            self._warn(error)
+
+    def _attempt(self, client: SyncPrefectClient) -> None:
+        try:
+            self._write(client)
+        except Exception as error:  # whatever it is, the run does not need it, and the next page may arrive
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        """Say once that Prefect does not take the page; an API that is gone is told by whoever needs it."""
+        if not self._has_warned and api_answers():
+            self._has_warned = True
+            reason = without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("Prefect has no new page of %s: %s; the run goes on", self.run.path, reason)
+
+    def _write(self, client: SyncPrefectClient) -> None:
+        finished, of = self.run.num_finished(), self.run.config.num_iterations
+        is_done = self._standing == "finished"
+        page = self._result(finished) if is_done else self._newest(finished)
+        slug = key_of(self.run.path)
+        self._put(client, f"{slug}-progress", "progress", 100.0 * finished / of, f"{finished} of {of} iterations")
+        what = "the result" if is_done else "its newest iterations"
+        self._put(client, slug, "markdown", page, f"Run {self.run.path.name}: {what}")
+
+    def _put(self, client: SyncPrefectClient, key: str, kind: str, data: Any, description: str) -> None:
+        if key in self._ids:
+            client.update_artifact(self._ids[key], ArtifactUpdate(data=data, description=description))
+            return
+        made = ArtifactCreate(
+            key=key, type=kind, data=data, description=description, flow_run_id=UUID(str(flow_run.id))
+        )
+        self._ids[key] = client.create_artifact(made).id
+
+    def _facts(self, finished: int) -> list[str]:
+        config, folder = self.run.config, self.run.path.resolve()
+        how_far = f"**{finished} of {config.num_iterations} iterations** · {escaped(self._standing)}"
+        written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        lines = [f"{how_far} · written {written}", f"folder {code(str(folder))}"]
+        if self.tracker is not None and (run_id := self.tracker.run_id) is not None:
+            page = self.tracker.page
+            lines.append(f"[MLflow run]({page})" if page else f"MLflow run {code(run_id)} in {code(self.tracker.uri)}")
+        if self._standing not in ("running", "finished"):
+            lines.append(f"go on with {code(f'rlhf resume {folder}')}")
+        return lines
+
+    def _newest(self, finished: int) -> str:
+        wanted = range(max(0, finished - RECENT), finished)
+        self._recent = {i: self._recent.get(i) or iteration_metrics(self.run, i) for i in wanted}
+        samples = a_few(self.run, finished - 1) if finished else []
+        return run_page(self._facts(finished), self._recent, samples, self._guards)
+
+    def _result(self, finished: int) -> str:
+        first, last = ([iteration_metrics(self.run, i) for i in of] for of in edges(finished))
+        return result_page(self._facts(finished), first, last, before_and_after(self.run))
+
+
+def key_of(path: Path) -> str:
+    """The name of a folder as Prefect takes it for a key: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", path.resolve().name.lower()).strip("-") or "run"
+
+
+def a_few(run: RunFolder, iteration: int) -> list[dict[str, Any]]:
+    """The responses of an iteration with the best, the middle and the worst score."""
+    columns = ["prompt_text", "response_text", "score", "kl"]
+    rows: list[dict[str, Any]] = RunTables(run).samples([iteration]).arrow().select(columns).to_pylist()
+    ordered: list[dict[str, Any]] = sorted(rows, key=lambda row: row["score"], reverse=True)
+    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})] if ordered else []
