@@ -32,7 +32,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.inspection import before_and_after
 from rlhf_core.tables import RunTables
-from tasks.tracking import Tracker, iteration_metrics
+from tasks.tracked_metrics import iteration_metrics
+from tasks.tracking import Tracker
 
 EVERY_S = 10.0
 """At least between two writings."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.display import print_records, table_of
+from rlhf_core.choice import chosen_iterations
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.export import check_target, export_table
@@ -45,8 +46,8 @@ class Question:
     sample: str | None = None
     samples: bool = False
     histograms: bool = False
-    everything: bool = False
-    """Of samples and histograms: of all iterations."""
+    iterations: str | None = None
+    """Of samples and histograms, instead of one: 0,10,last or 3-7 or all."""
     selection: Selection = field(default_factory=Selection)
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class Question:
         several = [name for name, is_asked in asked.items() if is_asked]
         if len(several) > 1 and several != ["--histograms", "--samples, --by, --finish and --contains"]:
             raise UserError(f"{' and '.join(several)} ask for different tables; choose one")
-        if self.everything and (self.iteration is not None or not (self.histograms or wants_samples)):
-            raise UserError("--all goes with --samples or --histograms, instead of --iteration")
+        if self.iterations is not None and (self.iteration is not None or not (self.histograms or wants_samples)):
+            raise UserError("--iterations goes with --samples or --histograms, instead of --iteration")
 
     def answer(self, run: RunFolder) -> tuple[Sheet, Callable[[Console, Sheet, int], None]]:
         """The sheet, and what prints the first rows of it."""
@@ -70,12 +71,18 @@ class Question:
         if self.stage is not None:
             return artifact_sheet(run, self.iteration, self.stage), _print_artifact
         if self.histograms:
-            return histogram_sheet(run, self.iteration, self.selection, everything=self.everything), _print_histograms
+            return histogram_sheet(run, self._where(run), self.selection), _print_histograms
         if self.samples or self.selection != Selection():
-            return samples_sheet(run, self.iteration, self.selection, everything=self.everything), _print_samples
+            return samples_sheet(run, self._where(run), self.selection), _print_samples
         if self.iteration is not None:
             return iteration_sheet(run, self.iteration), _print_iteration
         return run_sheet(run), _print_run
+
+    def _where(self, run: RunFolder) -> list[int] | None:
+        """The iterations whose responses are asked for; None: of the newest."""
+        if self.iterations is not None:
+            return chosen_iterations(self.iterations, run.num_finished())
+        return None if self.iteration is None else [self.iteration]
 
 
 def show_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,42 +65,38 @@ def sample_sheet(run: RunFolder, sample_id: str) -> Sheet:
     return Sheet(sample_id, pa.Table.from_pylist(tokens), facts)
 
 
-def samples_sheet(run: RunFolder, iteration: int | None, selection: Selection, *, everything: bool) -> Sheet:
+def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
     """The responses chosen. Raises UserError if no rewards are shaped yet.
 
     Args:
         run: whose.
-        iteration: of this one; None: of the newest whose rewards are shaped.
+        iterations: of these; None: of the newest whose rewards are shaped.
         selection: which, in which order.
-        everything: of all iterations, instead of one.
     """
-    tables, where = _samples(run, iteration, everything=everything)
-    chosen = select_samples(tables, selection)
+    chosen, where = _chosen(run, iterations, selection)
     order = f", the {'lowest' if selection.lowest else 'highest'} {selection.by} first" if selection.by else ""
     facts = {"run": str(run.path), "total": chosen.num_rows}
     return Sheet(f"responses of {where}{order}", chosen, facts)
 
 
-def histogram_sheet(run: RunFolder, iteration: int | None, selection: Selection, *, everything: bool) -> Sheet:
+def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
     """How scores, KL, lengths, entropies and advantages are spread, over the responses chosen."""
-    tables, where = _samples(run, iteration, everything=everything)
-    chosen = select_samples(tables, selection)
+    chosen, where = _chosen(run, iterations, selection)
     if not chosen.num_rows:
         raise UserError(f"no response of {where} is like that")
     title = f"{chosen.num_rows} responses of {where}"
     return Sheet(title, pa.Table.from_pylist(spread(chosen)), {"run": str(run.path), "responses": chosen.num_rows})
 
 
-def _samples(run: RunFolder, iteration: int | None, *, everything: bool) -> tuple[Iterator[pa.Table], str]:
-    """Samples, an iteration at a time, and of which iterations they are, in words."""
+def _chosen(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> tuple[pa.Table, str]:
+    """Responses, and of which iterations they are, in words."""
     tables = RunTables(run)
     there = tables.samples().iterations
     if not there:
         raise UserError(f"{run.path} has no response yet whose rewards are shaped")
-    if everything:
-        return tables.samples().batches(), f"{len(there)} iterations"
-    where = there[-1] if iteration is None else iteration
-    return tables.samples([where]).batches(), f"iteration {where}"
+    asked = [there[-1]] if iterations is None else iterations
+    where = f"iteration {asked[0]}" if len(asked) == 1 else f"{len(asked)} iterations"
+    return select_samples(tables.samples(asked).batches(), selection), where
 
 
 def iteration_rows(run: RunFolder, first: int = 0, after: int | None = None) -> list[Row]:

@@ -24,7 +24,9 @@ def inspect(
     finish: Annotated[str | None, typer.Option(help="Responses that ended so: eos, stop or length (cut).")] = None,
     contains: Annotated[str | None, typer.Option(help="Responses that contain this text.")] = None,
     histograms: Annotated[bool, typer.Option("--histograms", help="How their numbers are spread.")] = False,
-    all_: Annotated[bool, typer.Option("--all", help="Responses of all iterations.")] = False,
+    iterations: Annotated[
+        str | None, typer.Option(help="Responses of several iterations: 0,10,last or 3-7 or all.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first so many rows; default: 20 in a terminal, else all.")
     ] = None,
@@ -35,7 +37,9 @@ def inspect(
     from flows.inspect_display import Question, show_run
     from rlhf_core.selection import Selection
 
-    question = Question(iteration, stage, sample, samples, histograms, all_, Selection(by, lowest, finish, contains))
+    question = Question(
+        iteration, stage, sample, samples, histograms, iterations, Selection(by, lowest, finish, contains)
+    )
     show_run(console, run, question, limit=limit, as_json=as_json, to=to)
 
 

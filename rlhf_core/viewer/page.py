@@ -16,10 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rlhf_core.choice import first_middle_last
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.viewer.choice import first_middle_last
 from rlhf_core.viewer.contents import page_contents
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def test_json_has_every_row_and_nothing_else(inspect: Callable[..., Answer], run
     found = json.loads(out)
     assert [row["iteration"] for row in found["rows"]] == list(range(found["finished"]))
     assert found["standing"] == "finished"
-    _, out, _ = inspect("--samples", "--all", "--json")
+    _, out, _ = inspect("--samples", "--iterations", "all", "--json")
     assert len(json.loads(out)["rows"]) == sum(len(scores(run_dir, i)) for i in range(found["finished"]))
     sample = next(iter(scores(run_dir, 1)))
     _, out, _ = inspect("--sample", sample, "--json")
@@ -81,7 +81,7 @@ def test_a_file_holds_what_the_run_holds(
     ending: str, inspect: Callable[..., Answer], run_dir: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / f"worst.{ending}"
-    code, out, _ = inspect("--by", "kl", "--all", "--to", path)
+    code, out, _ = inspect("--by", "kl", "--iterations", "all", "--to", path)
     read = {
         "parquet": pd.read_parquet,
         "csv": pd.read_csv,
@@ -100,7 +100,7 @@ def test_a_file_holds_what_the_run_holds(
 
 
 def test_histograms_of_what_was_chosen(inspect: Callable[..., Answer], run_dir: Path) -> None:
-    code, out, _ = inspect("--histograms", "--all")
+    code, out, _ = inspect("--histograms", "--iterations", "all")
     assert code == 0
     assert "responses of" in out
     assert "advantage, of a token" in out
@@ -118,7 +118,8 @@ def test_histograms_of_what_was_chosen(inspect: Callable[..., Answer], run_dir: 
         (["--iteration", "99"], "--iteration 99 is not in"),
         (["--stage", "generation"], "--stage generation is not a stage; stages: sample_prompts, generate"),
         (["--stage", "generate", "--histograms"], "--stage and --histograms ask for different tables; choose one"),
-        (["--all"], "--all goes with --samples or --histograms, instead of --iteration"),
+        (["--iterations", "all"], "--iterations goes with --samples or --histograms, instead of --iteration"),
+        (["--samples", "--iterations", "0,9-7"], "--iterations '0,9-7' has the range 9-7, which runs backwards"),
         (["--sample", "7"], "--sample '7' is not a sample id; they look like i000007-p000123-s0"),
         (["--sample", "i000001-p999999-s0"], "is not in 02_rollouts.arrow of iteration 1"),
         (["--to", "table.xlsx"], "--to table.xlsx ends in no format that can be written; choose .parquet, .csv"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_core.choice import chosen_iterations, first_middle_last
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.viewer.choice import chosen_iterations, first_middle_last
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which iterations a page shows: ``0,10,last``, ``3-7``, ``all``; by default the first, the middle and the last."""
+"""Which iterations a person means: ``0,10,last``, ``3-7``, ``all``."""
 
 from __future__ import annotations
 
