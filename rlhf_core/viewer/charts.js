@@ -33,7 +33,7 @@ class Chart {
     const [y0, y1] = spec.yDomain;
     this.x = (value) => MARGIN.left + ((value - x0) / (x1 - x0 || 1)) * (right - MARGIN.left);
     this.y = (value) => bottom - ((value - y0) / (y1 - y0 || 1)) * (bottom - MARGIN.top);
-    const xTicks = ticks(x0, x1, Math.max(2, width / 70)).filter((v) => !spec.isWholeX || Number.isInteger(v));
+    const xTicks = ticks(x0, x1, Math.max(2, width / 55)).filter((v) => !spec.isWholeX || Number.isInteger(v));
     const yTicks = ticks(y0, y1, 4);
     this.cursor = svg("g", { class: "cursor", visibility: "hidden" },
       svg("line", { y1: MARGIN.top, y2: bottom }), svg("circle", { r: 4 }));

@@ -106,10 +106,10 @@ def run_page_bytes(num_iterations: int, num_samples: int, response_len: int) -> 
 
 def check_out(path: Path) -> None:
     """Raise UserError unless a page may be written there."""
-    if path.suffix != ".html":
-        raise UserError(f"--out {path} does not end in .html; name a file, as in {path / NAME}")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, as in {path / NAME}")
+    if path.suffix != ".html":
+        raise UserError(f"--out {path} does not end in .html; name a page, as in {path.with_suffix('.html')}")
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir():
         raise UserError(f"--out {path} cannot be written: {above} is a file, not a folder")

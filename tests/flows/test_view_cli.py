@@ -78,9 +78,9 @@ def test_it_works_while_the_run_is_going(rlhf: Callable[..., Answer], run_dir: P
         (("run", "--iterations", "3"), "--iterations '3' names iteration 3, which is not finished; the newest is 2"),
         (("run", "--iterations", "ten"), "--iterations 'ten' has 'ten', which is no iteration; write numbers"),
         (("run", "--iterations", "2-1"), "--iterations '2-1' has the range 2-1, which runs backwards"),
-        (("run", "--out", "run"), "--out run does not end in .html; name a file, as in run/view.html"),
+        (("run", "--out", "run"), "--out run is a folder; name a file, as in run/view.html"),
         (("run", "--out", "folder.html"), "--out folder.html is a folder; name a file, as in folder.html/view.html"),
-        (("run", "--out", "run/run.json"), "--out run/run.json does not end in .html"),
+        (("run", "--out", "run/run.json"), "--out run/run.json does not end in .html; name a page, as in run/run.html"),
         (("run", "--out", "run/run.json/x.html"), "run/run.json is a file, not a folder"),
     ],
 )

@@ -155,7 +155,7 @@ def test_a_page_goes_where_a_file_can(tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").touch()
     for name, said in (
-        ("run.json", r"does not end in \.html; name a file"),
+        ("run.json", r"does not end in \.html; name a page, as in .*/run\.html"),
         ("folder.html", "is a folder; name a file"),
         ("file/deep/page.html", "file is a file, not a folder"),
     ):
