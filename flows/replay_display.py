@@ -29,13 +29,22 @@ ROUNDING = 1e-7
 
 
 def replay_and_show(
-    console: Console, path: Path, *, iteration: int | None, first: str | None, sample: str | None, as_json: bool
+    console: Console,
+    path: Path,
+    *,
+    iteration: int | None,
+    first: str | None,
+    sample: str | None,
+    num_threads: int | None,
+    as_json: bool,
 ) -> bool:
     """Compute an iteration again and print how it compares. Returns: whether all of it came back bit for bit."""
     from tasks.replay import replay_iteration
 
     with _computing(console, quiet=as_json) as tell:
-        replay = replay_iteration(str(path), iteration, first=first, sample=sample, progress=tell)
+        replay = replay_iteration(
+            str(path), iteration, first=first, sample=sample, num_threads=num_threads, progress=tell
+        )
     if as_json:
         _print_json(replay.to_json())
     else:
@@ -84,6 +93,10 @@ def show_replay(console: Console, replay: Replay) -> None:
     """Print a table of stages, then whatever differs, then one last line."""
     _line(console, f"{replay.run}, iteration {replay.iteration}", style="bold")
     console.print(_table_of_stages(replay))
+    for reason in dict.fromkeys(stage.skipped for stage in replay.stages if stage.skipped is not None):
+        names = [stage.stage for stage in replay.stages if stage.skipped == reason]
+        verb = "was" if len(names) == 1 else "were"
+        _line(console, f"{', '.join(names)} {verb} not replayed: {reason}", style="yellow")
     for stage in replay.stages:
         _show_stage(console, stage)
     if replay.sample is not None:
@@ -188,9 +201,7 @@ def _no() -> Text:
 
 
 def _show_stage(console: Console, stage: StageReplay) -> None:
-    """Everything that is to be said of one stage; nothing where it came back."""
-    if stage.skipped is not None:
-        _line(console, f"{stage.stage} was not replayed: {stage.skipped}", style="yellow")
+    """Everything that differs in one stage."""
     if stage.failed is not None:
         _line(console, f"{stage.stage} could not be computed again: {stage.failed}", style="red")
     if stage.difference is not None:
@@ -303,7 +314,12 @@ def _stages(stages: Sequence[StageReplay]) -> str:
 
 
 def _threads(replay: Replay) -> str:
-    return f"{replay.num_threads} CPU thread{'s' if replay.num_threads > 1 else ''}, as the run"
+    used = f"{replay.num_threads} CPU thread{'s' if replay.num_threads > 1 else ''}"
+    return (
+        f"{used}, as the run"
+        if replay.num_threads == replay.threads_of_run
+        else f"{used}; {replay.threads_of_run} then"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -35,6 +35,7 @@ def replay_iteration(
     *,
     first: str | None = None,
     sample: str | None = None,
+    num_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Replay:
     """Compute an iteration again and compare.
@@ -44,6 +45,7 @@ def replay_iteration(
         iteration: finished; of a bundle it may be left out.
         first: the stage to begin with; None: the first one.
         sample: compare this response alone.
+        num_threads: CPU threads; None: those of the run.
         progress: told which stage begins.
     Returns: each stage with its differences; and, if there are any, what differs in the conditions.
     Raises:
@@ -61,6 +63,8 @@ def replay_iteration(
         with shadow_of(replace(source.run, config=source.config), source.iteration) as shadow:
             kept = resources(str(shadow.path))
             kept.keep_plan(plan)
+            if num_threads is not None:
+                kept.use_threads(num_threads)
             work = _Work(source, shadow, kept, stored, sample)
             for stage in stages:
                 if progress is not None and stage not in source.missing:
@@ -156,13 +160,18 @@ class _Work:
             iteration=self.source.iteration,
             stages=self.done,
             num_threads=self.kept.num_threads,
+            threads_of_run=int(self.source.run.identity["num_threads"]),
             weights=self.weights,
             sample=self.sample,
         )
         if self.sample is not None:
             tokens = token_rows(self.stored, self.replayed, self.sample, self.source.decode)
             replay = replace(replay, tokens=tokens)
-        return replay if replay.is_identical else replace(replay, conditions=tuple(self.source.conditions()))
+        return (
+            replay
+            if replay.is_identical
+            else replace(replay, conditions=tuple(self.source.conditions(self.kept.num_threads)))
+        )
 
 
 def _from(first: str | None) -> list[str]:

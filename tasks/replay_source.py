@@ -80,14 +80,20 @@ class Source:
             return "?"
         return repr(self.plan.tokenizer.tokenizer.decode([token]))[1:-1]
 
-    def conditions(self) -> list[str]:
-        """What differs between the identity of the run and that of this machine, one line each."""
+    def conditions(self, num_threads: int) -> list[str]:
+        """What differs between the identity of the run and that of this machine, one line each.
+
+        Args:
+            num_threads: that the replay has computed with, whatever the machine has.
+        """
         then = self.run.identity
         if self.bundle is not None and not self.bundle.with_models:
             versions = {name: importlib.metadata.version(name) for name in then["versions"]}
-            return identity_drift(then, {**then, "source": source_digest(), "versions": versions})
+            return identity_drift(
+                then, then | {"source": source_digest(), "versions": versions, "num_threads": num_threads}
+            )
         here = run_identity(self.config, self.plan.prompt_set)
-        here |= {"config": config_digest(self.run.config), "num_threads": then["num_threads"]}  # it computes with those
+        here |= {"config": config_digest(self.run.config), "num_threads": num_threads}
         if self.bundle is not None:  # sealed; and the name of a hub is no digest of a folder
             here |= {"prompts": then["prompts"], "models": then["models"]}
         if "score_rewards" in self.missing:  # told already

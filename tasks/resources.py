@@ -50,11 +50,12 @@ class Resources:
         self._models = FrozenModels()
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
+        self._num_threads: int | None = None
 
     @property
     def num_threads(self) -> int:
         """CPU threads of the run: part of its identity."""
-        return int(cast("int", self.run.identity["num_threads"]))
+        return self._num_threads or int(cast("int", self.run.identity["num_threads"]))
 
     @property
     def side_by_side_threads(self) -> int:
@@ -80,6 +81,10 @@ class Resources:
     def keep_plan(self, plan: Plan) -> None:
         """Take over the plan of whoever has just checked this run, instead of making it again."""
         self._kept["plan"] = plan
+
+    def use_threads(self, num_threads: int) -> None:
+        """Compute with another number of threads than the run: what comes out may be another number, too."""
+        self._num_threads = num_threads
 
     def keep_rewards(self, components: Sequence[Component]) -> None:
         """Let these score, instead of those that the config names."""

@@ -28,6 +28,10 @@ def replay(
     sample: Annotated[
         str | None, typer.Option(metavar="ID", help="This response alone, token by token: i000007-p000012-s0.")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="CPU threads instead of the run's: does a number depend on them?"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compute an iteration again, and prove it bit-identical or show the first difference. Changes nothing.
@@ -40,13 +44,18 @@ def replay(
     from flows.replay_display import replay_and_show, what_if_and_show
 
     if set_:
-        if from_ is not None:
-            raise UserError(
-                f"--from {from_} and --set do not go together: --set begins with the first stage that its keys affect"
-            )
+        for name, value in (("--from", from_), ("--threads", threads)):
+            if value is not None:
+                raise UserError(
+                    f"{name} {value} and --set do not go together: --set begins with the first stage that its keys "
+                    "affect, and computes as the run did"
+                )
         what_if_and_show(console, run, set_, iteration=iteration, sample=sample, as_json=as_json)
         return
-    if not replay_and_show(console, run, iteration=iteration, first=from_, sample=sample, as_json=as_json):
+    same = replay_and_show(
+        console, run, iteration=iteration, first=from_, sample=sample, num_threads=threads, as_json=as_json
+    )
+    if not same:
         raise typer.Exit(EXIT_DIFFERENT)
 
 

@@ -82,7 +82,8 @@ class Replay:
     iteration: int
     stages: Sequence[StageReplay]
     num_threads: int
-    """That it was computed with: those of the run."""
+    """That it was computed with."""
+    threads_of_run: int
     weights: Weights | None = None
     """None where no stage needed them, or they could not be had."""
     conditions: Sequence[str] = ()
@@ -104,6 +105,7 @@ class Replay:
             "iteration": self.iteration,
             "identical": self.is_identical,
             "num_threads": self.num_threads,
+            "threads_of_run": self.threads_of_run,
             "weights": None if self.weights is None else asdict(self.weights),
             "stages": [stage.to_json() for stage in self.stages],
             "conditions": list(self.conditions),

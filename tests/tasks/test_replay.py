@@ -142,6 +142,20 @@ class TestDifferent:
         assert line.startswith("versions.torch: ")
         assert line.endswith(" -> 99.0")
 
+    def test_another_number_of_threads_is_named(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        used: list[int] = []
+
+        def watched(*arguments: Any, **settings: Any) -> Any:
+            used.append(torch.get_num_threads())
+            return generate(*arguments, **settings)
+
+        monkeypatch.setattr("tasks.generate.core.generate", watched)
+        another_advantage(monkeypatch)
+        replay = replay_iteration(str(run_dir), 0, num_threads=2)
+        assert used == [2]
+        assert (replay.num_threads, replay.threads_of_run) == (2, 1)
+        assert replay.conditions == ("num_threads: 1 -> 2",)
+
     def test_another_temperature(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def hotter(policy: Any, tokenizer: Any, prompts: Any, config: Any, **settings: Any) -> Any:
             return generate(policy, tokenizer, prompts, config.model_copy(update={"temperature": 1.5}), **settings)
