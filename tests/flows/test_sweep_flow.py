@@ -20,6 +20,7 @@ from torture.runs import start
 from flows import cli, sweep
 from flows.calling import without_prefect
 from flows.commands.options import EXIT_INCOMPLETE, EXIT_MISTAKE
+from flows.sweep_display import print_files, print_sweep
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template, load_config
 from rlhf_core.contracts.run_folder import RunFolder
@@ -72,7 +73,7 @@ def finish(there: SweepFolder, run: SweepRun) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(self, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("swept")
 
 
@@ -167,7 +168,12 @@ class TestWhole:
         assert {m.name for m in client.search_registered_models()} == {"rlhf-policy-sweep"}
 
     def test_the_same_command_tries_what_failed_and_nothing_else(
-        self, swept: tuple[SweepFolder, list[str]], folder: Path, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
+        self,
+        swept: tuple[SweepFolder, list[str]],
+        folder: Path,
+        rlhf: Rlhf,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         there, _ = swept
         monkeypatch.chdir(folder)
@@ -176,18 +182,24 @@ class TestWhole:
         began: list[str] = []
         real = sweep.start
         monkeypatch.setattr(sweep, "start", lambda there, run: began.append(run.name) or real(there, run))
-        code, out, _ = rlhf(*command)
+        code, out, err = rlhf(*command, "--json")
         assert code == EXIT_INCOMPLETE
         assert began == [there.runs[3].name]
-        words = " ".join(out.split())
+        summary = SweepFolder.open(Path("sweep")).summary()
+        assert json.loads(out) == summary
+        words = " ".join(err.split())
         assert "2 points x 2 seeds = 4 runs, 8 iterations, 64 episodes; 1 at a time, each with 1 thread" in words
         assert "goes on: 3 finished, 0 stopped, 1 to begin" in words
-        assert f"not finished: {there.runs[3].name}: --run-dir sweep/" in words
-        assert "best: ppo.learning_rate=0.001, by the highest score among the points whose KL is at most 100" in words
-        assert "rlhf train --config sweep/best.yaml" in words
-        code, out, _ = rlhf(*command, "--json")
-        assert code == EXIT_INCOMPLETE
-        assert json.loads(out) == SweepFolder.open(Path("sweep")).summary()
+        console = Console(width=200)
+        print_sweep(console, summary)
+        print_files(console, SweepFolder.open(Path("sweep")))
+        shown = " ".join(capsys.readouterr().out.split())
+        score = summary["points"][0]["score"]
+        assert f"0.001 2 of 2 {score['mean']:.3f} ± {score['high'] - score['mean']:.3f} " in shown
+        assert f"not finished: {there.runs[3].name}: --run-dir sweep/" in shown
+        assert "best: ppo.learning_rate=0.001, by the highest score among the points whose KL is at most 100" in shown
+        assert "rlhf train --config sweep/best.yaml" in shown
+        assert "rlhf ui --runs sweep" in shown
 
 
 class TestProcesses:
