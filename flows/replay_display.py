@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHOWN_LINES = 8
 """Of what else differs in a stage."""
 LONGEST_VALUE = 40
+EXACT, SHORT = 9, 4
+"""Digits that tell a float32 from its neighbour, and those that show where it is."""
 ROUNDING = 1e-7
 """Of a float32, below which a change of a mean says nothing."""
 
@@ -135,7 +137,7 @@ def show_what_if(console: Console, answer: WhatIf) -> None:
     console.print(_table_of_quantities(answer.quantities))
     if answer.sample is not None:
         _line(console, f"{answer.sample}: stored → what if", style="bold")
-        console.print(_table_of_tokens(answer.tokens, "what_if"))
+        console.print(_table_of_tokens(answer.tokens, "what_if", digits=4))
     if "shape_rewards" in answer.computed:
         _show_advantages(console, answer.advantages)
 
@@ -256,27 +258,26 @@ def _change(stored: float | None, what_if: float | None) -> str:
     return f"{what_if - stored:+.4g}" if abs(what_if - stored) > ROUNDING * max(1.0, abs(stored)) else "≈"
 
 
-def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str) -> Table:
-    """One row a token; a cell is one number where both are the same, else both and how far apart they are."""
+def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str, *, digits: int = EXACT) -> Table:
+    """One row a token; a cell is one number where both are the same, else both."""
     table = _table()
     columns = [name for name in (tokens[0] if tokens else ()) if name not in ("position", "token")]
     for name in ("position", "token", *columns):
         table.add_column(name.replace("_", " "), justify="left" if name == "token" else "right", overflow="fold")
     for row in tokens:
-        cells = [_pair(row[name], again) for name in columns]
+        cells = [_pair(row[name], again, digits) for name in columns]
         table.add_row(str(row["position"]), Text(row["token"]), *cells)
     return table
 
 
-def _pair(cell: Mapping[str, Any], again: str) -> Text:
+def _pair(cell: Mapping[str, Any], again: str, digits: int) -> Text:
     then = cell["stored"]
     if again not in cell:
-        return Text(_value(then), "dim")
+        return Text(_value(then, SHORT), "dim")
     now = cell[again]
     if then == now:
-        return Text(_value(then))
-    apart = f" ({now - then:+.2g})" if isinstance(then, float) and isinstance(now, float) else ""
-    return Text(f"{_value(then)} → {_value(now)}{apart}", "red")
+        return Text(_value(then, SHORT))
+    return Text(f"{_value(then, digits)} → {_value(now, digits)}", "red")
 
 
 def _show_bundle(console: Console, path: Path, record: BundleRecord, *, as_json: bool) -> None:
@@ -326,11 +327,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _value(value: Any) -> str:
-    """A value as exactly as it is: enough digits to tell a float32 from its neighbour."""
+def _value(value: Any, digits: int = EXACT) -> str:
     if value is None:
         return "absent"
-    text = f"{value:.9g}" if isinstance(value, float) else str(value) if isinstance(value, int) else repr(value)
+    text = f"{value:.{digits}g}" if isinstance(value, float) else str(value) if isinstance(value, int) else repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 

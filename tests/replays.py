@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,14 @@ ROW, POSITION = 3, 0
 
 def run_of(tiny: Tiny, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A finished run of three iterations, with checkpoints 2 and 3."""
-    with mock.patch.object(report, "draw_run", _draw_a_pixel):  # drawing is a third of such a run
+    with without_drawing():
         start(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}} | dict(changes or {})), path)
     return path
+
+
+def without_drawing() -> AbstractContextManager[object]:
+    """A run's picture is one pixel: drawing is a third of a tiny run."""
+    return mock.patch.object(report, "draw_run", _draw_a_pixel)
 
 
 def _draw_a_pixel(_run: RunFolder, path: Path) -> bool:

@@ -20,6 +20,7 @@ from replays import (
     refuse,
     run_of,
     state_of,
+    without_drawing,
 )
 from tiny_world import Tiny
 from torture.runs import go_on
@@ -104,7 +105,7 @@ class TestIdentical:
             target = own / path
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         on_lifecycle = lifecycle.run_identity
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, without_drawing():
             patch.setattr(lifecycle, "run_identity", lambda *a: on_lifecycle(*a) | {"instruction_set": "other"})
             record_drift(str(own))
             go_on(own)
