@@ -38,7 +38,8 @@ def draw_comparison(compared: Comparison) -> bytes:
     num_lines = sum(len(lines) + 3 for _, _, lines in tables) + len(compared.notes)
     height = CHARTS_HEIGHT + num_lines * LINE_HEIGHT + 0.3
     figure = Figure(figsize=(WIDTH, height))
-    charts, below = figure.subfigures(2, 1, height_ratios=[CHARTS_HEIGHT, height - CHARTS_HEIGHT])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[CHARTS_HEIGHT, height - CHARTS_HEIGHT])
+    charts, below = parts
     _draw_charts(charts, compared)
     panel = below.add_axes((0.03, 0.0, 0.94, 1.0))
     panel.set_axis_off()

@@ -10,10 +10,10 @@ from html import escape
 from typing import Final
 
 from rlhf_core.comparing.comparison import Comparison
-from rlhf_core.comparing.outcome import Outcome, smoothed
+from rlhf_core.comparing.outcome import Evaluated, Outcome, smoothed
 from rlhf_core.comparing.presentation import CURVES, Line, difference_lines, group_lines, result_lines
 from tasks.comparison_figure import color_of, frontiers, reach
-from tasks.svg_charts import Chart, Curve, svg
+from tasks.svg_charts import Chart, Curve, Mark, svg
 
 STYLE: Final = """
 :root { color-scheme: light dark; --paper: #fbfbfd; --card: #fff; --ink: #1f2430; --dim: #667085; --line: #e4e7ec;
@@ -114,17 +114,19 @@ def charts_of(compared: Comparison) -> list[Chart]:
         tips = [f"{each.name}, iteration {t}: score {s:.3f} at {k:.2f} nats" for t, (k, s) in
                 enumerate(zip(kl, score, strict=True))]  # fmt: skip
         curves.append(Curve(i, list(zip(kl, score, strict=True)), tips))
-    marks = [
-        (i, *(tuple(each.evaluated.numbers[n][of] for n in ("kl", "score")) for of in ("mean", "low", "high")),
-         f"{each.name}, evaluated: score {each.evaluated.numbers['score']['mean']:.3f} at "
-         f"{each.evaluated.numbers['kl']['mean']:.2f} nats")
-        for i, each in enumerate(compared.outcomes) if each.evaluated
-    ]  # fmt: skip
+    marks = [_mark(i, each.name, each.evaluated) for i, each in enumerate(compared.outcomes) if each.evaluated]
     against = Chart(
         "Score against KL" + (", ◇ evaluated with 95 % intervals" if marks else ""), "KL to the reference, nats",
         "score", curves, backdrops=backdrops, marks=marks, ends=True,
     )  # fmt: skip
     return [*charts, against]
+
+
+def _mark(run: int, name: str, evaluated: Evaluated) -> Mark:
+    kl, score = evaluated.numbers["kl"], evaluated.numbers["score"]
+    tip = f"{name}, evaluated: score {score['mean']:.3f} at {kl['mean']:.2f} nats"
+    at, low, high = ((kl[bound], score[bound]) for bound in ("mean", "low", "high"))
+    return run, at, low, high, tip
 
 
 def _by_iteration(compared: Comparison, column: str, label: str) -> Chart:

@@ -17,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42
 MOST_HOVERS: Final = 120
 """Places of a curve that tell their numbers."""
 Point = tuple[float, float]
+Mark = tuple[int, Point, Point, Point, str]
+"""A measured point of a run: its number, the point, lows, highs, and what is told there."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class Chart:
     """Horizontal lines: (y, label, classes)."""
     backdrops: Sequence[tuple[str, Sequence[Point]]] = ()
     """Lines behind the curves: (label, points)."""
-    marks: Sequence[tuple[int, Point, Point, Point, str]] = ()
-    """Measured points of a run: (run, (x, y), lows, highs, tip)."""
+    marks: Sequence[Mark] = ()
     from_zero: bool = False
     ends: bool = False
     """Whether the end of each curve is marked."""
