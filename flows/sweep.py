@@ -13,10 +13,11 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.calling import call, flow_body
 from flows.child_processes import RLHF, Child, end
-from flows.links import leave_note, link_to_tracker, this_flow_run
+from flows.links import leave_note, link_to_tracker, take_over, this_flow_run
 from flows.progress import watcher
 from flows.stopping import received
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder
 from rlhf_core.sweeping.grid import MAX_RUNS, SweepRun
 from tasks.sweep import SweepRequest, is_done, start_sweep, write_sweep
@@ -54,6 +55,7 @@ def sweep(
     with flow_body() as ended_with:
         there = start_sweep(request, config)
         with there.locked(), SweepTracker(there, this_flow_run()) as tracker:
+            take_over(RunFolder(there.path, there.config, {}))
             failures = train_all(there, jobs, tracker)
             watcher().stage_started(len(there.runs), "numbers and picture")
             call(write_sweep, folder, failures, at_kl, price)

@@ -36,11 +36,11 @@ def draw_sweep(summary: Mapping[str, Any], title: str) -> bytes | None:
         colour, mark = COLOURS[point["point"] % len(COLOURS)], MARKS[point["point"] // len(COLOURS) % len(MARKS)]
         runs = [run for run in summary["runs"] if run["point"] == point["point"] and run["finished"]]
         if len(runs) > 1:
-            panel.plot([r["kl"] for r in runs], [r["score"] for r in runs], mark, color=colour, alpha=0.35,
-                       markersize=4, markeredgewidth=0)  # fmt: skip
+            panel.plot([r["kl"] for r in runs], [r["score"] for r in runs], mark, color=colour, alpha=0.5,
+                       markersize=5, markeredgewidth=0)  # fmt: skip
         kl, score = point["kl"], point["score"]
         is_best = point["point"] == summary["best"]["point"]
-        label = point["label"].replace("$", r"\$")  # which would begin a formula
+        label = _plain(point["label"])
         label += "" if point["finished"] == point["of"] else f" ({point['finished']} of {point['of']} seeds)"
         panel.errorbar(
             kl["mean"], score["mean"], xerr=_reach(kl), yerr=_reach(score), fmt=mark, color=colour, capsize=2.5,
@@ -55,7 +55,9 @@ def draw_sweep(summary: Mapping[str, Any], title: str) -> bytes | None:
                    linestyle=(0, (2, 3)), zorder=0, label="no other has more at less KL")  # fmt: skip
     _draw_criterion(panel, summary)
     panel.set(xlabel="KL to the reference at the end, nats per response", ylabel="mean score at the end")
-    panel.set_title(title, loc="left", fontsize=10, color="#555555")
+    num_seeds = len(summary["seeds"])
+    means = f"{num_seeds} seeds, means ± 95 %" if num_seeds > 1 else "one seed"
+    panel.set_title(f"{_plain(title)}: {means}", loc="left", fontsize=10, color="#555555")
     panel.grid(visible=True, alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     if is_named:
@@ -76,6 +78,11 @@ def _draw_criterion(panel: Any, summary: Mapping[str, Any]) -> None:
         panel.axline((point["kl"]["mean"], point["score"]["mean"]), slope=criterion["price"], color="#888888",
                      linewidth=0.9, linestyle="--", zorder=0,
                      label=f"worth as much at {criterion['price']:g} a nat")  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """A text in which no dollar sign begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _reach(interval: Mapping[str, float | None]) -> Sequence[Sequence[float]] | None:

@@ -1,12 +1,15 @@
 """The folder of a sweep: what it is, its runs, and where each of them stands.
 
-FOLDER/sweep.json               what it is: config, grid, seeds, threads of a run; sealed, written first
-FOLDER/configs/NAME.yaml        config of each run
-FOLDER/NAME/                    a run folder like any other, as kl.coef=0.05_seed=1
-FOLDER/logs/NAME.log            what its process has printed
-FOLDER/summary.json, sweep.png  what the runs say together, and the picture
-FOLDER/best.yaml                config of the best point, where there is one
-FOLDER/lock                     flock: one process at a time
+    FOLDER/sweep.json               what it is: config, grid, seeds, threads of a run; sealed, written first
+    FOLDER/configs/NAME.yaml        config of each run
+    FOLDER/NAME/                    a run folder like any other, as kl.coef=0.05_seed=1
+    FOLDER/logs/NAME.log            what its process has printed
+    FOLDER/summary.json, sweep.png  what the runs say together, and the picture
+    FOLDER/best.yaml                config of the best point, where there is one
+    FOLDER/mlflow.json, prefect.json  which runs of MLflow and Prefect it is; mlflow.db beside them by default
+    FOLDER/lock                     flock: one process at a time
+
+Nothing is kept here about how far a run is: its own folder says so.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -20,7 +21,7 @@ from torture.runs import start
 from flows import cli, sweep
 from flows.calling import without_prefect
 from flows.commands.options import EXIT_INCOMPLETE, EXIT_MISTAKE
-from flows.sweep_display import print_files, print_sweep
+from flows.sweep_display import SweepWatcher, print_files, print_sweep
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template, load_config
 from rlhf_core.contracts.run_folder import RunFolder
@@ -167,6 +168,25 @@ class TestWhole:
         assert "ppo.learning_rate=0.001" in parent.data.tags["mlflow.note.content"]
         assert {m.name for m in client.search_registered_models()} == {"rlhf-policy-sweep"}
 
+    def test_the_runs_as_they_go(self, swept: tuple[SweepFolder, list[str]]) -> None:
+        there, _ = swept
+        run, said = there.runs[0], io.StringIO()
+        console = Console(file=said, width=150)
+        shown = SweepWatcher(console, there.path, 4)
+        console.print(shown.render())
+        shown.stage_started(3, there.runs[3].name)
+        assert said.getvalue().rstrip().endswith(f"{there.runs[3].name}: begins; 3 runs have ended")
+        shown._ended.remove(run.name)
+        with RunFolder.open(there.run_path(run)).locked():
+            console.print(shown.render())
+            shown.stage_started(3, "")
+        row, numbers = " ".join(said.getvalue().split()), there.standing(run)
+        assert f"{run.name} ━" in row
+        assert f" 2/2 score {numbers.score:.3f} KL {numbers.kl:.2f}" in row
+        assert "finished" not in row, "its process is still at work"
+        shown.stage_started(4, "")
+        assert f"{run.name}: finished, score {numbers.score:.3f}" in said.getvalue()
+
     def test_the_same_command_tries_what_failed_and_nothing_else(
         self,
         swept: tuple[SweepFolder, list[str]],
@@ -216,7 +236,7 @@ class TestProcesses:
     def test_so_many_at_a_time(self, there: SweepFolder, pretended: Callable[[str], None]) -> None:
         pretended("import sys, time; print(time.monotonic()); time.sleep(0.3); print(time.monotonic()); sys.exit(4)")
         failures = sweep.train_all(there, 2, SweepTracker(there, {}))
-        assert list(failures) == [run.name for run in there.runs]
+        assert set(failures) == {run.name for run in there.runs}
         assert all(why.endswith("(exit code 4)") for why in failures.values())
         spans = [[float(line) for line in there.log_path(run).read_text().split()] for run in there.runs]
         together = [sum(begin <= at < end for begin, end in spans) for at, _ in spans]
@@ -249,6 +269,25 @@ class TestProcesses:
         pretended("import os, signal; os.kill(os.getpid(), 9)")
         failures = sweep.train_all(there, 4, SweepTracker(there, {}))
         assert set(failures.values()) == {"it has said nothing (ended by signal 9)"}
+
+    def test_as_a_deployment_runs_it(
+        self, prefect_server: None, tiny_config: MakeConfig, tmp_path: Path, pretended: Callable[[str], None]
+    ) -> None:
+        """Its parameters come as JSON; runs that fail are in its results, and it has done its work."""
+        pretended("raise SystemExit(3)")
+        config: Any = tiny_config(["num_iterations=1"]).model_dump(mode="json")
+        folder = str(tmp_path / "swept")
+        assert sweep.sweep(config, folder, {"kl.coef": [0.1, 0.2]}, at_kl=4) == folder
+        summary = SweepFolder.open(Path(folder)).summary()
+        assert [run["failure"] for run in summary["runs"]] == ["it has said nothing (exit code 3)"] * 2
+        assert summary["best"]["note"] == "no point has finished with all of its seeds"
+        assert sorted(p.name for p in Path(folder).iterdir()) == [
+            "configs",
+            "lock",
+            "logs",
+            "summary.json",
+            "sweep.json",
+        ]
 
     def test_their_environment(self, there: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "of the sweep")

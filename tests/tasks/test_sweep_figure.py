@@ -27,7 +27,8 @@ def summary(points: list[dict[str, Any]], best: int | None = 0, at_kl: float | N
         for p in points
         for seed in range(3)
     ]  # fmt: skip
-    return {"points": points, "runs": runs, "best": {"point": best}, "criterion": {"price": 0.2, "at_kl": at_kl}}
+    criterion = {"price": 0.2, "at_kl": at_kl}
+    return {"points": points, "runs": runs, "seeds": [0, 1, 2], "best": {"point": best}, "criterion": criterion}
 
 
 def drawn(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -48,7 +49,7 @@ def test_a_mark_a_run_and_the_mean_of_each_point(monkeypatch: pytest.MonkeyPatch
     assert "no other has more at less KL" in labels
     assert "worth as much at 0.2 a nat" in labels
     assert len(panel.containers) == 2, "nothing of what has not finished"
-    clouds = [line for line in panel.lines if line.get_alpha() == 0.35]
+    clouds = [line for line in panel.lines if line.get_alpha() == 0.5]
     assert [len(line.get_xdata()) for line in clouds] == [3, 3]
 
 
