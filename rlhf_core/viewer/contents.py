@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -153,7 +152,7 @@ def newest_evaluation(run: RunFolder) -> Json | None:
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
     """The text of each token as it stands inside a text, its leading space included; special tokens by their names."""
     anchor = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
-    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    before = str(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
 
     def text(token_id: int) -> str:
         after = str(tokenizer.decode([*anchor, token_id], clean_up_tokenization_spaces=False))
@@ -171,7 +170,7 @@ def _samples(run: RunFolder, iterations: Sequence[int], limit: int | None) -> tu
     for table in RunTables(run).samples(iterations).batches():
         tables.append(table if limit is None else table.slice(0, limit))
         num_responses += table.num_rows
-        num_tokens += pc.sum(tables[-1]["num_tokens"]).as_py() or 0
+        num_tokens += int(tables[-1]["num_tokens"].to_numpy().sum())
         if num_tokens > MAX_TOKENS:
             raise UserError(
                 f"the responses of these iterations have more than {MAX_TOKENS:,} tokens, too many for one page; "
@@ -185,7 +184,7 @@ def _tokens(
 ) -> tuple[list[str], Json, str | None]:
     """The texts of all tokens that occur, the columns of tokens, and what is to be said about them."""
     note = None
-    columns = {name: pc.list_flatten(samples[column]) for name, column in PER_TOKEN.items()}
+    columns = {name: samples[column].combine_chunks().flatten() for name, column in PER_TOKEN.items()}
     occurring, indices = np.unique(columns.pop("token_id").to_numpy(), return_inverse=True)
     token_ids = [int(token_id) for token_id in occurring]
     try:

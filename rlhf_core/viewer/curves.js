@@ -42,7 +42,7 @@ function drawCurves(data, host, goTo) {
       ],
     }));
   }
-  const box = chartBox("Score against KL", data.evaluation ? `${data.evaluation.name}, with what is attainable` : "one dot an iteration", pathKeys(data));
+  const box = chartBox("Score against KL", data.evaluation ? visible(data.evaluation.name) : "one dot an iteration", pathKeys(data));
   host.append(box);
   new Chart(box, pathSpec(data, rows));
 }
@@ -62,7 +62,7 @@ function pathKeys(data) {
   if (!data.evaluation) return keys;
   keys.push(["attainable-key", "attainable"]);
   if (data.evaluation.best_of_n.length) keys.push(["best-key", "best-of-n"]);
-  return [...keys, ["evaluated-key", "evaluated, 95 %"], ["reference-key", "reference"]];
+  return [...keys, ["evaluated-key", "evaluated"], ["reference-key", "reference"]];
 }
 
 function pathSpec(data, rows) {
@@ -103,7 +103,7 @@ function evaluationMarks({ frontier, reference_score: reference, best_of_n: best
   const evaluated = policies.map((policy) => ({
     x: policy.kl.mean,
     y: policy.score.mean,
-    title: policy.name,
+    title: visible(policy.name),
     rows: [
       ["score", interval(policy.score)], ["KL", `${interval(policy.kl)} nats`],
       ...(policy.share === null ? [] : [["of attainable", `${Math.round(policy.share * 100)} %`]]),

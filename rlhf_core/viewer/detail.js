@@ -91,11 +91,11 @@ class Detail {
       token.classList.toggle("below", strength < 0);
       token.style.setProperty("--strength", `${Math.round(Math.abs(strength) * 100)}%`);
     });
-    this.says.textContent = `${MEASURES[measure].label}${MEASURES[measure].unit ? `, ${MEASURES[measure].unit}` : ""}: ${MEASURES[measure].says}.`;
+    const { label, unit, says, isCentred } = MEASURES[measure];
     const [low, centre, high] = legendLabels(scale);
+    this.says.textContent = `${label}${unit ? `, ${unit}` : ""}: ${says}${isCentred ? `, which is ${centre}` : ""}.`;
     this.legend.classList.toggle("one-sided", Boolean(MEASURES[measure].isPositive));
     this.legend.replaceChildren(el("span", {}, low), el("span", { class: "ramp", role: "img", "aria-label": `Colours from ${low} over ${centre || "half"} to ${high} or more` }), el("span", {}, high));
-    this.legend.title = centre ? `centre ${centre}` : "";
   }
 
   focused(token) {

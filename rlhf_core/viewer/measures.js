@@ -38,7 +38,7 @@ const MEASURES = {
   value: {
     label: "Value",
     unit: "",
-    says: "what the critic expected before the token: orange above the median of this page, blue below",
+    says: "what the critic expected before the token: blue below, orange above the median of this page",
     isCentred: true,
   },
   entropy: {
