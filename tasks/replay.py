@@ -24,7 +24,7 @@ from tasks.resources import Resources, resources
 from tasks.shadow import compute_stage, put_stage, remove_stage, shadow_of
 
 Progress = Callable[[str], None]
-"""Told which stage begins."""
+"""Told what is computed now: a stage, or the weights before it."""
 WEIGHT_STAGES = ("generate", "ppo_update")
 """What needs the weights that the iteration starts from."""
 
@@ -46,7 +46,7 @@ def replay_iteration(
         first: the stage to begin with; None: the first one.
         sample: compare this response alone.
         num_threads: CPU threads; None: those of the run.
-        progress: told which stage begins.
+        progress: told what is computed now.
     Returns: each stage with its differences; and, if there are any, what differs in the conditions.
     Raises:
         UserError: no such run, iteration, stage or sample, or nothing of it can be computed here.
@@ -65,10 +65,8 @@ def replay_iteration(
             kept.keep_plan(plan)
             if num_threads is not None:
                 kept.use_threads(num_threads)
-            work = _Work(source, shadow, kept, stored, sample)
+            work = _Work(source, shadow, kept, stored, sample, progress or (lambda _: None))
             for stage in stages:
-                if progress is not None and stage not in source.missing:
-                    progress(stage)
                 work.replay(stage)
         return work.result()
 
@@ -77,9 +75,16 @@ class _Work:
     """One replay in its shadow."""
 
     def __init__(
-        self, source: Source, shadow: RunFolder, kept: Resources, stored: Mapping[str, pa.Table], sample: str | None
+        self,
+        source: Source,
+        shadow: RunFolder,
+        kept: Resources,
+        stored: Mapping[str, pa.Table],
+        sample: str | None,
+        tell: Progress,
     ) -> None:
         self.source, self.shadow, self.kept, self.stored, self.sample = source, shadow, kept, stored, sample
+        self.tell = tell
         self.refs: dict[str, ArtifactRef] = {stage: m.artifact for stage, m in source.manifests.items()}
         self.done: list[StageReplay] = []
         self.replayed: dict[str, pa.Table] = {}
@@ -100,6 +105,7 @@ class _Work:
             if stage in WEIGHT_STAGES:
                 self._load_weights()
                 started = time.perf_counter()
+            self.tell(stage)
             ref = compute_stage(self.shadow, stage, iteration, self.refs)
         except (IntegrityError, NumericalError) as error:
             self.done.append(replace(about, failed=str(error), seconds=time.perf_counter() - started))
@@ -111,6 +117,7 @@ class _Work:
     def _load_weights(self) -> None:
         """Once, for both stages that need them."""
         if self.weights is None and self._no_weights is None:
+            self.tell("the weights before it")
             try:
                 self.weights = load_weights(self.kept, self.source.iteration)
             except IntegrityError as error:
