@@ -20,21 +20,13 @@ from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
+from tasks import tracker_notes
 from tasks.figures import draw_run
 from tasks.guards import GuardRecord
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, iteration_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
-from tasks.tracker_notes import (
-    created_tags,
-    introduce_experiment,
-    leave_note,
-    model_tags,
-    prompts_dataset,
-    run_note,
-    version_note,
-)
 
 __all__ = ["Tracker", "connect", "iteration_metrics", "log_metrics", "log_prompts", "shown_tracking_uri"]
 
@@ -142,18 +134,20 @@ class _Sender:
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
-        for iteration in self.run.checkpoints():
-            if iteration not in self.models:
+        if new := [iteration for iteration in self.run.checkpoints() if iteration not in self.models]:
+            for iteration in new:
                 self._log_checkpoint(iteration)
+            self._link_outputs()
 
     def finish(self, *, brief: bool) -> None:
         """The results, figure and samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
             self._remove_doubles()
+            self._link_outputs()
             self._log_results()
             self._log_samples()
-            leave_note(self.client, self.run_id, run_note(self.run, self.prefect_run))
+            tracker_notes.leave_note(self.client, self.run_id, tracker_notes.run_note(self.run, self.prefect_run))
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
                 send_file(self.client, self.run_id, figure)
@@ -178,7 +172,7 @@ class _Sender:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
-            tags = {OUTBOX_TAG: self.ledger.outbox} | created_tags(self.run)
+            tags = {OUTBOX_TAG: self.ledger.outbox} | tracker_notes.created_tags(self.run)
             there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
@@ -193,8 +187,8 @@ class _Sender:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
             self._describe(run_id)
-            introduce_experiment(self.client, self.experiment_id)
-            leave_note(self.client, run_id, run_note(self.run, self.prefect_run))
+            tracker_notes.introduce_experiment(self.client, self.experiment_id)
+            tracker_notes.leave_note(self.client, run_id, tracker_notes.run_note(self.run, self.prefect_run))
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
@@ -276,12 +270,11 @@ class _Sender:
             self.experiment_id,
             name=self._model_name(iteration),
             source_run_id=self.run_id,
-            params={"iteration": str(iteration)} | model_tags(self.run),
+            params={"iteration": str(iteration)} | tracker_notes.model_tags(self.run),
             model_type="transformers-policy",
         )  # fmt: skip
         send_model(self.client, model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
-        self._link_output(model.model_id, iteration)
         value = checkpoint_value(self.run, iteration)
         history = self.client.get_metric_history(self.run_id, "checkpoint/value")
         if math.isfinite(value) and iteration not in {metric.step for metric in history}:
@@ -290,14 +283,14 @@ class _Sender:
             )
         name = self.run.config.tracking.registered_model
         _create_registered_model(self.client, name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | model_tags(self.run)
+        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | tracker_notes.model_tags(self.run)
         if iteration not in (registered := self._registered()):
             version = self.client.create_model_version(
                 name,
                 f"models:/{model.model_id}",
                 run_id=self.run_id,
                 tags=tags,
-                description=version_note(self.run, iteration),
+                description=tracker_notes.version_note(self.run, iteration),
                 model_id=model.model_id,
                 await_creation_for=0,
             )
@@ -306,13 +299,19 @@ class _Sender:
         if iteration == max(self.models):  # the last good one is written late
             self.client.set_registered_model_alias(name, "newest", self.models[iteration])
 
-    def _link_output(self, model_id: str, iteration: int) -> None:
-        """Show a logged model on the run's page. A second time is refused by the tracker, and so never there twice."""
+    def _link_outputs(self) -> None:
+        """Show the logged models on the run's page. A second time is refused by the tracker, and so never there twice.
+
+        The last of all: once an answer is lost, retention may have taken the checkpoint away before the next try.
+        """
         from mlflow.entities import LoggedModelOutput
 
         outputs = self.client.get_run(self.run_id).outputs
-        if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, iteration)])
+        there = {output.model_id for output in outputs.model_outputs} if outputs else set[str]()
+        new = [m for m in self._logged_models() if m.model_id not in there]
+        if new:
+            links = [LoggedModelOutput(model.model_id, int(model.params["iteration"])) for model in new]
+            self.client.log_outputs(self.run_id, links)
 
     def _log_results(self) -> None:
         """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
@@ -374,7 +373,7 @@ def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, c
     """Say which prompts a run has read, and what for. The same ones again change nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    dataset = Dataset(**prompts_dataset(prompts, digest))
+    dataset = Dataset(**tracker_notes.prompts_dataset(prompts, digest))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
