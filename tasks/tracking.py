@@ -214,6 +214,9 @@ class _Sender:
             for model in same:
                 if kept is not None and model is not kept:
                     self.client.delete_logged_model(model.model_id)
+        for model in self._logged_models():  # retention was faster than the tries to register it
+            if int(model.params["iteration"]) not in {*self.models, *self.run.checkpoints()}:
+                self.client.delete_logged_model(model.model_id)
 
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
@@ -300,17 +303,13 @@ class _Sender:
             self.client.set_registered_model_alias(name, "newest", self.models[iteration])
 
     def _link_outputs(self) -> None:
-        """Show the logged models on the run's page. A second time is refused by the tracker, and so never there twice.
-
-        The last of all: once an answer is lost, retention may have taken the checkpoint away before the next try.
-        """
+        """Show the registered models on the run's page; a second time is refused by the tracker."""
         from mlflow.entities import LoggedModelOutput
 
         outputs = self.client.get_run(self.run_id).outputs
         there = {output.model_id for output in outputs.model_outputs} if outputs else set[str]()
-        new = [m for m in self._logged_models() if m.model_id not in there]
-        if new:
-            links = [LoggedModelOutput(model.model_id, int(model.params["iteration"])) for model in new]
+        iterations = {m.model_id: int(m.params["iteration"]) for m in self._logged_models() if m.model_id not in there}
+        if links := [LoggedModelOutput(model_id, i) for model_id, i in iterations.items() if i in self.models]:
             self.client.log_outputs(self.run_id, links)
 
     def _log_results(self) -> None:
