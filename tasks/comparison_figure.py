@@ -120,7 +120,7 @@ def _draw_score_against_kl(panel: Any, compared: Comparison) -> None:
     for _, points in frontiers(compared):
         shown = [point for point in points if point[0] <= limit]
         panel.plot([kl for kl, _ in shown], [score for _, score in shown], color=INK, linewidth=1.5)
-        panel.annotate("attainable", shown[-1], xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8,
+        panel.annotate("attainable", shown[-1], xytext=(5, -2), textcoords="offset points", ha="left", fontsize=8,
                        color=INK)  # fmt: skip
     for i, each in enumerate(compared.outcomes):
         kl, score = (smoothed([row[column] for row in each.rows], compared.last) for column in ("kl", "score"))

@@ -24,21 +24,13 @@ from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import before_and_after
 from rlhf_core.viewer.page import NAME as PAGE
 from rlhf_core.viewer.page import write_run_page
+from tasks import tracker_notes
 from tasks.figures import draw_run
 from tasks.guards import GuardRecord
 from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
-from tasks.tracker_notes import (
-    created_tags,
-    introduce_experiment,
-    leave_note,
-    model_tags,
-    prompts_dataset,
-    run_note,
-    version_note,
-)
 from tasks.tracking_store import shown_tracking_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -136,18 +128,20 @@ class _Sender:
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
-        for iteration in self.run.checkpoints():
-            if iteration not in self.models:
+        if new := [iteration for iteration in self.run.checkpoints() if iteration not in self.models]:
+            for iteration in new:
                 self._log_checkpoint(iteration)
+            self._link_outputs()
 
     def finish(self, *, brief: bool) -> None:
         """Results, figure, page, samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
             self._remove_doubles()
+            self._link_outputs()
             self._log_results()
             self._log_samples()
-            leave_note(self.client, self.run_id, run_note(self.run, self.prefect_run))
+            tracker_notes.leave_note(self.client, self.run_id, tracker_notes.run_note(self.run, self.prefect_run))
             figure = self.run.path / "report.png"
             if figure.is_file() or draw_run(self.run, figure):
                 send_file(self.client, self.run_id, figure)
@@ -173,7 +167,7 @@ class _Sender:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
-            tags = {OUTBOX_TAG: self.ledger.outbox} | created_tags(self.run)
+            tags = {OUTBOX_TAG: self.ledger.outbox} | tracker_notes.created_tags(self.run)
             there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
@@ -188,8 +182,8 @@ class _Sender:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
             self._describe(run_id)
-            introduce_experiment(self.client, self.experiment_id)
-            leave_note(self.client, run_id, run_note(self.run, self.prefect_run))
+            tracker_notes.introduce_experiment(self.client, self.experiment_id)
+            tracker_notes.leave_note(self.client, run_id, tracker_notes.run_note(self.run, self.prefect_run))
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
@@ -215,6 +209,9 @@ class _Sender:
             for model in same:
                 if kept is not None and model is not kept:
                     self.client.delete_logged_model(model.model_id)
+        for model in self._logged_models():  # retention was faster than the tries to register it
+            if int(model.params["iteration"]) not in {*self.models, *self.run.checkpoints()}:
+                self.client.delete_logged_model(model.model_id)
 
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
@@ -271,12 +268,11 @@ class _Sender:
             self.experiment_id,
             name=self._model_name(iteration),
             source_run_id=self.run_id,
-            params={"iteration": str(iteration)} | model_tags(self.run),
+            params={"iteration": str(iteration)} | tracker_notes.model_tags(self.run),
             model_type="transformers-policy",
         )  # fmt: skip
         send_model(self.client, model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
-        self._link_output(model.model_id, iteration)
         value = checkpoint_value(self.run, iteration)
         history = self.client.get_metric_history(self.run_id, "checkpoint/value")
         if math.isfinite(value) and iteration not in {metric.step for metric in history}:
@@ -285,14 +281,14 @@ class _Sender:
             )
         name = self.run.config.tracking.registered_model
         _create_registered_model(self.client, name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | model_tags(self.run)
+        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | tracker_notes.model_tags(self.run)
         if iteration not in (registered := self._registered()):
             version = self.client.create_model_version(
                 name,
                 f"models:/{model.model_id}",
                 run_id=self.run_id,
                 tags=tags,
-                description=version_note(self.run, iteration),
+                description=tracker_notes.version_note(self.run, iteration),
                 model_id=model.model_id,
                 await_creation_for=0,
             )
@@ -307,13 +303,15 @@ class _Sender:
         if (is_whole and page.is_file()) or write_run_page(self.run):
             send_file(self.client, self.run_id, page)
 
-    def _link_output(self, model_id: str, iteration: int) -> None:
-        """Show a logged model on the run's page. A second time is refused by the tracker, and so never there twice."""
+    def _link_outputs(self) -> None:
+        """Show the registered models on the run's page; a second time is refused by the tracker."""
         from mlflow.entities import LoggedModelOutput
 
         outputs = self.client.get_run(self.run_id).outputs
-        if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, iteration)])
+        there = {output.model_id for output in outputs.model_outputs} if outputs else set[str]()
+        iterations = {m.model_id: int(m.params["iteration"]) for m in self._logged_models() if m.model_id not in there}
+        if links := [LoggedModelOutput(model_id, i) for model_id, i in iterations.items() if i in self.models]:
+            self.client.log_outputs(self.run_id, links)
 
     def _log_results(self) -> None:
         """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
@@ -375,7 +373,7 @@ def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, c
     """Say which prompts a run has read, and what for. The same ones again change nothing."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    dataset = Dataset(**prompts_dataset(prompts, digest))
+    dataset = Dataset(**tracker_notes.prompts_dataset(prompts, digest))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 

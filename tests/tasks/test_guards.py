@@ -197,7 +197,7 @@ class TestRetention:
     ) -> None:
         from tasks import tracking
 
-        monkeypatch.setattr(tracking, "version_note", lambda _run, _iteration: "")
+        monkeypatch.setattr("tasks.tracker_notes.version_note", lambda _run, _iteration: "")
         aliases: dict[str, str] = {}
 
         class Client(MagicMock):

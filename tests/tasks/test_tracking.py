@@ -303,6 +303,29 @@ class TestAnAnswerThatIsLost:
             pass
         self.once_each(fresh)
 
+    def test_a_model_whose_checkpoint_is_gone_before_it_is_registered_is_removed(
+        self, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow.tracking import MlflowClient
+
+        from tasks import tracking
+
+        run, real = RunFolder.open(fresh), MlflowClient.create_model_version
+        older, _ = run.checkpoints()
+
+        def lose_and_forget(*arguments: Any, **named: Any) -> Any:
+            if named["tags"]["rlhf.iteration"] == str(older):
+                shutil.rmtree(run.checkpoint_path(older), ignore_errors=True)
+                raise ConnectionError("no answer")
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(MlflowClient, "create_model_version", lose_and_forget)
+        with tracking.Tracker(run, {}):
+            pass
+        client, found = client_of(fresh)
+        assert [model.name for model in client.search_logged_models([found.info.experiment_id])] == ["run-000003"]
+        assert [output.step for output in found.outputs.model_outputs] == [3]
+
     def test_a_sender_that_died_in_between_leaves_what_the_next_needs(
         self, fresh: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
