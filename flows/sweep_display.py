@@ -118,10 +118,10 @@ class SweepWatcher(Silent):
 
 def print_plan(console: Console, planned: PlannedSweep) -> None:
     """How much a sweep is, before it begins, and how much of it is done."""
-    runs = f"{planned.num_points} points x {planned.num_seeds} seeds = {planned.num_runs} runs"
+    size = f"{_counted(planned.num_points, 'point')} x {_counted(planned.num_seeds, 'seed')}"
+    runs = f"{size} = {_counted(planned.num_runs, 'run')}"
     work = f"{planned.iterations:,} iterations, {planned.episodes:,} episodes"
-    threads = f"{planned.num_threads} thread{'s' * (planned.num_threads > 1)}"
-    at_a_time = f"{planned.jobs} at a time, each with {threads}"
+    at_a_time = f"{planned.jobs} at a time, each with {_counted(planned.num_threads, 'thread')}"
     disk = f"about {planned.disk_bytes / 1e9:,.2f} GB on the disk at most"
     console.print(f"[bold]plan[/]: {runs}, {work}; {at_a_time}; {disk}", highlight=False, soft_wrap=True)
     if planned.disk_bytes > planned.free_bytes:
@@ -145,8 +145,8 @@ def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
     is_priced = criterion["at_kl"] is None and criterion["price"] > 0
     shown = NUMBERS | ({"value": (f"score - {criterion['price']:g} x KL", 3)} if is_priced else {})
     table = Table(
-        title=f"{len(summary['points'])} points x {len(summary['seeds'])} seeds; ± 95 % over seeds, "
-        "of the last iterations",
+        title=f"{_counted(len(summary['points']), 'point')} x {_counted(len(summary['seeds']), 'seed')}; "
+        "± 95 % over seeds, of the last iterations",
         title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for key in keys or ["point"]:
@@ -202,3 +202,7 @@ def print_files(console: Console, there: SweepFolder) -> None:
     for what, where in told.items():
         console.print(f"[bold]{what}[/]: ", end="")
         console.print(str(where), highlight=False, markup=False, soft_wrap=True)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -281,13 +281,8 @@ class TestProcesses:
         summary = SweepFolder.open(Path(folder)).summary()
         assert [run["failure"] for run in summary["runs"]] == ["it has said nothing (exit code 3)"] * 2
         assert summary["best"]["note"] == "no point has finished with all of its seeds"
-        assert sorted(p.name for p in Path(folder).iterdir()) == [
-            "configs",
-            "lock",
-            "logs",
-            "summary.json",
-            "sweep.json",
-        ]
+        names = {p.name for p in Path(folder).iterdir()}
+        assert names == {"configs", "lock", "logs", "prefect.json", "summary.json", "sweep.json"}
 
     def test_their_environment(self, there: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "of the sweep")
