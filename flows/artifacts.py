@@ -22,16 +22,17 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 
 from flows.calling import is_bare
 from flows.markdown import Metrics, code, edges, escaped, result_page, run_page
 from flows.outages import api_answers
 from flows.progress import Silent
+from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.inspection import before_and_after
-from rlhf_core.tables import RunTables
 from tasks.tracked_metrics import iteration_metrics
 from tasks.tracking import Tracker
 
@@ -81,11 +82,10 @@ class RunPage(Silent):
         """Write the result, or why there is none; wait a bounded time for it."""
         if self._thread is None:
             return
-        reason = "" if error is None else without_secrets(str(error).strip() or type(error).__name__)
-        self._standing = "finished" if error is None else f"stopped: {reason.splitlines()[0]}"
+        self._standing = "finished" if error is None else _why(error)
         self._over.set()
         self._changed.set()
-        self._thread.join(CLOSE_S if error is None or isinstance(error, Exception) else BRIEF_S)
+        self._thread.join(CLOSE_S if error is None or isinstance(error, Exception | Pause) else BRIEF_S)
 
     def iteration_finished(self, iteration: int, metrics: Metrics) -> None:
         """There is something new to show."""
@@ -135,7 +135,9 @@ class RunPage(Silent):
 
     def _put(self, client: SyncPrefectClient, key: str, kind: str, data: Any, description: str) -> None:
         if key in self._ids:
-            client.update_artifact(self._ids[key], ArtifactUpdate(data=data, description=description))
+            # as client.update_artifact does, but for its event, which would be kept with the whole page in it
+            new = ArtifactUpdate(data=data, description=description).model_dump(mode="json", exclude_unset=True)
+            client.request("PATCH", "/artifacts/{id}", json=new, path_params={"id": self._ids[key]})
             return
         made = ArtifactCreate(
             key=key, type=kind, data=data, description=description, flow_run_id=UUID(str(flow_run.id))
@@ -170,9 +172,25 @@ def key_of(path: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", path.resolve().name.lower()).strip("-") or "run"
 
 
+def _why(error: BaseException) -> str:
+    """How a run has ended that is not finished."""
+    if isinstance(error, Pause):
+        return "suspended; resumed here, it goes on"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by a signal"
+    return f"stopped: {without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]}"
+
+
 def a_few(run: RunFolder, iteration: int) -> list[dict[str, Any]]:
     """The responses of an iteration with the best, the middle and the worst score."""
-    columns = ["prompt_text", "response_text", "score", "kl"]
-    rows: list[dict[str, Any]] = RunTables(run).samples([iteration]).arrow().select(columns).to_pylist()
-    ordered: list[dict[str, Any]] = sorted(rows, key=lambda row: row["score"], reverse=True)
-    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})] if ordered else []
+    manifests = run.manifests(iteration)
+
+    def rows(stage: str, *columns: str) -> list[dict[str, Any]]:
+        return read_artifact(run.path, manifests[stage].artifact).select(list(columns)).to_pylist()
+
+    shaped = sorted(rows("shape_rewards", "sample_id", "score", "kl"), key=lambda row: row["score"], reverse=True)
+    chosen = [shaped[i] for i in sorted({0, len(shaped) // 2, len(shaped) - 1})] if shaped else []
+    responses = {row["sample_id"]: row for row in rows("generate", "sample_id", "prompt_id", "response_text")}
+    prompts = {row["prompt_id"]: row for row in rows("sample_prompts", "prompt_id", "prompt_text")}
+    found = [row | responses[row["sample_id"]] for row in chosen]
+    return [row | prompts[row["prompt_id"]] for row in found]

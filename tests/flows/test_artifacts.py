@@ -70,13 +70,13 @@ def test_while_it_goes_on_the_page_is_written_over(
 ) -> None:
     monkeypatch.setattr(artifacts, "EVERY_S", 0.05)
     written: list[str] = []
-    update = SyncPrefectClient.update_artifact
+    put = artifacts.RunPage._put
 
-    def note(client: SyncPrefectClient, artifact_id: UUID, artifact: Any) -> None:
-        written.append(str(artifact.data))
-        update(client, artifact_id, artifact)
+    def note(page: Any, client: Any, key: str, kind: str, data: Any, description: str) -> None:
+        written.append(str(data))
+        put(page, client, key, kind, data, description)
 
-    monkeypatch.setattr(SyncPrefectClient, "update_artifact", note)
+    monkeypatch.setattr(artifacts.RunPage, "_put", note)
     train(tiny_config(["num_iterations=6"]), str(tmp_path / "run"))
     pages = [page for page in written if "of 6 iterations** · running" in page]
     assert pages

@@ -100,6 +100,7 @@ def test_the_job_variables_are_ones_of_the_pool(name: str, pool: str) -> None:
     template = default_template(pool)
     if pool == "kubernetes":
         template = json.loads((ROOM / "kubernetes" / "job-template.json").read_text())
+    variables: dict[str, Any] = {}
     for each in tree(name)["deployments"]:
         variables = apply_values(each["work_pool"]["job_variables"], STEPS)
         assert set(variables) <= set(template["variables"]["properties"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 from torture.runs import fork
 
 START_S = 180.0
+BUSY_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Pauses before it is asked again after a 503: its sqlite was locked."""
 
 
 class PrefectServer:
@@ -66,8 +69,15 @@ class PrefectServer:
         """The JSON that its API answers, if any. ``method``: default GET, or POST of a body."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        for pause_s in (*BUSY_S, None):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("the last turn returns or raises")
 
     def state(self, flow_run_id: str) -> str:
         """The state of a flow run, as COMPLETED."""
