@@ -90,7 +90,7 @@ class Source:
         if self.bundle is not None and not self.bundle.with_models:
             versions = {name: importlib.metadata.version(name) for name in then["versions"]}
             return identity_drift(
-                then, then | {"source": source_digest(), "versions": versions, "num_threads": num_threads}
+                then, {**then, "source": source_digest(), "versions": versions, "num_threads": num_threads}
             )
         here = run_identity(self.config, self.plan.prompt_set)
         here |= {"config": config_digest(self.run.config), "num_threads": num_threads}

@@ -92,6 +92,17 @@ class TestSmall:
         assert replay.stages[0].skipped == "the bundle was made --without-models"
         assert sent["small"].stat().st_size < sent["whole"].stat().st_size / 10
 
+    def test_a_difference_is_found_and_the_libraries_are_compared(
+        self, sent: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        another_advantage(monkeypatch)
+        monkeypatch.setattr("tasks.replay_source.source_digest", lambda: "another")
+        replay = replay_iteration(str(sent["small"]))
+        assert [stage.stage for stage in replay.stages if stage.is_identical is False] == ["shape_rewards"]
+        (line,) = replay.conditions
+        assert line.startswith("source: ")
+        assert line.endswith(" -> another")
+
     def test_what_if_of_shaping_and_weights(self, sent: dict[str, Path]) -> None:
         for override in ("kl.coef=1.0", "reward.components.0.weight=3.0"):
             answer = ask_what_if(str(sent["small"]), None, [override])

@@ -93,8 +93,7 @@ class TestIdentical:
         run_dir = run_of(tiny, tmp_path / "run", tree)
         archived = not (run_dir / "iterations/000000").exists()
         assert archived == ("artifacts" in changes)
-        for iteration in (0, 1):
-            assert verdicts(replay_iteration(str(run_dir), iteration)) == ALL
+        assert verdicts(replay_iteration(str(run_dir), 0 if archived else 1)) == ALL
 
     def test_from_a_stage_on(self, run_dir: Path) -> None:
         replay = replay_iteration(str(run_dir), 1, first="shape_rewards")
