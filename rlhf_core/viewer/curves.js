@@ -42,7 +42,7 @@ function drawCurves(data, host, goTo) {
       ],
     }));
   }
-  const box = chartBox("Score against KL", data.evaluation ? visible(data.evaluation.name) : "one dot an iteration", pathKeys(data));
+  const box = chartBox("Score against KL", data.evaluation ? visible(data.evaluation.name) : `one dot an iteration, mean of ${SMOOTHING}`, pathKeys(data));
   host.append(box);
   new Chart(box, pathSpec(data, rows));
 }
@@ -58,7 +58,7 @@ function summaryOf(values, digits) {
 }
 
 function pathKeys(data) {
-  const keys = [["run-key", `training, mean of ${SMOOTHING}`]];
+  const keys = [["run-key", "training"]];
   if (!data.evaluation) return keys;
   keys.push(["attainable-key", "attainable"]);
   if (data.evaluation.best_of_n.length) keys.push(["best-key", "best-of-n"]);

@@ -32,7 +32,7 @@ SCRIPTS: Final = (
 """In the order in which they stand in the page: each uses what is above it."""
 SMALL_BYTES: Final = 2_000_000
 """A page that a run writes by itself is smaller."""
-EMPTY_BYTES: Final = 65_000
+EMPTY_BYTES: Final = 70_000
 """Of a page without samples."""
 SAMPLE_BYTES: Final = 250
 """For each response: its id, its numbers, and its prompt."""
