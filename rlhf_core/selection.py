@@ -8,10 +8,9 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.tables import SAMPLES, explode
+from rlhf_core.tables import SAMPLES, explode, pc
 
 FINISH_REASONS: Final = ("eos", "stop", "length")
 CHANGE: Final = pa.field("change", pa.float32(), nullable=False)

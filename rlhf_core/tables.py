@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from rlhf_core.contracts.artifacts import Manifest, read_artifact
 from rlhf_core.contracts.errors import UserError
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pandas
     import polars
 
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported: no type checker sees them."""
 ITERATION: Final = pa.field("iteration", pa.int32(), nullable=False)
 _SCORES: Final = STAGES["score_rewards"]
 _SHAPED: Final = [field for field in SHAPE_REWARDS if field.name not in ("sample_id", "score")]
@@ -107,9 +109,10 @@ class RunTable:
 
     def dataset(self) -> datasets.Dataset:
         """All rows as a Hugging Face dataset, without a copy."""
-        import datasets
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
 
-        return datasets.Dataset(datasets.table.InMemoryTable(self.arrow()))
+        return Dataset(InMemoryTable(self.arrow()))
 
     def polars(self) -> polars.LazyFrame:
         """A lazy frame: nothing is read before ``collect``, and no more than the iterations and columns it needs.
