@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -34,6 +35,8 @@ DOCS = Path(__file__).parent
 COLUMNS = 118
 TARGETS = (2, 8)
 """Nats that the two further runs are held at."""
+SPINNER = re.compile("[\u2800-\u28ff] [a-z]")
+"""Of a line that is gone once its work is done."""
 QUIET = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -56,7 +59,7 @@ def main() -> None:
             draw_page(tab, prefect_page(runs[0], prefect), DOCS / "prefect.png", height=1000)
             store = f"sqlite:///{(folder / 'runs' / 'mlflow.db').resolve()}"
             with server("mlflow", "server", "--backend-store-uri", store, "--workers", "1") as mlflow:
-                draw_page(tab, mlflow_page(runs, mlflow), DOCS / "mlflow.png", height=1100)
+                draw_page(tab, mlflow_page(runs[0], mlflow), DOCS / "mlflow.png", height=1100)
 
 
 def trained(folder: Path) -> list[Path]:
@@ -106,11 +109,10 @@ def prefect_page(run: Path, server: str) -> str:
     return f"{server}/runs/flow-run/{read_record(run / 'prefect.json')['flow_run_id']}"
 
 
-def mlflow_page(runs: Sequence[Path], server: str) -> str:
-    """Where MLflow compares runs."""
-    records = [read_record(run / "mlflow.json") for run in runs]
-    ids = json.dumps([record["run_id"] for record in records])
-    return f"{server}/#/compare-runs?runs={ids}&experiments=[%22{records[0]['experiment_id']}%22]"
+def mlflow_page(run: Path, server: str) -> str:
+    """Where MLflow draws the runs of an experiment beside each other."""
+    record = read_record(run / "mlflow.json")
+    return f"{server}/#/experiments/{record['experiment_id']}/runs?compareRunsMode=CHART"
 
 
 def draw_terminal(path: Path, *arguments: Any) -> None:
@@ -123,7 +125,7 @@ def draw_terminal(path: Path, *arguments: Any) -> None:
         check=True,
     )
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    console.print(Text.from_ansi(said.stdout))
+    console.print(Text.from_ansi("\n".join(line for line in said.stdout.splitlines() if not SPINNER.search(line))))
     console.save_svg(str(path), title=" ".join(["rlhf", *map(str, arguments)]))
 
 
@@ -143,8 +145,10 @@ def server(*command: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([*program(*command), "--port", str(port)], stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
+    own = {"PREFECT_API_URL": f"{address}/api"}  # Prefect's page asks for it
+    options = [*program(*command), "--port", str(port)]
+    process = subprocess.Popen(options, stdout=subprocess.DEVNULL, env=os.environ | own)
     try:
         until = time.monotonic() + 180
         while True:
