@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from chromium import Tab, chromium_tab
 from rich.console import Console
 from rich.text import Text
@@ -56,10 +57,10 @@ def main() -> None:
         draw_terminals(runs)
         with chromium_tab() as tab:
             draw_view(tab, runs[0])
-            draw_page(tab, prefect_page(runs[0], prefect), DOCS / "prefect.png", height=1000)
+            draw_prefect(tab, runs[0], prefect)
             store = f"sqlite:///{(folder / 'runs' / 'mlflow.db').resolve()}"
             with server("mlflow", "server", "--backend-store-uri", store, "--workers", "1") as mlflow:
-                draw_page(tab, mlflow_page(runs[0], mlflow), DOCS / "mlflow.png", height=1100)
+                draw_mlflow(tab, runs[0], mlflow)
 
 
 def trained(folder: Path) -> list[Path]:
@@ -96,23 +97,32 @@ def draw_view(tab: Tab, run: Path) -> None:
         tab.screenshot(DOCS / f"view-{scheme}.png")
 
 
-def draw_page(tab: Tab, address: str, path: Path, *, height: int) -> None:
+def draw_prefect(tab: Tab, run: Path, server: str) -> None:
+    """The page that a flow run keeps in Prefect: its newest Markdown artifact."""
+    flow_run = read_record(run / "prefect.json")["flow_run_id"]
+    wanted = {"artifacts": {"flow_run_id": {"any_": [flow_run]}, "type": {"any_": ["markdown"]}}}
+    found = httpx.post(f"{server}/api/artifacts/filter", json=wanted, timeout=30).json()
+    page = next(artifact for artifact in found if artifact["key"] != "mlflow-run")
+    show(tab, f"{server}/artifacts/artifact/{page['id']}", width=1300, height=1000)
+    tab.screenshot(DOCS / "prefect.png")
+
+
+def draw_mlflow(tab: Tab, run: Path, server: str) -> None:
+    """The runs of an experiment, drawn beside each other by MLflow, with a few of its charts."""
+    experiment = read_record(run / "mlflow.json")["experiment_id"]
+    show(tab, f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART", width=1500, height=900)
+    tab.evaluate("document.querySelector('[aria-label=Close]')?.click()")  # its assistant
+    tab.evaluate("document.querySelector('input[placeholder=\"Search metric charts\"]').focus()")
+    tab.call("Input.insertText", text="objective/")
+    time.sleep(6)
+    tab.screenshot(DOCS / "mlflow.png")
+
+
+def show(tab: Tab, address: str, *, width: int, height: int) -> None:
     """A page that draws itself when its data has come."""
-    tab.look(width=1440, height=height)
+    tab.look(width=width, height=height)
     tab.call("Page.navigate", url=address)
     time.sleep(12)
-    tab.screenshot(path)
-
-
-def prefect_page(run: Path, server: str) -> str:
-    """Where Prefect shows a run."""
-    return f"{server}/runs/flow-run/{read_record(run / 'prefect.json')['flow_run_id']}"
-
-
-def mlflow_page(run: Path, server: str) -> str:
-    """Where MLflow draws the runs of an experiment beside each other."""
-    record = read_record(run / "mlflow.json")
-    return f"{server}/#/experiments/{record['experiment_id']}/runs?compareRunsMode=CHART"
 
 
 def draw_terminal(path: Path, *arguments: Any) -> None:
