@@ -7,6 +7,7 @@ from environment import be_quiet_and_private
 
 be_quiet_and_private()
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -40,6 +41,13 @@ def tiny_config(tiny: Tiny) -> Callable[[Sequence[str]], RunConfig]:
 def through_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pass is written out: what transformers computes alone, bit for bit."""
     monkeypatch.setattr("rlhf_core.models.gpt2.GPT2Passes.of", lambda _module: None)
+
+
+@pytest.fixture(autouse=True)
+def no_tracker_is_left() -> Iterator[None]:
+    """``mlflow.set_tracking_uri`` writes its address into the environment, where the next run would take it for ours."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,6 @@ def tree(tiny: Any, **tracking: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(autouse=True)
-def no_tracker_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``mlflow.set_tracking_uri`` leaves its address in the environment, where the next run would take it for ours."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that it is taken away again, whoever sets it
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-
-
 @pytest.fixture(scope="module")
 def tracked(tiny: Any, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path:
     """A finished run, logged to ``mlflow.db`` beside it."""

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from tiny_world import Tiny
 from torture.battery import ROWS, Effort, Outcome, measure_row, unlisted_rows
+from torture.report import code_digest, report, still_valid
+from torture.running import Finished
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,14 +94,18 @@ class TestARow:
         assert "torture.rows.of_nobody" in outcome.figure
 
     def test_is_not_measured_again_on_the_same_code(self, tmp_path: Path) -> None:
-        found = tmp_path / "torture.json"
-        first = battery("--small", "--json", str(found), "--only", "clock")
-        assert "clock: met, " in first.stdout
-        assert "clock: met earlier" in battery("--small", "--json", str(found), "--only", "clock").stdout
-        report = json.loads(found.read_text())
-        for other in ({"code": "another"}, {"small": False}, {"rows": [{**report["rows"][0], "passed": 0}]}):
-            found.write_text(json.dumps(report | other))
-            assert "clock: met, " in battery("--small", "--json", str(found), "--only", "clock").stdout
+        found, code = tmp_path / "torture.json", code_digest()
+        row = Finished("clock", "its title", "its goal", Outcome(3, 3, "3 of 3", goal_size=3), 1.0, 1.0)
+        told = report([row], small=True, code=code)
+        found.write_text(json.dumps(told))
+        assert still_valid(found, small=True, code=code) == [row]
+        done = battery("--small", "--json", str(found), "--only", "clock")
+        assert "clock: met earlier on this code, 1 s" in done.stdout
+        assert done.returncode == 0
+        missed = {**told["rows"][0], "passed": 2}
+        for other in ({"code": "another"}, {"small": False}, {"rows": [missed]}, {"machine": {"torch": "another"}}):
+            found.write_text(json.dumps(told | other))
+            assert still_valid(found, small=True, code=code) == []
 
     def test_of_no_such_name_is_refused(self) -> None:
         done = battery("--only", "nobody")
