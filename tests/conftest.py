@@ -45,7 +45,7 @@ def through_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_tracker_is_left() -> Iterator[None]:
-    """``mlflow.set_tracking_uri`` writes its address into the environment, where the next run would take it for ours."""
+    """``mlflow.set_tracking_uri`` leaves its address in the environment, where the next run would take it for ours."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
