@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.compute
 
+from rlhf_core.contracts.archive import ITERATION
 from rlhf_core.contracts.artifacts import Manifest, read_artifact
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 pc: Any = pyarrow.compute
 """Its functions are made when it is imported: no type checker sees them."""
-ITERATION: Final = pa.field("iteration", pa.int32(), nullable=False)
 _SCORES: Final = STAGES["score_rewards"]
 _SHAPED: Final = [field for field in SHAPE_REWARDS if field.name not in ("sample_id", "score")]
 

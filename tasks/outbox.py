@@ -163,6 +163,12 @@ class Outbox:
         self._delivered = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
+    def page(self, uri: str) -> str | None:
+        """Address of the run in the pages of the tracker at ``uri``, where that is a server and has answered."""
+        if not uri.startswith("http") or self.run_id is None:
+            return None
+        return f"{uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
     def start(self, finished: int) -> None:
         """Begin sending: first the iterations below ``finished`` that have not arrived."""
         self._finished = finished

@@ -79,9 +79,7 @@ class Tracker:
     @property
     def page(self) -> str | None:
         """Address of the run in the MLflow UI, where the tracker is a server."""
-        if not self.uri.startswith("http") or self.run_id is None:
-            return None
-        return f"{self.uri}/#/experiments/{self._outbox.experiment_id}/runs/{self.run_id}"
+        return self._outbox.page(self.uri)
 
     def __enter__(self) -> Self:
         """Begin sending; earlier iterations that have not arrived go first."""
