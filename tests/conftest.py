@@ -10,6 +10,7 @@ be_quiet_and_private()
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+import hypothesis
 import pytest
 import torch
 from iteration import tiny_tree
@@ -19,6 +20,10 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 
 torch.set_num_threads(1)
+# the same examples at each call, so that a change is what makes a test fail; for new ones: --hypothesis-profile=explore
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

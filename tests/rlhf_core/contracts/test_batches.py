@@ -30,7 +30,7 @@ from rlhf_core.contracts.batches import (
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.schemas import STAGES
 
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=60)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 FLOAT32 = st.floats(width=32, allow_nan=False)
 RAGGED = st.lists(st.lists(INT32, max_size=5), max_size=6)

@@ -31,7 +31,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.policy_config import PolicyConfig
 from rlhf_core.contracts.reward_config import ModelReward
 
-EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=50)
 FULL: dict[str, Any] = {
     "seed": 2**63 - 1,
     "device": "cpu",

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from rlhf_core.ops.best_of_n import best_of_n_kl, best_of_n_score
 
-EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=30)
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=7)
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from rlhf_core.ops.comparison import interval, student_quantile, win_rate
 
-EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=30)
 SEEDS = st.integers(0, 2**32 - 1)
 
 

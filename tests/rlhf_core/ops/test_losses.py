@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 TRL = json.loads((GOLDEN / "trl.json").read_text())["cases"]
 RLAX = json.loads((GOLDEN / "jax.json").read_text())["cases"]
 SKLEARN = json.loads((GOLDEN / "scientific.json").read_text())["cases"]["explained_variance"]
-EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=30)
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**32 - 1)
 CLIP_RANGES = st.floats(0.05, 0.9)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from rlhf_core.ops.schedules import learning_rate_at
 
 OPTAX = json.loads((Path(__file__).parents[2] / "golden" / "jax.json").read_text())["cases"]
-EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=50)
 SCHEDULES = ["constant", "linear", "cosine"]
 
 

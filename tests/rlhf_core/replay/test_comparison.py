@@ -22,10 +22,11 @@ def reference(*rows: list[float], ids: list[str] = IDS) -> pa.Table:
 
 
 def above(value: float, steps: int = 1) -> float:
-    """The float32 that stands so many places further from 0."""
+    """The float32 that stands so many places further from 0; infinite beyond the largest."""
     found = np.float32(value)
-    for _ in range(steps):
-        found = np.nextafter(found, np.float32(np.copysign(np.inf, found)))
+    with np.errstate(over="ignore"):
+        for _ in range(steps):
+            found = np.nextafter(found, np.float32(np.copysign(np.inf, found)))
     return float(found)
 
 
