@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from rlhf_core.sweeping.folder import SweepFolder
     from tasks.sweep import PlannedSweep, SweepRequest
 
-NUMBERS = {"score": ("score", 3), "kl": ("KL, nats", 2), "gain_per_nat": ("gained a nat", 3)}
-"""Number of a point -> what it is called, and its digits."""
+NUMBERS = {"score": ("score", 3), "kl": ("KL,\nnats", 2), "gain_per_nat": ("gained\na nat", 3)}
+"""Number of a point -> what it is called, and its digits. Two lines, so that 80 columns are enough."""
+WIDE = 100
+"""Columns of a terminal that has room for everything."""
 
 
 def sweep_and_show(console: Console, request: SweepRequest, config: RunConfig, *, as_json: bool) -> bool:
@@ -143,24 +145,31 @@ def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
 
     keys, best, criterion = list(summary["grid"]), summary["best"], summary["criterion"]
     is_priced = criterion["at_kl"] is None and criterion["price"] > 0
-    shown = NUMBERS | ({"value": (f"score - {criterion['price']:g} x KL", 3)} if is_priced else {})
+    is_narrow = console.width < WIDE
+    shown = NUMBERS | ({"value": (f"score -\n{criterion['price']:g} x KL", 3)} if is_priced else {})
     table = Table(
         title=f"{_counted(len(summary['points']), 'point')} x {_counted(len(summary['seeds']), 'seed')}; "
         "± 95 % over seeds, of the last iterations",
         title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
+    if is_narrow and is_priced:
+        del shown["gain_per_nat"]
+    # a narrow terminal breaks the names of keys, never the numbers
     for key in keys or ["point"]:
-        table.add_column(Text(key), overflow="fold")
-    table.add_column("finished", justify="right", no_wrap=True)
+        values = [value_text(point["values"][key]) if keys else point["label"] for point in summary["points"]]
+        heading = Text(key.replace(".", ".\n") if is_narrow else key)
+        table.add_column(heading, overflow="fold", min_width=min(max(map(len, values)), 16))
+    if has_failures := any(point["finished"] < point["of"] for point in summary["points"]):
+        table.add_column("finished", justify="right", no_wrap=True)
     for label, _ in shown.values():
         table.add_column(label, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for point in summary["points"]:
-        values = [Text(value_text(point["values"][key])) for key in keys] or [Text(point["label"])]
-        numbers = [with_reach(point[name], digits) for name, (_, digits) in shown.items()]
+        row = [Text(value_text(point["values"][key])) for key in keys] or [Text(point["label"])]
+        row += [Text(f"{point['finished']} of {point['of']}")] * has_failures
+        row += [Text(with_reach(point[name], digits)) for name, (_, digits) in shown.items()]
         marks = ["best"] * (point["point"] == best["point"]) + ["frontier"] * point["on_frontier"]
-        finished = f"{point['finished']} of {point['of']}"
-        table.add_row(*values, finished, *numbers, ", ".join(marks))
+        table.add_row(*row, " ".join(marks))
     console.print(table)
     if any(point["on_frontier"] for point in summary["points"]):
         console.print("frontier: no other point has a higher score at less KL", style="dim", highlight=False)
