@@ -56,7 +56,7 @@ def chain(config: RunConfig, runs: str, gate: Gate, reward_model: str | None = N
             train_link(config, run_dir)
             outcome, checks = judge(gate, run_dir)
             close_link(Path(runs), outcome)
-        leave_note(f"{key_of(Path(run_dir))}-gate", gate_page(run_dir, news, checks, outcome))
+        leave_note(f"{key_of(Path(run_dir))}-gate", gate_page(run_dir, news, checks, outcome), outcome)
         return ended_with(outcome)
 
 

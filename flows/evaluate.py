@@ -108,7 +108,11 @@ def measure(request: Request, config: RunConfig | None) -> str:
     call(write_evaluation, planned)
     there = EvaluationFolder.open(Path(planned.folder))
     of = key_of(there.run_dir or Path(request.target))
-    leave_note(f"{of}-evaluation", evaluation_page(planned.folder, there.summary(), there.side_by_side(SHOWN)))
+    leave_note(
+        f"{of}-evaluation",
+        evaluation_page(planned.folder, there.summary(), there.side_by_side(SHOWN)),
+        f"Evaluation of {of}",
+    )
     log_evaluation(planned.folder)
     return planned.folder
 

@@ -128,5 +128,5 @@ def _stop(guards: Guards, acting: Sequence[Finding], reason: str) -> None:
         f"  or with another threshold:   rlhf resume {run_dir} --set guards.{acting[0].guard}.threshold=...",
     ]
     guards.stop(names)
-    leave_note("guard-stop", "\n\n".join(line.strip() for line in lines))
+    leave_note("guard-stop", "\n\n".join(line.strip() for line in lines), f"Stopped by {names}")
     raise GuardStopError("\n".join(lines))

@@ -130,11 +130,11 @@ def warn(sentence: str) -> None:
         get_run_logger().warning(sentence)
 
 
-def leave_note(key: str, markdown: str) -> None:
-    """Leave a text in the flow run, where there is one."""
+def leave_note(key: str, markdown: str, description: str) -> None:
+    """Leave a text in the flow run, where there is one; its list of artifacts shows the description."""
     if not is_bare():
         with telling_prefect():
-            create_markdown_artifact(key=key, markdown=markdown)
+            create_markdown_artifact(key=key, markdown=markdown, description=description)
 
 
 def link_to_tracker(page: str | None, uri: str, run_id: str | None) -> None:
@@ -142,7 +142,7 @@ def link_to_tracker(page: str | None, uri: str, run_id: str | None) -> None:
     if is_bare() or run_id is None:
         return
     if not page:
-        leave_note("mlflow-run", f"MLflow run `{run_id}` in `{uri}`")
+        leave_note("mlflow-run", f"MLflow run `{run_id}` in `{uri}`", "Metrics and checkpoints")
         return
     with telling_prefect():
         create_link_artifact(key="mlflow-run", link=page, link_text="MLflow run", description="Metrics and checkpoints")

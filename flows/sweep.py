@@ -59,7 +59,7 @@ def sweep(
             failures = train_all(there, jobs, tracker)
             watcher().stage_started(len(there.runs), "numbers and picture")
             call(write_sweep, folder, failures, at_kl, price)
-        leave_note("sweep", note(there.summary()))
+        leave_note("sweep", note(there.summary()), "The sweep's result")
         link_to_tracker(tracker.page, tracker.uri, tracker.run_id)
         return ended_with(folder)
 

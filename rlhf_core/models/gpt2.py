@@ -78,7 +78,14 @@ class GPT2Passes:
 
     def hidden_states(self, rows: PackedRows, wanted_N: Tensor) -> Tensor:
         """[N, D] of the tokens asked for, each at most once."""
-        return cast("Tensor", _Pass.apply(self, rows, wanted_N, *self.parameters))
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters):
+            return cast("Tensor", _Pass.apply(self, rows, wanted_N, *self.parameters))
+        # without no_grad told apart here, a Function is asked for gradients, and would keep every activation
+        cells, layers = _Cells(rows, self.num_heads), list(self.layers())
+        x = self.embedded(rows.tokens_T, rows.positions_T)
+        for number, layer in enumerate(layers):
+            x = _forward(self, layer, x, cells, wanted_N if number == len(layers) - 1 else None)[0]
+        return self.norm(x, *(p.detach() for p in self.parameters[-2:]))[0]
 
     def layers(self) -> Iterator[list[Tensor]]:
         """The twelve weights of each layer, detached."""
@@ -188,8 +195,7 @@ class _Pass(torch.autograd.Function):
         kept: list[Tensor] = []
         for number, layer in enumerate(weights):
             x, of_layer = _forward(passes, layer, x, cells, wanted_N if number == len(weights) - 1 else None)
-            if any(ctx.needs_input_grad):
-                kept += of_layer
+            kept += of_layer
         out_ND, mean, rstd = passes.norm(x, *parameters[-2:])
         ctx.of_call = (passes, rows, wanted_N, cells)
         ctx.save_for_backward(*parameters, x, mean, rstd, *kept)
