@@ -11,8 +11,6 @@ on with the same call.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +22,9 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json, config_digest
-from rlhf_core.contracts.durable import make_folder, open_lock, remove_leftovers, write_folder
-from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
+from rlhf_core.contracts.durable import make_folder, remove_leftovers, write_folder
+from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
+from rlhf_core.contracts.locking import holding
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
@@ -134,17 +133,8 @@ def chain_inputs(config: RunConfig) -> dict[str, str]:
 def holding_chain(runs: Path) -> Iterator[None]:
     """Let no other process work on the chain. Raises RunLockedError at once if one does."""
     make_folder(runs)
-    descriptor = open_lock(runs / "chain.lock")
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunLockedError(
-                f"another process is working on the chain in {runs}; wait for it, or stop it"
-            ) from None
+    with holding(runs / "chain.lock", f"the chain in {runs}"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def check_promotable(config: RunConfig) -> None:

@@ -13,10 +13,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,17 +23,16 @@ from rlhf_core.contracts.archive import newest_archived
 from rlhf_core.contracts.artifacts import Manifest, read_manifest
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, digest_json
-from rlhf_core.contracts.durable import make_folder, open_lock, settle, write_link
-from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
+from rlhf_core.contracts.durable import make_folder, settle, write_link
+from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.guard_config import GuardsConfig
+from rlhf_core.contracts.locking import holding, is_held
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.contracts.typed import typed
 
 RECORD_REMEDY = "put run.json back from a copy; where the run was tracked, MLflow has its config.yaml and identity.json"
-ASKING_S = 0.02
-"""Far longer than it takes to ask whether a run is locked."""
 
 
 @dataclass(frozen=True)
@@ -203,17 +199,7 @@ class RunFolder:
 
     def is_locked(self) -> bool:
         """Whether a process is working on the run."""
-        try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # no process has ever held it, or it cannot be asked
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_held(self.path / "lock")
 
     @contextlib.contextmanager
     def locked(self, *, settled: bool = True) -> Iterator[None]:
@@ -224,29 +210,10 @@ class RunFolder:
         Raises: RunLockedError at once if another process holds it.
         """
         make_folder(self.path)
-        descriptor = open_lock(self.path / "lock")
-        try:
-            if not (_take(descriptor) or _take_again(descriptor)):
-                raise RunLockedError(f"another process is working on {self.path}; wait for it, or stop it")
+        with holding(self.path / "lock", str(self.path)):
             if settled:
                 settle(self.path, links=("checkpoints/last_good",))
             yield
-        finally:
-            os.close(descriptor)
-
-
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _take_again(descriptor: int) -> bool:
-    """Once more, after whoever was only asking (:meth:`RunFolder.is_locked`) has let go."""
-    time.sleep(ASKING_S)
-    return _take(descriptor)
 
 
 def check_vacant(path: Path) -> None:

@@ -15,9 +15,7 @@ Nothing is kept here about how far a run is: its own folder says so.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from typing import Any, Final, cast
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, config_digest, config_template, flat_params
-from rlhf_core.contracts.durable import make_folder, open_lock, remove_file, write_file
+from rlhf_core.contracts.durable import make_folder, remove_file, write_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
+from rlhf_core.contracts.locking import holding
 from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.typed import typed
@@ -181,17 +180,8 @@ class SweepFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the sweep for this process. Raises RunLockedError at once if another one holds it."""
-        descriptor = open_lock(self.path / "lock")
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunLockedError(
-                    f"another process is working on the sweep {self.path}; wait for it, or stop it"
-                ) from None
+        with holding(self.path / "lock", f"the sweep {self.path}"):
             yield
-        finally:
-            os.close(descriptor)
 
     def write_results(self, summary: Mapping[str, Any], picture: bytes | None, best: RunConfig | None) -> None:
         """Write what a person reads; the summary last. What is of an earlier result, and is no more, is removed."""
