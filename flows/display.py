@@ -163,9 +163,9 @@ def print_records(console: Console, rows: Sequence[Mapping[str, Any]], title: st
 def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
     """What to do next -> the command that does it, to be copied as it is."""
     artifact = f"{run_dir}/iterations/000000/05_experience.arrow"
-    server = f"{_command('mlflow')} server --backend-store-uri {tracking_uri} --host 127.0.0.1 --port 5000"
+    pages = f"{_command('rlhf')} ui --runs {Path(run_dir).parent}"
     return {
-        "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else server,
+        "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else pages,
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
         "compare it with another one": f"{_command('rlhf')} compare {run_dir} OTHER_RUN --out compare.html",
         "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
