@@ -161,11 +161,11 @@ def print_records(console: Console, rows: Sequence[Mapping[str, Any]], title: st
 
 
 def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
-    """What to do next -> the command that does it, to be copied as it is."""
+    """What to do next -> the command that does it, to be copied as it is. ``tracking_uri``: "" where none is."""
     artifact = f"{run_dir}/iterations/000000/05_experience.arrow"
     pages = f"{_command('rlhf')} ui --runs {Path(run_dir).parent}"
-    return {
-        "compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else pages,
+    tracker = {"compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else pages}
+    return (tracker if tracking_uri else {}) | {
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
         "compare it with another one": f"{_command('rlhf')} compare {run_dir} OTHER_RUN --out compare.html",
         "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",

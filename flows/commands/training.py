@@ -130,7 +130,7 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
         iteration_rows(folder),
         before_and_after(folder),
         kl_target=config.kl.held_at,
-        tracking_uri=shown_tracking_uri(folder),
+        tracking_uri=shown_tracking_uri(folder) if folder.config.tracking.enabled else "",
     )
 
 

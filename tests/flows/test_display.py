@@ -74,6 +74,8 @@ def test_programs_outside_the_path_are_named_by_their_own(monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert next_commands("r", "http://x")["look into the run"] == ".venv/bin/rlhf inspect r"
     assert next_commands("r", "http://x")["compare runs in MLflow"] == "http://x"
+    assert next_commands("a/r", "sqlite:///x.db")["compare runs in MLflow"] == ".venv/bin/rlhf ui --runs a"
+    assert "compare runs in MLflow" not in next_commands("r", ""), "nothing is tracked"
 
 
 def test_wide_rows_stand_one_below_the_other_and_lists_are_summed_up() -> None:
