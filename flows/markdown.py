@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flows.display import EDGE, sparkline
+from flows.displays.terminal import EDGE, sparkline
 
 LONGEST_TEXT = 240
 """Characters of a response that are shown."""

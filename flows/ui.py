@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.child_processes import Child, end
-from flows.display import print_warning
+from flows.displays.terminal import print_warning
 from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.display import print_warning
+from flows.displays.terminal import print_warning
 from rlhf_core.choice import chosen_iterations, first_middle_last
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder

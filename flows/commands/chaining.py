@@ -47,7 +47,7 @@ def chain(
     stopping.on_stop(lambda: "stopped; the same command goes on where it was")
     from flows.calling import run_flow
     from flows.chain import chain as chain_flow
-    from flows.display import TerminalWatcher
+    from flows.displays.terminal import TerminalWatcher
     from flows.progress import watched_by
 
     with TerminalWatcher(console, run_config.num_iterations) as terminal, watched_by(terminal):

@@ -34,7 +34,7 @@ def inspect(
     to: Annotated[Path | None, typer.Option(help="Write all rows to a file: .parquet, .csv, .jsonl or .arrow.")] = None,
 ) -> None:
     """Look into a run: works while it is going. `change` is the mean |log-ratio to the reference| of a token."""
-    from flows.inspect_display import Question, show_run
+    from flows.displays.inspection import Question, show_run
     from rlhf_core.selection import Selection
 
     question = Question(
@@ -69,7 +69,7 @@ def compare(
 ) -> None:
     """Compare runs: what differs in their configs, what came out, curves. Works while they are going."""
     prepare_environment()
-    from flows.compare_display import compare_and_show
+    from flows.displays.comparison import compare_and_show
 
     compare_and_show(console, runs, last=last, out=out, as_json=as_json)
 
@@ -81,11 +81,11 @@ def verify(
     """Read again everything a run wrote: what is damaged, and what can be recovered. Works while the run is going."""
     prepare_environment()
     if run.is_file():
-        from flows.replay_display import verify_and_show_bundle
+        from flows.displays.replay import verify_and_show_bundle
 
         verify_and_show_bundle(console, run, as_json=as_json)
         return
-    from flows.verify_display import verify_and_show
+    from flows.displays.verification import verify_and_show
 
     if not verify_and_show(console, run, as_json=as_json):
         raise typer.Exit(EXIT_MISTAKE)

@@ -36,7 +36,7 @@ def evaluate(
 ) -> None:
     """Measure a policy against its reference: score, KL, win rate, and the share of what is attainable."""
     prepare_environment()
-    from flows.evaluation_display import evaluate_and_show
+    from flows.displays.evaluation import evaluate_and_show
     from rlhf_core.evaluation.request import Request, parse_shares, request_config
 
     request = Request(

@@ -41,7 +41,7 @@ def replay(
     again.
     """
     prepare_environment()
-    from flows.replay_display import replay_and_show, what_if_and_show
+    from flows.displays.replay import replay_and_show, what_if_and_show
 
     if set_:
         for name, value in (("--from", from_), ("--threads", threads)):
@@ -75,7 +75,7 @@ def bundle(
     It holds prompts, responses and models, and the run's config with its paths: look whom you send it to.
     """
     prepare_environment()
-    from flows.replay_display import bundle_and_show
+    from flows.displays.replay import bundle_and_show
 
     out = out or Path(f"{run.resolve().name}-i{iteration:06d}.rlhf.zip")
     bundle_and_show(console, run, out, iteration=iteration, with_models=not without_models, as_json=as_json)

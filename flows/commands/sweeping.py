@@ -41,7 +41,7 @@ def sweep(
 ) -> None:
     """Train every combination of a grid with every seed, and find the best. The same command goes on after a stop."""
     prepare_environment()
-    from flows.sweep_display import sweep_and_show
+    from flows.displays.sweep import sweep_and_show
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.sweeping.grid import MAX_RUNS, parse_grid, parse_seeds
     from tasks.sweep import SweepRequest

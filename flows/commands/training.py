@@ -71,7 +71,7 @@ def resume(
     from tasks.lifecycle import check_resumable
 
     if repair:
-        from flows.verify_display import repair_and_show
+        from flows.displays.verification import repair_and_show
 
         repair_and_show(console, run)
     with console.status("checking the run, its models and prompts"):
@@ -91,7 +91,7 @@ def check(
 ) -> None:
     """Check a config against its files and models; print the plan. Loads no weights."""
     prepare_environment()
-    from flows.plan_display import show_plan
+    from flows.displays.plan import show_plan
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.preflight import preflight
 
@@ -110,7 +110,7 @@ def config() -> None:
 
 def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
     """Run a flow with live progress, then print its result."""
-    from flows.display import TerminalWatcher, print_result
+    from flows.displays.terminal import TerminalWatcher, print_result
     from flows.progress import watched_by
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.inspection import before_and_after, iteration_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.braille import braille_plot, ends
+from flows.displays.braille import braille_plot, ends
 
 
 def drawn(*curves: list[tuple[float, float]], width: int = 4, height: int = 2) -> list[str]:

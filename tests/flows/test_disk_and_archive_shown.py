@@ -12,7 +12,7 @@ from old_iterations import commit_iteration
 from rich.console import Console
 
 from flows.cli import main
-from flows.plan_display import show_plan
+from flows.displays.plan import show_plan
 from rlhf_core.contracts.compaction import remove_archived, write_segment
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder

@@ -354,7 +354,7 @@ def test_a_warning_is_told_once_and_the_run_goes_on(
 
 
 def test_without_a_terminal_nobody_is_asked() -> None:
-    from flows.display import TerminalWatcher
+    from flows.displays.terminal import TerminalWatcher
 
     out = io.StringIO()
     watcher = TerminalWatcher(Console(file=out, width=200), 2)
@@ -365,7 +365,7 @@ def test_without_a_terminal_nobody_is_asked() -> None:
 
 @pytest.mark.parametrize(("typed", "decision"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
 def test_at_a_terminal_a_person_is_asked(monkeypatch: pytest.MonkeyPatch, typed: str, decision: bool) -> None:
-    from flows.display import TerminalWatcher
+    from flows.displays.terminal import TerminalWatcher
 
     class Keyboard(io.StringIO):
         def isatty(self) -> bool:

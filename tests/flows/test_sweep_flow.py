@@ -21,7 +21,7 @@ from torture.runs import start
 from flows import cli, sweep
 from flows.calling import without_prefect
 from flows.commands.options import EXIT_INCOMPLETE, EXIT_MISTAKE
-from flows.sweep_display import SweepWatcher, print_files, print_sweep
+from flows.displays.sweep import SweepWatcher, print_files, print_sweep
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template, load_config
 from rlhf_core.contracts.run_folder import RunFolder

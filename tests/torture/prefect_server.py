@@ -142,7 +142,7 @@ def _command(arguments: Sequence[str], api: str | None, slow_s: float) -> int:
 
     resources.cache_clear()
     if slow_s:
-        from flows.display import TerminalWatcher
+        from flows.displays.terminal import TerminalWatcher
 
         shown = TerminalWatcher.stage_started
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.braille import braille_plot, ends
-from flows.display import BARS
+from flows.displays.braille import braille_plot, ends
+from flows.displays.terminal import BARS
 from rlhf_core.comparing.comparison import Comparison, compare
 from rlhf_core.comparing.outcome import smoothed
 from rlhf_core.comparing.presentation import CURVES, Line, difference_lines, group_lines, result_lines, to_json

@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from flows.display import print_records, table_of
+from flows.displays.terminal import print_records, table_of
 from rlhf_core.choice import chosen_iterations
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flows.display import print_warning
+from flows.displays.terminal import print_warning
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows.display import TerminalWatcher, next_commands, print_records, print_result, sparkline, table_of
+from flows.displays.terminal import TerminalWatcher, next_commands, print_records, print_result, sparkline, table_of
 
 METRICS = {
     "objective/scores": 1.25,

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from flows.display import print_warning, side_by_side, table_of
+from flows.displays.terminal import print_warning, side_by_side, table_of
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
 
