@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Ctrl-C ends with 130, SIGTERM with 143, within seconds, and with how to go on.
     """
     code = 1
+    if arguments is None:
+        stopping.ends_here()
     try:
         with stopping.watching_signals(until_the_end=arguments is None):
             code = _run(arguments)

@@ -6,6 +6,7 @@ What is on disk can be resumed at any moment, so an orderly end is a courtesy, a
     after REPORT_S  Prefect is told by this module, unless the flow has ended by itself
     after GRACE_S   whatever still runs (a stage in a thread, a tracker that hangs) is left: the process exits
     a second Ctrl-C exits at once
+    the very end    is ours too: exit handlers run, the interpreter's threads are not torn down (:func:`ends_here`)
 
 A flow run ends Cancelled by Ctrl-C and Crashed by SIGTERM, unless Prefect itself sent the signal to cancel it.
 The thread that keeps the time is woken by the kernel's signal itself (``signal.set_wakeup_fd``), so it works while
@@ -14,6 +15,7 @@ the main thread is busy in a library, and whoever has put a handler of his own i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -50,6 +52,8 @@ class _Stop:
 
 
 _stop = _Stop()
+_code: int | None = None
+"""Of the process, once it is known; see :func:`ends_here`."""
 
 
 def received() -> int | None:
@@ -121,8 +125,26 @@ def stoppable() -> Iterator[None]:
         _stop.flow_run_id = None
 
 
+def ends_here() -> None:
+    """Call first in a process of its own: after all exit handlers it ends, with the code of :func:`end_in_time`.
+
+    An interpreter that is torn down unwinds its daemon threads, and one that is inside a C++ library then aborts the
+    process ("FATAL: exception not rethrown"): two of 120 signals ended with code 134 instead of their own.
+    """
+    atexit.register(_end)  # the first to be registered is the last to run
+
+
+def _end() -> None:
+    if _code is not None:
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        _exit(_code)
+
+
 def end_in_time(code: int) -> None:
     """Let the process end by itself, but in time: Prefect would wait minutes for an API that is gone."""
+    global _code  # noqa: PLW0603 - a process ends once
+    _code = code
     outages = sys.modules.get("flows.outages")
     gone = outages is not None and outages.outage.lasts
 
@@ -190,12 +212,11 @@ def _exit(code: int) -> None:
             os.write(1, show_cursor + b"\n" + words.encode() + b"\n")
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    if "prefect.server.api.server" in sys.modules:
-        from prefect.server.api.server import SubprocessASGIServer
-
-        server = SubprocessASGIServer().server_process
-        if server is not None:
-            server.terminate()
+    # no import statement: it would wait for a main thread that is in the middle of importing that very module
+    servers = getattr(sys.modules.get("prefect.server.api.server"), "SubprocessASGIServer", None)
+    server = None if servers is None else servers().server_process
+    if server is not None:
+        server.terminate()
     os._exit(code)
 
 
