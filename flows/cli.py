@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -28,6 +30,22 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"rlhf-flow {version('rlhf-flow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    *,
+    is_asked: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """PPO against a reward model with a KL penalty, in stages that can be stopped, read and replayed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

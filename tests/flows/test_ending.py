@@ -31,7 +31,12 @@ cli.main()
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [(["config"], 0, "num_iterations"), (["inspect", "/nowhere"], 2, "no run"), ([], 2, "Usage")],
+    [
+        (["--version"], 0, "rlhf-flow 0."),
+        (["config"], 0, "num_iterations"),
+        (["inspect", "/nowhere"], 2, "no run"),
+        ([], 2, "Usage"),
+    ],
 )
 def test_exit_handlers_run_and_nothing_is_torn_down(arguments: list[str], code: int, said: str) -> None:
     """A thread inside a C++ library would abort the process there."""

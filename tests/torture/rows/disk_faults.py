@@ -167,7 +167,9 @@ def measure(effort: Effort) -> Outcome:
     for number, fault in enumerate(chosen):
         effort.progress(number, len(chosen))
         bench.meet(fault, tried)
-    for look, (contents, names) in sorted(tried.looks.items())[: None if effort.full else 3]:
+    looks = sorted(tried.looks.items())[: None if effort.full else 3]
+    for number, (look, (contents, names)) in enumerate(looks, len(chosen)):
+        effort.progress(number, len(chosen) + len(looks))
         wrong = bench.heal(contents, look)
         if wrong:
             tried.passed -= len(names)
