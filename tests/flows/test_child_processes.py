@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,10 +46,8 @@ def test_what_it_said_last_and_how_it_ended(tmp_path: Path, monkeypatch: pytest.
 def test_told_to_end(tmp_path: Path) -> None:
     children = [python(SLEEPS, tmp_path / name) for name in ("a", "b")]
     until(lambda: all(child.last_lines(1) == ["begun"] for child in children))
-    begun = time.monotonic()
-    end(children, signal.SIGINT)
-    assert time.monotonic() - begun < 2
-    assert [child.poll() for child in children] == [130, 130]
+    end(children, signal.SIGINT, grace_s=60)
+    assert [child.poll() for child in children] == [130, 130], "by themselves: what has to be ended has 137"
 
 
 def test_one_that_does_not_hear_is_ended_and_so_is_what_it_has_started(tmp_path: Path) -> None:

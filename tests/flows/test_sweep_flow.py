@@ -257,7 +257,7 @@ class TestProcesses:
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             sweep.train_all(there, 3, Interrupted(there, {}))
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 40, "not waited for"
         assert len(children) == 3
         assert None not in [child.poll() for child in children]
 

@@ -73,7 +73,7 @@ def test_both_pages_answer_and_end_with_the_command(tiny: Any, tmp_path: Path) -
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
         process.send_signal(signal.SIGINT)
-        assert process.wait(15) == 130
+        assert process.wait(60) == 130
         assert [group(int(child)) for child in children] == [[], []]
         assert (tmp_path / "said").read_text().rstrip().endswith("ended, and what it had started")
     finally:
