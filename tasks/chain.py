@@ -129,12 +129,10 @@ def chain_inputs(config: RunConfig) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def holding_chain(runs: Path) -> Iterator[None]:
+def holding_chain(runs: Path) -> contextlib.AbstractContextManager[None]:
     """Let no other process work on the chain. Raises RunLockedError at once if one does."""
     make_folder(runs)
-    with holding(runs / "chain.lock", f"the chain in {runs}"):
-        yield
+    return holding(runs / "chain.lock", f"the chain in {runs}")
 
 
 def check_promotable(config: RunConfig) -> None:

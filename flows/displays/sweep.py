@@ -155,8 +155,9 @@ def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
     if is_narrow and is_priced:
         del shown["gain_per_nat"]
     # a narrow terminal breaks the names of keys, never the numbers
-    for key in keys or ["point"]:
-        values = [value_text(point["values"][key]) if keys else point["label"] for point in summary["points"]]
+    cells = {key: [value_text(point["values"][key]) for point in summary["points"]] for key in keys}
+    cells = cells or {"point": [point["label"] for point in summary["points"]]}
+    for key, values in cells.items():
         heading = Text(key.replace(".", ".\n") if is_narrow else key)
         table.add_column(heading, overflow="fold", min_width=min(max(map(len, values)), 16))
     if has_failures := any(point["finished"] < point["of"] for point in summary["points"]):
@@ -164,8 +165,8 @@ def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
     for label, _ in shown.values():
         table.add_column(label, justify="right", no_wrap=True)
     table.add_column("")
-    for point in summary["points"]:
-        row = [Text(value_text(point["values"][key])) for key in keys] or [Text(point["label"])]
+    for number, point in enumerate(summary["points"]):
+        row = [Text(values[number]) for values in cells.values()]
         row += [Text(f"{point['finished']} of {point['of']}")] * has_failures
         row += [Text(with_reach(point[name], digits)) for name, (_, digits) in shown.items()]
         marks = ["best"] * (point["point"] == best["point"]) + ["frontier"] * point["on_frontier"]

@@ -78,14 +78,7 @@ class GPT2Passes:
 
     def hidden_states(self, rows: PackedRows, wanted_N: Tensor) -> Tensor:
         """[N, D] of the tokens asked for, each at most once."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters):
-            return cast("Tensor", _Pass.apply(self, rows, wanted_N, *self.parameters))
-        # without no_grad told apart here, a Function is asked for gradients, and would keep every activation
-        cells, layers = _Cells(rows, self.num_heads), list(self.layers())
-        x = self.embedded(rows.tokens_T, rows.positions_T)
-        for number, layer in enumerate(layers):
-            x = _forward(self, layer, x, cells, wanted_N if number == len(layers) - 1 else None)[0]
-        return self.norm(x, *(p.detach() for p in self.parameters[-2:]))[0]
+        return cast("Tensor", _Pass.apply(self, rows, wanted_N, torch.is_grad_enabled(), *self.parameters))
 
     def layers(self) -> Iterator[list[Tensor]]:
         """The twelve weights of each layer, detached."""
@@ -189,13 +182,18 @@ class _Pass(torch.autograd.Function):
     """The whole trunk as one function with a gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, passes: GPT2Passes, rows: PackedRows, wanted_N: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, passes: GPT2Passes, rows: PackedRows, wanted_N: Tensor, has_gradients: bool, *parameters: Tensor
+    ) -> Tensor:
+        # needs_input_grad is of the inputs: without the mode beside it, a no_grad pass would keep every activation
         cells, weights = _Cells(rows, passes.num_heads), list(passes.layers())
         x = passes.embedded(rows.tokens_T, rows.positions_T)
         kept: list[Tensor] = []
         for number, layer in enumerate(weights):
             x, of_layer = _forward(passes, layer, x, cells, wanted_N if number == len(weights) - 1 else None)
-            kept += of_layer
+            if has_gradients and any(ctx.needs_input_grad):
+                kept += of_layer
+            del of_layer
         out_ND, mean, rstd = passes.norm(x, *parameters[-2:])
         ctx.of_call = (passes, rows, wanted_N, cells)
         ctx.save_for_backward(*parameters, x, mean, rstd, *kept)
@@ -218,7 +216,7 @@ class _Pass(torch.autograd.Function):
         embedding = torch.ops.aten.embedding_dense_backward
         of_tokens = embedding(dx, rows.tokens_T, len(parameters[0]), -1, False)
         of_positions = embedding(dx, rows.positions_T, len(parameters[1]), -1, False)
-        return None, None, None, of_tokens, of_positions, *found
+        return None, None, None, None, of_tokens, of_positions, *found
 
 
 def _forward(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -177,11 +177,9 @@ class SweepFolder:
             if there.is_locked():
                 raise RunLockedError(f"another process is working on {there.path}; wait for it, or stop it")
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the sweep for this process. Raises RunLockedError at once if another one holds it."""
-        with holding(self.path / "lock", f"the sweep {self.path}"):
-            yield
+        return holding(self.path / "lock", f"the sweep {self.path}")
 
     def write_results(self, summary: Mapping[str, Any], picture: bytes | None, best: RunConfig | None) -> None:
         """Write what a person reads; the summary last. What is of an earlier result, and is no more, is removed."""
