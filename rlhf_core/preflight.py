@@ -92,7 +92,7 @@ def preflight(config: RunConfig) -> Plan:
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
         raise UserError(*problems)
     parameters = parameter_counts(config, policy, rewards)
-    memory = memory_parts(config, policy, parameters, limits[0])
+    memory = memory_parts(config, policy, parameters, limits[0], device.type)
     return Plan(
         prompt_set=prompt_set,
         tokenizer=tokenizer,

@@ -22,6 +22,7 @@ from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
 from rlhf_core.models.checkpoints import Trainer, new_trainer, save_checkpoint
+from rlhf_core.models.devices import resolve_device
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import vocabulary_digest
@@ -68,21 +69,21 @@ class Bench:
 
     @classmethod
     def of(cls, config: RunConfig) -> Bench:
-        plan = preflight(config)
+        plan, device = preflight(config), resolve_device(config.device)
         vocabulary = vocabulary_digest(plan.tokenizer.tokenizer)
-        trainer = new_trainer(config, CPU)
+        trainer = new_trainer(config, device)
         return cls(
             config,
             plan,
             trainer,
-            load_reference(config, CPU, trainer.actor_critic.policy),
+            load_reference(config, device, trainer.actor_critic.policy),
             [
                 load_component(
                     c,
                     field=f"reward.components.{i}",
                     columns=config.prompts.columns,
                     policy_vocabulary=vocabulary,
-                    device=CPU,
+                    device=device,
                 )
                 for i, c in enumerate(config.reward.components)
             ],

@@ -10,7 +10,7 @@ B responses, b rows still going, Q prompts, P prompt tokens, R response tokens, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torch import Tensor
 from rlhf_core.contracts.batches import Support
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.ops.sampling import Draw, sample
-
-COMPACT_BELOW = 0.85
-"""Finished rows are dropped from the caches once fewer than this share of the rows is still going."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +48,26 @@ class Decoded:
 
 @dataclass
 class _Record:
-    """What is written down while decoding; rows are those of the whole batch."""
+    """What is written down while decoding; rows are those of the whole batch, zero after a response's end."""
 
     tokens_BR: Tensor
     mask_BR: Tensor
     logprobs_BR: Tensor
     entropies_BR: Tensor
     values_BR: Tensor | None
-    finish_reasons: list[str]
-    support_tokens: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
+    met_eos_B: Tensor
+    met_stop_B: Tensor
+    support_tokens: list[list[Tensor]]
 
-    def write(self, rows_b: Tensor, step: int, draw: Draw, values_b: Tensor | None) -> None:
-        self.tokens_BR[rows_b, step] = draw.tokens_B
-        self.mask_BR[rows_b, step] = True
-        self.logprobs_BR[rows_b, step] = draw.logprobs_B
-        self.entropies_BR[rows_b, step] = draw.entropies_B
+    def write(self, rows_b: Tensor, going_b: Tensor, step: int, draw: Draw, values_b: Tensor | None) -> None:
+        self.tokens_BR[rows_b, step] = draw.tokens_B * going_b
+        self.mask_BR[rows_b, step] = going_b
+        self.logprobs_BR[rows_b, step] = draw.logprobs_B.where(going_b, 0.0)
+        self.entropies_BR[rows_b, step] = draw.entropies_B.where(going_b, 0.0)
         if values_b is not None and self.values_BR is not None:
-            self.values_BR[rows_b, step] = values_b
+            self.values_BR[rows_b, step] = values_b.where(going_b, 0.0)
         if draw.support_BV is not None:
-            for row, kept_V in zip(rows_b.tolist(), draw.support_BV.cpu(), strict=True):
+            for row, kept_V in zip(rows_b[going_b].tolist(), draw.support_BV[going_b].cpu(), strict=True):
                 self.support_tokens[row].append(kept_V.nonzero()[:, 0])
 
 
@@ -102,25 +100,27 @@ def decode(
     rows_b = torch.arange(num_rows, device=device)
     going_b = torch.ones(num_rows, dtype=torch.bool, device=device)
     uniforms_BR = uniforms_BR.to(device)
-    projection = policy.projection()
+    projection = policy.projection().prepared()
     eos = torch.tensor(sorted(rules.eos_ids), device=device)
     for step in range(rules.max_new_tokens):
         logits_bV = projection.logits(prefix.hidden_bD, rules.temperature)
         draw = sample(logits_bV, uniforms_BR[rows_b, step], top_k=rules.top_k, top_p=rules.top_p)
-        values_b = None if value_of is None else value_of(prefix.hidden_bD)[going_b]
-        record.write(rows_b[going_b], step, _select(draw, going_b), values_b)
-        ended_b = torch.isin(draw.tokens_B, eos)
-        for row in rows_b[going_b & ended_b].tolist():
-            record.finish_reasons[row] = "eos"
+        record.write(rows_b, going_b, step, draw, None if value_of is None else value_of(prefix.hidden_bD))
+        is_eos_b = going_b & torch.isin(draw.tokens_B, eos)
+        record.met_eos_B[rows_b] |= is_eos_b
+        going_b, tokens_b = going_b & ~is_eos_b, draw.tokens_B
         if rules.has_stop is not None:
-            ended_b |= _stopped(record, rows_b, going_b & ~ended_b, step, rules.has_stop)
-        going_b, tokens_b = going_b & ~ended_b, draw.tokens_B
-        if not bool(going_b.any()) or step == rules.max_new_tokens - 1:
+            going_b &= ~_stopped(record, rows_b, going_b, step, rules.has_stop)
+        if step == rules.max_new_tokens - 1:
             break
-        if float(going_b.float().mean()) < COMPACT_BELOW:
-            keep = going_b.nonzero()[:, 0]
-            prefix.select(keep)
-            rows_b, tokens_b, going_b = rows_b[keep], tokens_b[keep], going_b[keep]
+        if (step + 1) % prefix.steps_between_checks == 0:
+            num_going = int(going_b.sum())
+            if num_going == 0:
+                break
+            if num_going < prefix.compact_below * len(rows_b):
+                keep = going_b.nonzero()[:, 0]
+                prefix.select(keep)
+                rows_b, tokens_b, going_b = rows_b[keep], tokens_b[keep], going_b[keep]
         prefix.advance(tokens_b)
     return _finish(record)
 
@@ -135,14 +135,10 @@ def _new_record(rows: int, rules: DecodingRules, has_values: bool, device: torch
         logprobs_BR=zeros(torch.float32),
         entropies_BR=zeros(torch.float32),
         values_BR=zeros(torch.float32) if has_values else None,
-        finish_reasons=["length"] * rows,
+        met_eos_B=torch.zeros(rows, dtype=torch.bool, device=device),
+        met_stop_B=torch.zeros(rows, dtype=torch.bool, device=device),
         support_tokens=[[] for _ in range(rows)],
     )
-
-
-def _select(draw: Draw, live_b: Tensor) -> Draw:
-    support = None if draw.support_BV is None else draw.support_BV[live_b]
-    return Draw(draw.tokens_B[live_b], draw.logprobs_B[live_b], draw.entropies_B[live_b], support)
 
 
 def _stopped(
@@ -153,8 +149,7 @@ def _stopped(
     for i in check_b.nonzero()[:, 0].tolist():
         row = int(rows_b[i])
         if has_stop(record.tokens_BR[row, : step + 1].tolist()):
-            stopped_b[i] = True
-            record.finish_reasons[row] = "stop"
+            stopped_b[i] = record.met_stop_B[row] = True
     return stopped_b
 
 
@@ -173,5 +168,8 @@ def _finish(record: _Record) -> Decoded:
         entropies_BR=record.entropies_BR[:, :width].cpu(),
         values_BR=None if record.values_BR is None else record.values_BR[:, :width].cpu(),
         supports=supports,
-        finish_reasons=record.finish_reasons,
+        finish_reasons=[
+            "eos" if eos else "stop" if stop else "length"
+            for eos, stop in zip(record.met_eos_B.tolist(), record.met_stop_B.tolist(), strict=True)
+        ],
     )

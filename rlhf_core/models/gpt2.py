@@ -105,6 +105,8 @@ class GPT2Prefix:
         max_new_tokens: that may follow.
     """
 
+    compact_below, steps_between_checks = 0.85, 1
+
     def __init__(
         self, passes: GPT2Passes, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int
     ) -> None:

@@ -108,7 +108,8 @@ class LanguageModel:
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         factor = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        return Projection(head.weight, head.bias, factor / divisor, None if softcap is None else float(softcap))
+        softcap = None if softcap is None else float(softcap)
+        return Projection(head.weight, head.bias, factor / divisor, softcap, dtype=self.dtype)
 
     def embedding_ids(self) -> set[int]:
         """``id`` of the parameters that stand for single tokens: input embeddings and output head, often tied."""
@@ -127,7 +128,13 @@ class LanguageModel:
         longest = max(map(len, prompts)) + max_new_tokens
         if (passes := self._reads.written_out) is not None and passes.takes(longest):
             return GPT2Prefix(passes, prompts, samples_per_prompt, max_new_tokens)
-        return CachedPrefix(self._reads.run, self.config, self.device, prompts, samples_per_prompt, pad_id=pad_id)
+        begun = CachedPrefix(self._reads.run, self.config, self.device, prompts, samples_per_prompt, pad_id=pad_id)
+        if self.device.type != "cuda":
+            return begun
+        from rlhf_core.models.graphed_prefix import GraphedPrefix
+
+        suits = GraphedPrefix.suits(self._reads, begun)
+        return GraphedPrefix(self._reads, begun, max_new_tokens, captures=True) if suits else begun
 
     def _answering(self) -> AbstractContextManager[Any]:
         assert self.adapters is not None, "only a model with adapters answers as one of them"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,20 @@ class PackedRows:
         return values_B.repeat_interleave(self.lens_B, output_size=len(self.tokens_T))
 
 
+@functools.cache
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of four dimensions is handed on as it is, so that none is built."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+class KeptRows(Protocol):
+    """Rows that go on by a token at a time, over keys and values that stay where they are."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """[b, 1, H, d / H] of queries [b, H, 1, d / H]."""
+        ...
+
+
 class _Spread(torch.autograd.Function):
     """Copy tokens into cells. What padding would give back as gradient is nobody's."""
 
@@ -137,10 +151,11 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     packed_rows: PackedRows | None = None,
+    kept_rows: KeptRows | None = None,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row.
+    """Causal attention within each row, of all its tokens or of the newest alone.
 
     Args:
         module: the attention layer.
@@ -148,18 +163,23 @@ def packed_attention(
         key: [1, H or fewer, T, D / H].
         value: as key.
         attention_mask: of no meaning for packed rows, which say all there is to say.
-        packed_rows: the rows; None: a call of another kind, which transformers' own function answers.
+        packed_rows: all tokens of the rows.
+        kept_rows: where the newest tokens are, and what came before them. With neither it is a call of another kind,
+            which transformers' own function answers.
         scaling: of the scores.
         options: whatever else the layer says.
     Returns: ([1, T, H, D / H], None).
     Raises: ValueError for an option that changes the scores, such as soft-capping.
     """
-    if packed_rows is None:
+    if packed_rows is None and kept_rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"packed attention knows no {', '.join(unknown)}")
+    if packed_rows is None:
+        assert kept_rows is not None, "seen above"
+        return kept_rows.attend(query, key, value, scaling), None
     q, k, v = (packed_rows.padded(states.squeeze(0).transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
     attended_BHLd = scaled_dot_product_attention(
         q, k, v, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]

@@ -17,6 +17,10 @@ class Prefix(Protocol):
 
     hidden_bD: Tensor
     """The trunk's output at the newest token of each row."""
+    compact_below: float
+    """Finished rows are worth dropping once fewer than this share of the rows is still going."""
+    steps_between_checks: int
+    """How many tokens to read before it is worth asking which rows are still going."""
 
     def select(self, keep: Tensor) -> None:
         """Go on with these rows alone."""
@@ -39,6 +43,8 @@ class CachedPrefix:
         pad_id: fills prompts on the left.
     """
 
+    compact_below, steps_between_checks = 0.85, 1
+
     def __init__(
         self,
         run_trunk: Callable[..., Tensor],
@@ -54,32 +60,32 @@ class CachedPrefix:
         width = max(len(p) for p in prompts)
         tokens_QP = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         real_QP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self._run_trunk, self._cache = run_trunk, DynamicCache(config=config)
+        self._run_trunk, self.cache = run_trunk, DynamicCache(config=config)
         hidden_QPD = run_trunk(
             input_ids=tokens_QP,
             attention_mask=real_QP,
             position_ids=(real_QP.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
         )
         if samples_per_prompt > 1:
-            self._cache.batch_repeat_interleave(samples_per_prompt)
-        self._attention_bT = real_QP.repeat_interleave(samples_per_prompt, dim=0)
+            self.cache.batch_repeat_interleave(samples_per_prompt)
+        self.attention_bT = real_QP.repeat_interleave(samples_per_prompt, dim=0)
         self.hidden_bD = hidden_QPD[:, -1].repeat_interleave(samples_per_prompt, dim=0)
 
     def select(self, keep: Tensor) -> None:
         """Go on with these rows alone."""
-        self._cache.batch_select_indices(keep)
-        self._attention_bT = self._attention_bT[keep]
+        self.cache.batch_select_indices(keep)
+        self.attention_bT = self.attention_bT[keep]
 
     def advance(self, tokens_b: Tensor) -> None:
         """Read one more token a row."""
-        self._attention_bT = torch.nn.functional.pad(self._attention_bT, (0, 1), value=1)
+        self.attention_bT = torch.nn.functional.pad(self.attention_bT, (0, 1), value=1)
         hidden_b1D = self._run_trunk(
             input_ids=tokens_b[:, None],
-            attention_mask=self._attention_bT,
-            position_ids=self._attention_bT.sum(dim=1, keepdim=True) - 1,
-            past_key_values=self._cache,
+            attention_mask=self.attention_bT,
+            position_ids=self.attention_bT.sum(dim=1, keepdim=True) - 1,
+            past_key_values=self.cache,
             use_cache=True,
         )
         self.hidden_bD = hidden_b1D[:, 0]

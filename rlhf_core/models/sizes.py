@@ -10,7 +10,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.adapters import TRAINED, add_adapter, check_adapter, count_adapter, new_adapter
-from rlhf_core.ops.logprobs import CHUNK_ELEMENTS
+from rlhf_core.ops.logprobs import logits_at_a_time
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TRAINED_BYTES = 16
@@ -75,7 +75,9 @@ def parameter_counts(config: RunConfig, policy: Any, rewards: list[Any]) -> dict
     return counts
 
 
-def memory_parts(config: RunConfig, policy: Any, parameters: dict[str, int], longest_prompt: int) -> dict[str, int]:
+def memory_parts(
+    config: RunConfig, policy: Any, parameters: dict[str, int], longest_prompt: int, device: str
+) -> dict[str, int]:
     """What -> bytes, rough upper estimates.
 
     Args:
@@ -83,6 +85,7 @@ def memory_parts(config: RunConfig, policy: Any, parameters: dict[str, int], lon
         policy: transformers config of the policy.
         parameters: of each model.
         longest_prompt: in tokens.
+        device: cpu, cuda or mps.
     """
     section, text = config.policy, policy.get_text_config()
     if section.uses_lora:
@@ -106,7 +109,7 @@ def memory_parts(config: RunConfig, policy: Any, parameters: dict[str, int], lon
     layers = int(text.num_hidden_layers)
     per_unit = 4 * layers + ACTIVATION_BYTES if section.gradient_checkpointing else ACTIVATION_BYTES * layers
     memory["activations of a micro-batch"] = tokens * int(text.hidden_size) * per_unit
-    memory["logits held at a time"] = 4 * min(CHUNK_ELEMENTS, tokens * int(text.vocab_size)) * 2
+    memory["logits held at a time"] = 4 * min(logits_at_a_time(device), tokens * int(text.vocab_size)) * 2
     return {name: count for name, count in memory.items() if count}
 
 

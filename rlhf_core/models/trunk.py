@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Passes
-from rlhf_core.models.packing import PACKED_ATTENTION, PackedRows, register_packed_attention, take_once
+from rlhf_core.models.packing import PACKED_ATTENTION, PackedRows, no_mask, register_packed_attention, take_once
 
 PROBE_TOLERANCE, COARSE_TOLERANCE = 1e-4, 0.05
 """Largest difference of a packed and a padded pass, relative to the largest hidden state (at least 1): in float32,
@@ -55,10 +56,25 @@ class Trunk:
             return None
         return GPT2Passes.of(self.module)
 
-    def run(self, **inputs: Any) -> Tensor:
-        """[B, L, D]: for whatever transformers takes."""
+    def run(self, weights: dict[str, Tensor] | None = None, **inputs: Any) -> Tensor:
+        """[B, L, D]: for whatever transformers takes; ``weights`` stand in for those of their names."""
         with self._answering(), computing_in(self.dtype, next(self.module.parameters()).device):
-            return cast("Tensor", self.module(**inputs).last_hidden_state)
+            out = functional_call(self.module, weights, (), inputs) if weights else self.module(**inputs)
+            return cast("Tensor", out.last_hidden_state)
+
+    def weights_as_computed(self) -> dict[str, Tensor]:
+        """Copies, in bfloat16, of the weights that autocast would otherwise copy at each call; none in float32."""
+        from transformers.pytorch_utils import Conv1D
+
+        if self.dtype is torch.float32:
+            return {}
+        return {
+            f"{name}.{own}": weight.detach().to(self.dtype)
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            for own, weight in module.named_parameters(recurse=False)
+            if weight.dtype is torch.float32
+        }
 
     @functools.cached_property
     def packs(self) -> bool:
@@ -91,7 +107,7 @@ class Trunk:
         return self.run(
             input_ids=rows.tokens_T[None],
             position_ids=rows.positions_T[None],
-            attention_mask=_no_mask(rows.tokens_T.device),
+            attention_mask=no_mask(rows.tokens_T.device),
             packed_rows=rows,
             use_cache=False,
         ).squeeze(0)  # an index would make its gradient in two passes
@@ -106,9 +122,3 @@ def _sees_full_rows(config: Any) -> bool:
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     return kinds <= {"full_attention", "sliding_attention"} and not getattr(text, "attention_chunk_size", None)
-
-
-@functools.cache
-def _no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions is handed on as it is, so that none is built."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)

@@ -5,6 +5,7 @@ N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time: 64 MiB of float32."""
-PIECE_ELEMENTS = 1 << 20
-"""Logits worked on at a time."""
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Logits held at a time, by device: 64 and 512 MiB of float32."""
+ALIGNMENT = 8
+PIECE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits worked on at a time: what stays in a processor's cache; what keeps an accelerator busy."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,42 @@ class Projection:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+    """Of hidden states and weights when they are multiplied. Sums are float32: a logit rounded to bfloat16 is off by
+    up to a sixteenth at 20, and its token's ratio by as much."""
+    num_tokens: int | None = None
+    """V, where more rows than that stand in ``weight_VD``; None: all of them."""
+
+    def prepared(self) -> Projection:
+        """The same map without gradient, its weight in the type of the product, once for many calls."""
+        weight_VD = self.weight_VD.detach().to(self.dtype)
+        if self.dtype is not torch.float32:
+            if weight_VD.device.type == "cuda":  # the matrix units want rows of logits that begin at multiples of 16 B
+                weight_VD = torch.nn.functional.pad(weight_VD, (0, 0, 0, -len(weight_VD) % ALIGNMENT))
+            else:
+                weight_VD = weight_VD.float()
+        return dataclasses.replace(self, weight_VD=weight_VD, num_tokens=self.num_tokens or len(self.weight_VD))
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """[N, V] float32 logits of a few positions."""
-        bias = None if self.bias_V is None else self.bias_V.to(hidden_ND.dtype)
-        z_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD.to(hidden_ND.dtype), bias).float()
+        z_NV = self.raw_logits(hidden_ND)
         if self.scale != 1.0:
             z_NV = z_NV * self.scale
         if self.softcap is not None:
             z_NV = self.softcap * torch.tanh(z_NV / self.softcap)
         return z_NV if temperature == 1.0 else z_NV / temperature
+
+    def raw_logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] float32: W h + b."""
+        z_NV = product(hidden_ND.to(self.dtype), self.weight_VD.t())[:, : self.num_tokens]
+        return z_NV if self.bias_V is None else z_NV.add_(self.bias_V)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices, with sums and result in float32 whatever their types are. No gradient."""
+    if left.dtype == right.dtype and left.dtype is not torch.float32 and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def token_logprobs(
@@ -48,7 +76,7 @@ def token_logprobs(
     *,
     temperature: float,
     support_NV: Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the given tokens, log π(token), and the entropy of π there, chunk by chunk over positions.
 
@@ -60,7 +88,8 @@ def token_logprobs(
         tokens_N: [N] int64.
         temperature: T > 0.
         support_NV: [N, V] bool, the tokens that sampling could have drawn; None: all.
-        chunk_elements: logits held at a time. More positions than that are recomputed in the backward pass.
+        chunk_elements: logits held at a time; None: as the device likes it. More positions than that are recomputed
+            in the backward pass.
     Returns: (logprobs_N, entropies_N), float32.
     Raises: ValueError if shapes differ or T is not positive.
     Source: definition; gradients in :class:`_TokenLogprobs`. Memory is O(chunk), not O(N · V).
@@ -69,7 +98,8 @@ def token_logprobs(
         raise ValueError(f"{tuple(hidden_ND.shape)} hidden states and {tuple(tokens_N.shape)} tokens")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    rows = max(1, chunk_elements // projection.weight_VD.shape[0])
+    held = chunk_elements or logits_at_a_time(hidden_ND.device.type)
+    rows = max(1, held // projection.weight_VD.shape[0])
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _TokenLogprobs.apply(
             hidden_ND,
@@ -80,6 +110,7 @@ def token_logprobs(
             temperature,
             projection.scale,
             projection.softcap,
+            projection.dtype,
             rows,
         )
 
@@ -101,32 +132,33 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         scale: float,
         softcap: float | None,
+        dtype: torch.dtype,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
-        projection = Projection(weight_VD, bias_V, scale, softcap)
+        projection = Projection(weight_VD, bias_V, scale, softcap, dtype).prepared()
         is_kept = len(tokens_N) <= rows and any(ctx.needs_input_grad)
         kept_NV = hidden_ND.new_empty(len(tokens_N), len(weight_VD), dtype=torch.float32) if is_kept else None
         logprobs_N = hidden_ND.new_empty(len(tokens_N), dtype=torch.float32)
         entropies_N = torch.empty_like(logprobs_N)
-        for part in _pieces(len(tokens_N), len(weight_VD), rows):
+        for part in _pieces(hidden_ND.device, len(tokens_N), len(weight_VD), rows):
             z_nV = projection.logits(hidden_ND[part], temperature)
             support_nV = None if support_NV is None else support_NV[part]
             out = None if kept_NV is None else kept_NV[part]
             _, logprobs_N[part], entropies_N[part] = _softmax(z_nV, tokens_N[part], support_nV, out)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept_NV, entropies_N)
-        ctx.constants = (temperature, scale, softcap, rows)
+        ctx.projection, ctx.constants = projection, (temperature, rows)
         ctx.set_materialize_grads(False)
         return logprobs_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept_NV, entropies_N = ctx.saved_tensors
-        temperature, scale, softcap, rows = ctx.constants
-        projection = Projection(weight_VD, bias_V, scale, softcap)
+        projection, (temperature, rows) = ctx.projection, ctx.constants
+        scale, softcap, dtype = projection.scale, projection.softcap, projection.dtype
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias_V = None if bias_V is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias_V)
-        for part in _pieces(len(tokens_N), len(weight_VD), rows):
+        for part in _pieces(hidden_ND.device, len(tokens_N), len(weight_VD), rows):
             hidden_nD, of_piece = hidden_ND[part], [None if g is None else g[part, None] for g in grads]
             if kept_NV is None:
                 z_nV = projection.logits(hidden_nD, temperature)
@@ -138,25 +170,34 @@ class _TokenLogprobs(torch.autograd.Function):
             if temperature != 1.0:
                 grad_z_nV /= temperature
             if softcap is not None:
-                z_nV = torch.nn.functional.linear(hidden_nD, weight_VD.to(hidden_nD.dtype)).float()
-                z_nV = z_nV if bias_V is None else z_nV + bias_V
-                grad_z_nV *= 1.0 - torch.tanh(z_nV * scale / softcap) ** 2
+                grad_z_nV *= 1.0 - torch.tanh(projection.raw_logits(hidden_nD) * scale / softcap) ** 2
             if scale != 1.0:
                 grad_z_nV *= scale
-            grad_z_nV = grad_z_nV.to(hidden_nD.dtype)
-            grad_hidden_ND[part] = grad_z_nV @ weight_VD.to(hidden_nD.dtype)
+            of_rows_nV = _as_wide(grad_z_nV.to(dtype), len(projection.weight_VD))
+            grad_hidden_ND[part] = product(of_rows_nV, projection.weight_VD)
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_z_nV.T @ hidden_nD
+                grad_weight_VD += product(of_rows_nV.t(), hidden_nD.to(dtype))[: len(weight_VD)]
             if grad_bias_V is not None:
                 grad_bias_V += grad_z_nV.sum(dim=0).to(grad_bias_V.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None
 
 
-def _pieces(num_tokens: int, vocabulary: int, rows: int) -> Iterator[slice]:
-    """Positions a few at a time: no more than ``rows``, and few enough to stay in a processor's cache."""
-    step = min(rows, max(1, PIECE_ELEMENTS // vocabulary))
+def _as_wide(values_nV: Tensor, width: int) -> Tensor:
+    """With columns of zeros behind, up to a width."""
+    missing = width - values_nV.shape[1]
+    return torch.nn.functional.pad(values_nV, (0, missing)) if missing else values_nV
+
+
+def logits_at_a_time(device: str) -> int:
+    """Numbers, on a device of this type."""
+    return CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"])
+
+
+def _pieces(device: torch.device, num_tokens: int, vocabulary: int, rows: int) -> Iterator[slice]:
+    """Positions a few at a time: no more than ``rows``, and as many as the device likes."""
+    step = min(rows, max(1, PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["cpu"]) // vocabulary))
     return (slice(start, start + step) for start in range(0, num_tokens, step))
 
 

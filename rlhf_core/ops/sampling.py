@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 128
+"""Tokens that are summed together before one of them is looked for."""
 MAX_UNIFORM = 1.0 - 2.0**-22
 """Keeps u · total strictly below the total in float32, so that no token of probability 0 is ever drawn."""
 
@@ -71,15 +73,33 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
         logits_BV = logits_BV.masked_fill(~support_BV, -torch.inf)
     logprobs_BV = logits_BV.log_softmax(dim=1)
     probs_BV = logprobs_BV.exp()
+    tokens_B = _inverted(probs_BV, uniforms_B.clamp(max=MAX_UNIFORM))
+    picked_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    surprise_BV = logprobs_BV.clamp_(min=torch.finfo(logprobs_BV.dtype).min)  # 0 · -inf is NaN
+    return Draw(tokens_B, picked_B, -surprise_BV.mul_(probs_BV).sum(dim=1), support_BV)
+
+
+def _inverted(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """[B] int64: the first token at which the cumulative distribution exceeds u times its total.
+
+    In two steps, first the block of tokens and then the token in it: a running sum over a whole vocabulary is slow
+    everywhere, and only one block of it is needed.
+    """
     wide = torch.float32 if probs_BV.device.type == "mps" else torch.float64  # mps has no float64
-    cumulative_BV = probs_BV.cumsum(dim=1, dtype=wide)
-    targets_B1 = uniforms_B.clamp(max=MAX_UNIFORM)[:, None] * cumulative_BV[:, -1:]
-    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-    tokens_B1 = tokens_B1.clamp(max=logits_BV.shape[1] - 1)  # NaN logits find no place: the log-prob tells of them
-    surprise_BV = logprobs_BV.masked_fill(probs_BV == 0, 0.0)  # 0 · -inf is NaN
-    return Draw(
-        tokens_B=tokens_B1[:, 0],
-        logprobs_B=logprobs_BV.gather(1, tokens_B1)[:, 0],
-        entropies_B=-(probs_BV * surprise_BV).sum(dim=1),
-        support_BV=support_BV,
-    )
+    rows, size = probs_BV.shape
+    whole = size - size % BLOCK
+    blocks_Bn = probs_BV[:, :whole].view(rows, whole // BLOCK, BLOCK).sum(dim=2, dtype=wide)
+    if whole < size:
+        blocks_Bn = torch.cat([blocks_Bn, probs_BV[:, whole:].sum(dim=1, keepdim=True, dtype=wide)], dim=1)
+    ends_Bn = blocks_Bn.cumsum(dim=1)
+    targets_B1 = uniforms_B[:, None] * ends_Bn[:, -1:]
+    block_B1 = torch.searchsorted(ends_Bn, targets_B1, right=True).clamp_(max=ends_Bn.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, ends_Bn.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
+    tokens_Bk = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)
+    inside_Bk = probs_BV.gather(1, tokens_Bk.clamp(max=size - 1)).masked_fill_(tokens_Bk >= size, 0.0)
+    cumulative_Bk = inside_Bk.cumsum(dim=1, dtype=wide)
+    # summed in another order, a block may end a rounding below the target: its last possible token is meant then
+    last_B1 = torch.nextafter(cumulative_Bk[:, -1:], torch.zeros((), dtype=wide, device=probs_BV.device))
+    place_B1 = torch.searchsorted(cumulative_Bk, torch.minimum(targets_B1 - before_B1, last_B1), right=True)
+    # NaN logits find no place: the log-prob tells of them
+    return (block_B1 * BLOCK + place_B1).clamp_(max=size - 1)[:, 0]

@@ -11,6 +11,7 @@ import torch
 from rlhf_core.contracts.batches import Experience, Prompts, Rollouts
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
+from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.models.critic import Critic, ValueHead
@@ -56,7 +57,9 @@ class Bench:
         torch.manual_seed(0)
         self.size = size
         self.config = _config(size, config)
-        self.policy = LanguageModel(gpt2(size), dtype=dtype, device=device)
+        model = gpt2(size)
+        fuse_activations(model)  # as a model that is loaded has them
+        self.policy = LanguageModel(model, dtype=dtype, device=device)
         critic = Critic(ValueHead(self.policy.hidden_size), None, dtype=dtype).to(device)
         actor_critic = ActorCritic(self.policy, critic)
         self.trainer = Trainer(actor_critic, new_optimizer(actor_critic, self.config), 0)

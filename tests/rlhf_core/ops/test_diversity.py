@@ -43,3 +43,19 @@ def test_distinct_counts_over_the_whole_batch() -> None:
     assert distinct(*padded([1], [2]), ngram=2) == 1.0
     with pytest.raises(ValueError, match="at least 1"):
         distinct(*padded([1]), ngram=0)
+
+
+def test_counts_are_those_of_sets_of_tuples() -> None:
+    """Also where the numbers of n-grams outgrow 64 bits and are given anew."""
+    generator = torch.Generator().manual_seed(1)
+    for vocabulary, ngram in [(3, 1), (3, 2), (4, 5), (50_000, 2), (50_000, 6)]:
+        rows = [
+            torch.randint(vocabulary, (int(length),), generator=generator).tolist()
+            for length in torch.randint(1, 40, (20,), generator=generator)
+        ]
+        rows += [rows[0] + rows[0]]
+        grams = [[tuple(row[i : i + ngram]) for i in range(len(row) - ngram + 1)] for row in rows]
+        shares = [1 - len(set(row)) / len(row) if row else 0.0 for row in grams]
+        assert measure(*rows, ngram=ngram) == pytest.approx(sum(shares) / len(rows))
+        together = [gram for row in grams for gram in row]
+        assert distinct(*padded(*rows), ngram=ngram) == pytest.approx(len(set(together)) / len(together))
