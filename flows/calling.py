@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -19,7 +20,9 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
+from prefect.utilities.callables import get_call_parameters
 
 from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, no_server_is_wanted, outage
 from flows.stopping import received, stoppable
@@ -51,6 +54,17 @@ def call_both(
     running = [_submit(*each) for each in (first, second)]
     found = [_outcome(wait, *each) for wait, each in zip(running, (first, second), strict=True)]
     return found[0](), found[1]()
+
+
+def call_all(calls: Sequence[tuple[Task[..., Result], tuple[Any, ...]]], *, at_once: int) -> list[Result]:
+    """Run tasks that do not depend on each other, so many at a time; their results in order, or the first error."""
+    if is_bare():
+        with ThreadPoolExecutor(at_once) as threads:
+            return list(threads.map(lambda one: one[0].fn(*one[1]), calls))
+    with ThreadPoolTaskRunner(max_workers=at_once) as runner:
+        running = [_submit(*one, runner) for one in calls]
+        found = [_outcome(wait, *one) for wait, one in zip(running, calls, strict=True)]
+    return [outcome() for outcome in found]
 
 
 def is_bare() -> bool:
@@ -162,10 +176,20 @@ def _run_bare(
         return cast("Result", flow.fn(*arguments, **named))
 
 
-def _submit(task: Task[..., Result], arguments: tuple[Any, ...]) -> Callable[[], Result]:
-    """Start a task in a thread; returns what waits for it. What cannot be started fails when it is waited for."""
+def _submit(
+    task: Task[..., Result], arguments: tuple[Any, ...], runner: TaskRunner[Any] | None = None
+) -> Callable[[], Result]:
+    """Start a task in a thread; returns what waits for it. What cannot be started fails when it is waited for.
+
+    Args:
+        task: to run.
+        arguments: of it.
+        runner: that has begun; None: that of the flow.
+    """
     try:
-        return task.submit(*arguments).result
+        if runner is None:
+            return task.submit(*arguments).result
+        return runner.submit(task, get_call_parameters(task.fn, arguments, {})).result
     except Exception as error:
         failed = error
 

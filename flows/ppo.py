@@ -17,6 +17,7 @@ from flows.calling import call, call_both, flow_body
 from flows.guarding import announce, obey
 from flows.links import link_to_tracker, own_run_dir, run_name, take_over, this_flow_run, was_begun_here
 from flows.progress import also_watched_by, watcher
+from flows.sharding import compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.generate import generate
@@ -25,7 +26,7 @@ from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, 
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
 from tasks.report import write_report
-from tasks.retention import compact, compaction_is_due, remove_run_leftovers
+from tasks.retention import compact, compaction_is_due, drop_finished_shards, remove_run_leftovers
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
@@ -102,7 +103,7 @@ def iterate(run_dir: str) -> str:
         remove_run_leftovers(run)
         take_over(run)
         guards = Guards(run)
-        with RunPage(run) as page, also_watched_by(page), Tracker(run, this_flow_run()) as tracker:
+        with shard_workers(run), RunPage(run) as page, also_watched_by(page), Tracker(run, this_flow_run()) as tracker:
             page.tracker = tracker
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
@@ -110,6 +111,7 @@ def iterate(run_dir: str) -> str:
                 if compaction_is_due(run, iteration):
                     call(compact, run_dir, iteration)
                 train_iteration(run_dir, iteration)
+                drop_finished_shards(run)
                 announce(run, guards.check(iteration))
                 tracker.iteration_done(iteration)
                 watcher().iteration_finished(iteration, iteration_metrics(run, iteration))
@@ -126,9 +128,12 @@ def train_iteration(run_dir: str, iteration: int) -> None:
     saw(iteration, "sample_prompts")
     prompts = call(sample_prompts, run_dir, iteration)
     saw(iteration, "generate")
+    compute_ahead(run_dir, iteration, {"generate": [prompts]})
     rollouts = call(generate, run_dir, iteration, prompts)
     saw(iteration, "score_rewards")
-    responses = (run_dir, iteration, prompts, rollouts)
+    read = [prompts, rollouts]
+    compute_ahead(run_dir, iteration, {"score_rewards": read, "reference_logprobs": read})
+    responses = (run_dir, iteration, *read)
     scores, ref_logprobs = call_both((score_rewards, responses), (reference_logprobs, responses))
     saw(iteration, "shape_rewards")
     experience = call(shape_rewards, run_dir, iteration, prompts, rollouts, scores, ref_logprobs)

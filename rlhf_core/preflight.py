@@ -104,7 +104,7 @@ def preflight(config: RunConfig) -> Plan:
         parameters=parameters,
         memory_bytes=memory,
         peak_bytes=peak_memory(config, memory, device.type),
-        notes=notes(config, device.type),
+        notes=notes(config, device.type, parameters),
     )
 
 

@@ -19,11 +19,14 @@ from rlhf_core.contracts.artifacts import ArtifactRef, read_artifact
 from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, Rollouts, Scores, check_vocabulary
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.shards import handed_weights
 from rlhf_core.identity import identity_digest
 from rlhf_core.memory import settle_memory
+from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer
 from rlhf_core.models.devices import resolve_device
 from rlhf_core.models.frozen import FrozenModels, move_models
+from rlhf_core.models.handed_weights import take_up
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
@@ -50,6 +53,7 @@ class Resources:
         self._models = FrozenModels()
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
+        self._behaviour: tuple[str, ActorCritic] | None = None
         self._num_threads: int | None = None
 
     @property
@@ -61,6 +65,16 @@ class Resources:
     def side_by_side_threads(self) -> int:
         """Threads of each of two stages that run at the same time."""
         return max(1, self.num_threads // 2)
+
+    @property
+    def shard_threads(self) -> int:
+        """CPU threads of a shard."""
+        return self.run.config.execution.shard_threads(self.num_threads)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether stages are computed by shards."""
+        return self.run.config.execution.is_sharded
 
     def policy_digest(self, iteration: int) -> str:
         """Identity of the weights before an iteration: as its predecessor committed them, or a drift gave them."""
@@ -106,6 +120,8 @@ class Resources:
         if not config.reference_shares_trunk:
             return self._frozen("reference", lambda: load_reference(config, self.device, None, self._models))
         with self._lock:
+            if self._behaviour is not None:
+                return load_reference(config, self.device, self._behaviour[1].policy)
             if self._trainer is None:
                 self._trainer = self._nearest_checkpoint(self.run.num_finished())
             return load_reference(config, self.device, self._trainer.actor_critic.policy)
@@ -144,6 +160,7 @@ class Resources:
     def trainer(self, iteration: int) -> Trainer:
         """Policy, critic and optimizer after ``iteration`` updates. Raises IntegrityError if they differ from then."""
         with self._lock:
+            self._behaviour = None
             if self._trainer is not None and self._trainer.iteration > iteration:
                 self._trainer = None  # before the next one is loaded: there is room for one
             trainer = self._trainer or self._nearest_checkpoint(iteration)
@@ -151,6 +168,25 @@ class Resources:
                 self._replay_update(trainer)
             self._trainer = trainer
             return trainer
+
+    def behaviour(self, iteration: int) -> ActorCritic:
+        """Policy and critic before an iteration, to be read alone: from what was handed out, where something was.
+
+        Raises: IntegrityError if that is not what the iteration begins with.
+        """
+        with self._lock:
+            handed = handed_weights(self.run.path, iteration)
+            if (self._trainer is not None and self._trainer.iteration == iteration) or not handed.is_dir():
+                return self.trainer(iteration).actor_critic
+            digest = self.policy_digest(iteration)
+            if self._behaviour is None:
+                trainer, self._trainer = self._trainer, None
+                model = ActorCritic.initial(self.run.config, self.device) if trainer is None else trainer.actor_critic
+                self._behaviour = ("", model)
+            if self._behaviour[0] != digest:
+                take_up(handed, self._behaviour[1], digest)
+                self._behaviour = (digest, self._behaviour[1])
+            return self._behaviour[1]
 
     def forget_trainer(self) -> None:
         """Drop the trainer in memory, after a failed update may have left it half-way."""

@@ -14,9 +14,10 @@ from rlhf_core.contracts.compaction import loose_iterations, remove_archived, wr
 from rlhf_core.contracts.durable import remove_folder, remove_leftovers
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.shards import SHARDS, drop_shards
 from tasks.resources import resources
 
-ROOMS = ("iterations", "checkpoints", "archive")
+ROOMS = ("iterations", "checkpoints", "archive", SHARDS)
 """Folders of a run that only the holder of its lock writes. Evaluations beside them have no lock."""
 
 
@@ -69,6 +70,14 @@ def remove_run_leftovers(run: RunFolder) -> list[Path]:
     """
     found = [path for room in ROOMS if (run.path / room).is_dir() for path in remove_leftovers(run.path / room)]
     return found + remove_leftovers(run.path, deep=False)
+
+
+def drop_finished_shards(run: RunFolder) -> None:
+    """Remove what workers needed and made, of iterations that are finished. The caller holds the lock."""
+    folder = run.path / SHARDS
+    for name in sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []:
+        if name.isdecimal() and int(name) < run.num_finished():
+            drop_shards(run.path, int(name))
 
 
 def _warn(sentence: str) -> None:

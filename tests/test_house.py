@@ -308,7 +308,7 @@ def metrics() -> set[str]:
     """Names of metrics, as string literals of the stages and the tracker; ``f"time/{stage}_s"`` is time/<>_s."""
     found: set[str] = set()
     core = ROOT / "rlhf_core"
-    senders = [*(core / "stages").glob("*.py"), core / "evaluation" / "summary.py"]
+    senders = [*(core / "stages").glob("*.py"), core / "batch_metrics.py", core / "evaluation" / "summary.py"]
     senders += [ROOT / "tasks" / f"{name}.py" for name in ("tracking", "tracked_metrics", "guards")]
     for path in senders:
         tree = parsed(path)

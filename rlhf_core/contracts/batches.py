@@ -47,6 +47,11 @@ def unpad_lists(tensor: Tensor, mask: Tensor, kind: pa.DataType) -> pa.ListArray
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
 
 
+def _part(batch: object, rows: slice) -> dict[str, Any]:
+    """Every column of a batch, cut to some rows."""
+    return {name: None if column is None else column[rows] for name, column in vars(batch).items()}
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompts of one iteration."""
@@ -60,6 +65,10 @@ class Prompts:
     num_truncated: Sequence[int]
     columns: Sequence[Mapping[str, Any]]
     """prompts.columns of each prompt, plain JSON, for reward functions."""
+
+    def rows(self, rows: range) -> Prompts:
+        """Some of them, as wide as before."""
+        return Prompts(**_part(self, slice(rows.start, rows.stop)))
 
     def to_table(self) -> pa.Table:
         """As Arrow, schema SAMPLE_PROMPTS."""
@@ -122,6 +131,11 @@ class Rollouts:
     values_BR: Tensor | None
     supports: Sequence[Support] | None
     finish_reasons: Sequence[str]
+
+    def of_prompts(self, rows: range) -> Rollouts:
+        """Those to some prompts, as wide as before; ``prompt_rows`` go on counting all prompts."""
+        first, last = torch.searchsorted(self.prompt_rows, torch.tensor([rows.start, rows.stop])).tolist()
+        return Rollouts(**_part(self, slice(first, last)))
 
     def to_table(self, prompts: Prompts) -> pa.Table:
         """As Arrow, schema GENERATE."""
@@ -208,11 +222,16 @@ class Scores:
         )
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> Scores:
-        """From Arrow, schema SCORE_REWARDS. Names stand in the order in which they first appear."""
+    def from_table(cls, table: pa.Table, names: Sequence[str] | None = None) -> Scores:
+        """From Arrow, schema SCORE_REWARDS.
+
+        Args:
+            table: of the artifact.
+            names: of the components; None: those that appear, in the order in which they first do.
+        """
         rows = cast("list[list[dict[str, Any]]]", table["components"].to_pylist())
         by_name = [{str(c["name"]): float(c["score"]) for c in row} for row in rows]
-        names = list(dict.fromkeys(name for row in by_name for name in row))
+        names = names or list(dict.fromkeys(name for row in by_name for name in row))
         shape = len(rows), len(names)
         return cls(
             sample_ids=cast("list[str]", table["sample_id"].to_pylist()),

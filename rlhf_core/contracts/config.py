@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_core.contracts.execution_config import ExecutionConfig
 from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.reward_config import GIVEN, RewardConfig
@@ -242,6 +243,7 @@ class RunConfig(Section):
         description="reference and reward models between their stages: keep on the device, move to CPU memory, or "
         "drop and read from disk again; changes no number",
     )
+    execution: ExecutionConfig = ExecutionConfig()
     prompts: PromptsConfig = PromptsConfig()
     policy: PolicyConfig = PolicyConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -308,6 +310,11 @@ class RunConfig(Section):
             problems.append(
                 f"kl.horizon {self.kl.horizon:g} is below 0.2 x prompts.batch_size = {0.2 * batch:g}: "
                 "β could turn negative; raise kl.horizon"
+            )
+        if self.execution.num_shards > self.prompts.num_prompts:
+            problems.append(
+                f"execution.num_shards is {self.execution.num_shards}, but an iteration has {self.prompts.num_prompts} "
+                "prompts (prompts.batch_size / samples_per_prompt); use at most one shard a prompt"
             )
         problems += self._estimator_problems()
         if self.shaping.score_normalization == "reference" and not self.starts_at_reference:

@@ -24,6 +24,7 @@ from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.execution_config import NUMBERLESS
 from rlhf_core.contracts.reward_config import RewardConfig
 from rlhf_core.contracts.secrets import without_secrets
 
@@ -104,7 +105,9 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 
 def config_digest(config: RunConfig) -> str:
     """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
-    return digest_json(config.model_dump(exclude={"tracking", "frozen_models", "guards", "artifacts"}))
+    numberless: dict[str, Any] = dict.fromkeys(("tracking", "frozen_models", "guards", "artifacts"), True)
+    numberless["execution"] = set(NUMBERLESS)
+    return digest_json(config.model_dump(exclude=numberless))
 
 
 def canonical_json(value: Any) -> bytes:

@@ -28,7 +28,12 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_num_threads(num_threads: int | None) -> int:
     """The configured number of CPU threads, or the cores this process may use."""
-    return num_threads or len(os.sched_getaffinity(0))
+    return num_threads or usable_cores()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.adapters import TRAINED, add_adapter, check_adapter, count_adapter, new_adapter
+from rlhf_core.models.devices import resolve_num_threads, usable_cores
 from rlhf_core.ops.logprobs import logits_at_a_time
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -121,9 +122,17 @@ def peak_memory(config: RunConfig, parts: dict[str, int], device: str) -> int:
     return sum(parts.values()) - frozen - update + together
 
 
-def notes(config: RunConfig, device: str) -> list[str]:
+def notes(config: RunConfig, device: str, parameters: dict[str, int]) -> list[str]:
     """What a plan should say beside its numbers."""
     said: list[str] = []
+    threads, execution = resolve_num_threads(config.num_threads), config.execution
+    if execution.is_sharded:
+        workers = execution.workers(threads, usable_cores())
+        by = f"{workers} workers, each with {4 * sum(parameters.values()) / 1e6:,.0f} MB of models of its own"
+        said.append(
+            f"generation, scoring and reference log-probs in {execution.num_shards} shards of "
+            f"{execution.shard_threads(threads)} threads, by {by if workers else 'this process, one after the other'}"
+        )
     if config.reference_shares_trunk:
         adapter = config.reference_adapter
         off = "its adapter switched off" if adapter is None else f"the adapter {adapter!r} in place of its own"

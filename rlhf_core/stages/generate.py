@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_core.batch_metrics import rollout_metrics
 from rlhf_core.contracts.batches import Prompts, Rollouts, StageResult, some_rows
 from rlhf_core.contracts.config import GenerationConfig
 from rlhf_core.contracts.errors import NumericalError
@@ -15,8 +16,6 @@ from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.decoding import Decoded, DecodingRules, decode
 from rlhf_core.models.sequences import Sequences, by_length
 from rlhf_core.models.tokenizers import PolicyTokenizer
-from rlhf_core.ops.diversity import distinct, repetition
-from rlhf_core.ops.masking import masked_mean
 from rlhf_core.ops.randomness import seeded_generator
 
 CRITIC_ROWS = 64
@@ -79,7 +78,7 @@ def generate(
     if critic is not None and critic.trunk is not None:
         rollouts = _with_values(rollouts, prompts, actor_critic)
     _check_finite(rollouts)
-    return StageResult(rollouts, _metrics(rollouts))
+    return StageResult(rollouts, rollout_metrics(rollouts))
 
 
 def _uniforms(seed: int, iteration: int, prompt_ids: list[int] | object, k: int, length: int) -> Tensor:
@@ -154,19 +153,3 @@ def _check_finite(rollouts: Rollouts) -> None:
             "the weights of policy or critic have diverged, or generation.temperature is too small; nothing of this "
             "stage is committed: resume, and if it comes back, begin again with a lower ppo.learning_rate"
         )
-
-
-def _metrics(rollouts: Rollouts) -> dict[str, float]:
-    mask_BR = rollouts.response_mask_BR
-    reasons, rows = list(rollouts.finish_reasons), len(rollouts.finish_reasons)
-    return {
-        "rollout/response_len": float(mask_BR.sum(dim=1).float().mean()),
-        "rollout/num_tokens": float(mask_BR.sum()),
-        "rollout/eos_rate": reasons.count("eos") / rows,
-        "rollout/stop_rate": reasons.count("stop") / rows,
-        "rollout/truncated_rate": reasons.count("length") / rows,
-        "rollout/repetition": repetition(rollouts.tokens_BR, mask_BR),
-        "rollout/distinct_2": distinct(rollouts.tokens_BR, mask_BR, ngram=2),
-        "objective/entropy": float(rollouts.entropies_BR.sum(dim=1).mean()),
-        "policy/entropy_avg": float(masked_mean(rollouts.entropies_BR, mask_BR)),
-    }

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from rlhf_core.batch_metrics import score_metrics
 from rlhf_core.contracts.batches import Prompts, Rollouts, Scores, StageResult
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.contracts.reward_config import RewardConfig
@@ -48,13 +49,11 @@ def score_rewards(
         std_coef=config.std_coef,
     )
     _refuse(~torch.isfinite(score_B), ids, "the weights of reward.components are too large: the score is not finite")
-    metrics: dict[str, float] = {}
-    for column, name in enumerate(config.names):
-        kept_B = mask_BC[:, column]
-        if bool(kept_B.any()):
-            metrics[f"reward/{name}"] = float(components_BC[kept_B, column].mean())
-        metrics[f"reward/{name}_failed"] = float(sum(isinstance(o, Failure) for o in outcomes[column]))
-    return StageResult(Scores(rollouts.sample_ids, config.names, components_BC, mask_BC, score_B), metrics)
+    scores = Scores(rollouts.sample_ids, config.names, components_BC, mask_BC, score_B)
+    failed = {
+        name: sum(isinstance(o, Failure) for o in found) for name, found in zip(config.names, outcomes, strict=True)
+    }
+    return StageResult(scores, score_metrics(scores, failed))
 
 
 def _conversations(prompts: Prompts, rollouts: Rollouts) -> list[Conversation]:

@@ -17,6 +17,7 @@ from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RECORD_REMEDY, RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.shards import SHARDS
 from rlhf_core.verification.checkpoints import ALIAS, CheckpointCheck, strangers
 from rlhf_core.verification.findings import Finding, Verification, said
 from rlhf_core.verification.iterations import FILES, IterationCheck
@@ -25,7 +26,7 @@ QUARANTINE = ".quarantine"
 """Where a repair puts what does not belong."""
 KNOWN = frozenset(
     {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "before_after.json",
-     "report.png", "view.html", "evaluations", ARCHIVE, QUARANTINE}
+     "report.png", "view.html", "evaluations", ARCHIVE, QUARANTINE, SHARDS}
 )  # fmt: skip
 SETTLE_S = 0.5
 """How long a run that is going has for a write, before a second look."""

@@ -1,0 +1,133 @@
+"""Stages by shards: what a worker computes, and how the parts become the batch that one process would have made.
+
+A shard is a range of prompts with their responses. What a shard computes depends on the run, the stage's inputs and
+the shard alone, not on who computes it: the artifact is the same whatever the number of workers, none included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pyarrow as pa
+
+from rlhf_core.batch_metrics import failures, rollout_metrics, score_metrics
+from rlhf_core.contracts.artifacts import ArtifactRef, conform, stage_key
+from rlhf_core.contracts.batches import ReferenceLogprobs, Rollouts, Scores, StageResult
+from rlhf_core.contracts.shards import Part, Shard, commit_part, handed_weights, read_part
+from rlhf_core.models.devices import using_threads
+from rlhf_core.models.handed_weights import hand_out
+from rlhf_core.stages.generate import generate
+from rlhf_core.stages.reference_logprobs import reference_logprobs
+from rlhf_core.stages.score_rewards import score_rewards
+from tasks.resources import Resources, resources
+
+Refs = Sequence[ArtifactRef]
+
+
+def stage_inputs(kept: Resources, stage: str, iteration: int, refs: Refs) -> dict[str, str]:
+    """Name -> digest of everything that a stage reads and that changes from iteration to iteration."""
+    if stage == "generate":
+        return {"prompts": refs[0].sha256, "policy": kept.policy_digest(iteration)}
+    return {"prompts": refs[0].sha256, "rollouts": refs[1].sha256}
+
+
+def compute_part(stage: str, run_dir: str, iteration: int, shard: Shard, refs: Refs) -> None:
+    """Compute a shard and commit it, unless it is there. A worker's work; nothing but files comes back."""
+    kept = resources(run_dir)
+    key = _part_key(kept, stage, iteration, shard, refs)
+    if read_part(kept.run.path, stage, iteration, shard, key=key) is None:
+        commit_part(kept.run.path, stage, iteration, shard, _compute(kept, stage, iteration, shard, refs), key=key)
+
+
+def generated(kept: Resources, iteration: int, prompts: ArtifactRef) -> StageResult[Rollouts]:
+    """The rollouts of all shards."""
+    parts = _parts(kept, "generate", iteration, (prompts,))
+    rollouts = Rollouts.from_table(_joined(parts), kept.prompts(prompts))
+    return StageResult(rollouts, rollout_metrics(rollouts))
+
+
+def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
+    """The scores of all shards."""
+    parts = _parts(kept, "score_rewards", iteration, refs)
+    names = kept.run.config.reward.names
+    scores = Scores.from_table(_joined(parts), names)
+    return StageResult(scores, score_metrics(scores, failures(names, [part.metrics for part in parts])))
+
+
+def referred(kept: Resources, iteration: int, refs: Refs) -> StageResult[ReferenceLogprobs]:
+    """The reference's log-probs of all shards."""
+    return StageResult(ReferenceLogprobs.from_table(_joined(_parts(kept, "reference_logprobs", iteration, refs))), {})
+
+
+def hand_out_weights(run_dir: str, iteration: int) -> None:
+    """Write the weights that an iteration begins with for the workers, who begin with those of the config."""
+    kept = resources(run_dir)
+    digest = kept.policy_digest(iteration)
+    if digest != "initial":
+        with using_threads(kept.num_threads):
+            hand_out(handed_weights(kept.run.path, iteration), kept.trainer(iteration).actor_critic, digest)
+
+
+def _compute(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Refs) -> Part:
+    rows = shard.rows(kept.run.config.prompts.num_prompts)
+    with using_threads(kept.shard_threads):
+        part = _STAGES[stage](kept, iteration, refs, rows)
+    return Part(conform(part.table, stage), part.metrics)
+
+
+def _generate(kept: Resources, iteration: int, refs: Refs, rows: range) -> Part:
+    config, prompts = kept.run.config, kept.prompts(refs[0]).rows(rows)
+    result = generate(
+        kept.behaviour(iteration),
+        kept.tokenizer,
+        prompts,
+        config.generation,
+        samples_per_prompt=config.prompts.samples_per_prompt,
+        seed=config.seed,
+        iteration=iteration,
+    )
+    return Part(result.batch.to_table(prompts), {})
+
+
+def _score(kept: Resources, _iteration: int, refs: Refs, rows: range) -> Part:
+    prompts = kept.prompts(refs[0])
+    rollouts = kept.rollouts(refs[1], prompts).of_prompts(rows)
+    result = score_rewards(kept.reward_components, prompts, rollouts, kept.run.config.reward)
+    return Part(result.batch.to_table(), result.metrics)
+
+
+def _refer(kept: Resources, _iteration: int, refs: Refs, rows: range) -> Part:
+    config, prompts = kept.run.config, kept.prompts(refs[0])
+    rollouts = kept.rollouts(refs[1], prompts).of_prompts(rows)
+    result = reference_logprobs(
+        kept.reference, prompts, rollouts, config.reference, temperature=config.generation.temperature
+    )
+    return Part(result.batch.to_table(), {})
+
+
+_STAGES: Mapping[str, Callable[[Resources, int, Refs, range], Part]] = {
+    "generate": _generate,
+    "score_rewards": _score,
+    "reference_logprobs": _refer,
+}
+SHARDED = tuple(_STAGES)
+
+
+def _parts(kept: Resources, stage: str, iteration: int, refs: Refs) -> list[Part]:
+    """Of every shard, in order: those that workers have committed; the others are computed here."""
+    found: list[Part] = []
+    for number in range(kept.run.config.execution.num_shards):
+        shard = Shard(number, kept.run.config.execution.num_shards)
+        key = _part_key(kept, stage, iteration, shard, refs)
+        part = read_part(kept.run.path, stage, iteration, shard, key=key)
+        found.append(part or _compute(kept, stage, iteration, shard, refs))
+    return found
+
+
+def _part_key(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Refs) -> str:
+    inputs = stage_inputs(kept, stage, iteration, refs)
+    return stage_key(stage, iteration, kept.identity, inputs | {"shard": str(shard)})
+
+
+def _joined(parts: Sequence[Part]) -> pa.Table:
+    return pa.concat_tables([part.table.replace_schema_metadata() for part in parts])

@@ -1,0 +1,184 @@
+"""Stages by shards: the same run whoever computes them, however often a worker dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torture.runs import battery_config, fingerprint, go_on, start
+
+from rlhf_core.contracts.artifacts import read_artifact
+from rlhf_core.contracts.config_io import build_config, config_digest
+from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.shards import SHARDS, Shard, part_path
+from rlhf_core.verification.run import verify_run
+from tasks import shards, workers
+from tasks.resources import Resources, resources
+
+SECTIONS: dict[str, Any] = {
+    "separate critic": {},
+    "lora": {"policy": {"lora": {"rank": 2}, "critic": {"kind": "shared"}}},
+    "k samples, no critic": {
+        "prompts": {"batch_size": 8, "samples_per_prompt": 2},
+        "shaping": {"estimator": "rloo"},
+        "generation": {"max_new_tokens": 6, "top_k": 20},
+    },
+}
+
+
+def config(tiny: Any, num_workers: int | None, sections: dict[str, Any] | None = None, num_shards: int = 3) -> Any:
+    tree: dict[str, Any] = {"execution": {"num_shards": num_shards, "num_workers": num_workers}}
+    for name, section in (sections or {}).items():
+        given = {"source": str(tiny.prompts)} if name == "prompts" else {}
+        tree[name] = ({"model": str(tiny.policy)} if name == "policy" else given) | section
+    return battery_config(tiny, tree)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    resources.cache_clear()
+    yield
+    resources.cache_clear()
+
+
+@pytest.mark.parametrize("case", SECTIONS)
+def test_the_run_is_the_same_whatever_the_number_of_workers(case: str, tiny: Any, tmp_path: Path) -> None:
+    prints: dict[int, str] = {}
+    for num_workers in (0, 1, 2) if case == "separate critic" else (0, 2):
+        run_dir = tmp_path / str(num_workers)
+        start(config(tiny, num_workers, SECTIONS[case]), run_dir)
+        prints[num_workers] = fingerprint(run_dir)
+        assert not any((run_dir / SHARDS).rglob("*.arrow")), "what was merged is dropped"
+        assert verify_run(run_dir).damage == []
+    assert len(set(prints.values())) == 1
+
+
+def test_shards_agree_with_the_whole_to_the_last_bits(tiny: Any, tmp_path: Path) -> None:
+    """Sums over another number of rows are rounded differently, and nothing else differs."""
+    for name, number in (("whole", 1), ("shards", 3)):
+        start(config(tiny, 0 if number > 1 else None, num_shards=number), tmp_path / name)
+    tables = {
+        name: [
+            read_artifact(tmp_path / name, RunFolder.open(tmp_path / name).manifests(0)[stage].artifact)
+            for stage in ("generate", "score_rewards", "reference_logprobs")
+        ]
+        for name in ("whole", "shards")
+    }
+    whole, parts = tables["whole"][0], tables["shards"][0]
+    assert whole["sample_id"].to_pylist() == parts["sample_id"].to_pylist()
+    assert whole["response_tokens"].to_pylist() == parts["response_tokens"].to_pylist()
+    for column in ("logprobs", "values"):
+        flat = [table[column].combine_chunks().flatten().to_pylist() for table in (whole, parts)]
+        assert flat[0] == pytest.approx(flat[1], abs=1e-4)
+    for mine, theirs in zip(tables["whole"][1:], tables["shards"][1:], strict=True):
+        assert mine["sample_id"].to_pylist() == theirs["sample_id"].to_pylist()
+    metrics = [RunFolder.open(tmp_path / name).manifests(0) for name in ("whole", "shards")]
+    for stage in ("generate", "score_rewards"):
+        assert metrics[0][stage].metrics == pytest.approx(dict(metrics[1][stage].metrics), abs=1e-4)
+
+
+def test_only_numbers_of_shards_and_threads_are_part_of_what_a_run_is(tiny: Any) -> None:
+    digests = {config_digest(config(tiny, n)) for n in (0, 1, 2, None)}
+    assert len(digests) == 1
+    assert config_digest(config(tiny, 2, num_shards=2)) not in digests
+
+
+def test_a_worker_killed_in_each_iteration_changes_nothing(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    start(config(tiny, 0), tmp_path / "undisturbed")
+    stop = threading.Event()
+
+    def kill() -> None:
+        """Whoever is at work on the first shard of scores of an iteration, once each."""
+        killed: set[str] = set()
+        while not stop.wait(0.002):
+            there = workers.workers()
+            iterations = sorted((tmp_path / "killed" / SHARDS).glob("[0-9]*"))
+            if there is None or not iterations or iterations[-1].name in killed:
+                continue
+            if len(pids := there.process_ids()) == 2:
+                killed.add(iterations[-1].name)
+                os.kill(pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        start(config(tiny, 2), tmp_path / "killed")
+    finally:
+        stop.set()
+        killer.join()
+    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "undisturbed")
+    assert "a worker died computing" in caplog.text
+
+
+def test_parts_of_a_stopped_run_are_taken_over_and_damaged_ones_computed_again(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(config(tiny, 0), tmp_path / "undisturbed")
+    expected = fingerprint(tmp_path / "undisturbed")
+    run_dir = tmp_path / "stopped"
+
+    def stop(kept: Resources, *_: Any) -> Any:
+        """After two of three shards of the second iteration's rollouts."""
+        prompts = kept.run.manifests(1)["sample_prompts"].artifact
+        for number in (0, 1):
+            shards.compute_part("generate", str(run_dir), 1, Shard(number, 3), [prompts])
+        raise KeyboardInterrupt
+
+    whole = shards.generated
+    monkeypatch.setattr(
+        "tasks.generate.generated",
+        lambda kept, iteration, prompts: (stop if iteration == 1 else whole)(kept, iteration, prompts),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        start(config(tiny, 0), run_dir)
+    monkeypatch.undo()
+    taken, damaged = (part_path(run_dir, "generate", 1, Shard(number, 3)) for number in (0, 1))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    computed: list[tuple[str, int, str]] = []
+    compute = shards._compute
+
+    def noted(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Any) -> Any:
+        computed.append((stage, iteration, str(shard)))
+        return compute(kept, stage, iteration, shard, refs)
+
+    monkeypatch.setattr(shards, "_compute", noted)
+    assert taken.is_file()
+    go_on(run_dir)
+    assert [c for c in computed if c[:2] == ("generate", 1)] == [("generate", 1, "1-of-3"), ("generate", 1, "2-of-3")]
+    assert fingerprint(run_dir) == expected
+
+
+def test_a_mistake_in_a_shard_is_the_sentence_that_it_was(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad_reward.py").write_text("def nan(responses, **_):\n    return [float('nan')] * len(responses)\n")
+    monkeypatch.chdir(tmp_path)
+    component = {"kind": "function", "function": "bad_reward:nan", "name": "bad"}
+    given = config(tiny, 2).model_dump() | {"reward": {"components": [component]}}
+    with pytest.raises(NumericalError, match="reward component bad gave nan"):
+        start(build_config(given), tmp_path / "run")
+
+
+def test_through_prefect_each_shard_is_a_task_run(tiny: Any, tmp_path: Path, prefect_server: None) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.ppo import train
+
+    start(config(tiny, 0), tmp_path / "bare")
+    train(config(tiny, 2), str(tmp_path / "run"))
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "bare")
+    with get_client(sync_client=True) as client:
+        names = {run.name for run in client.read_task_runs(limit=200)}
+    assert {f"{stage}-{i}-shard-{n}" for stage in shards.SHARDED for i in range(3) for n in range(3)} <= names
