@@ -6,13 +6,13 @@ the shard alone, not on who computes it: the artifact is the same whatever the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from rlhf_core.batch_metrics import failures, rollout_metrics, score_metrics
 from rlhf_core.contracts.artifacts import ArtifactRef, conform, stage_key
-from rlhf_core.contracts.batches import ReferenceLogprobs, Rollouts, Scores, StageResult
+from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, Scores, StageResult
 from rlhf_core.contracts.shards import Part, Shard, commit_part, handed_weights, read_part
 from rlhf_core.models.devices import using_threads
 from rlhf_core.models.handed_weights import hand_out
@@ -22,6 +22,8 @@ from rlhf_core.stages.score_rewards import score_rewards
 from tasks.resources import Resources, resources
 
 Refs = Sequence[ArtifactRef]
+SHARDED = ("generate", "score_rewards", "reference_logprobs")
+"""Stages that look at each response for itself."""
 
 
 def stage_inputs(kept: Resources, stage: str, iteration: int, refs: Refs) -> dict[str, str]:
@@ -40,14 +42,19 @@ def compute_part(stage: str, run_dir: str, iteration: int, shard: Shard, refs: R
 
 
 def generated(kept: Resources, iteration: int, prompts: ArtifactRef) -> StageResult[Rollouts]:
-    """The rollouts of all shards."""
+    """The responses to all prompts of an iteration."""
+    batch = kept.prompts(prompts)
+    if not kept.is_sharded:
+        return _answer(kept, iteration, batch)
     parts = _parts(kept, "generate", iteration, (prompts,))
-    rollouts = Rollouts.from_table(_joined(parts), kept.prompts(prompts))
+    rollouts = Rollouts.from_table(_joined(parts), batch)
     return StageResult(rollouts, rollout_metrics(rollouts))
 
 
 def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
-    """The scores of all shards."""
+    """The scores of all responses; ``refs``: prompts and rollouts."""
+    if not kept.is_sharded:
+        return _score(kept, refs, None)
     parts = _parts(kept, "score_rewards", iteration, refs)
     names = kept.run.config.reward.names
     scores = Scores.from_table(_joined(parts), names)
@@ -55,7 +62,9 @@ def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
 
 
 def referred(kept: Resources, iteration: int, refs: Refs) -> StageResult[ReferenceLogprobs]:
-    """The reference's log-probs of all shards."""
+    """The reference's log-probs of all responses; ``refs``: prompts and rollouts."""
+    if not kept.is_sharded:
+        return _refer(kept, refs, None)
     return StageResult(ReferenceLogprobs.from_table(_joined(_parts(kept, "reference_logprobs", iteration, refs))), {})
 
 
@@ -68,16 +77,9 @@ def hand_out_weights(run_dir: str, iteration: int) -> None:
             hand_out(handed_weights(kept.run.path, iteration), kept.trainer(iteration).actor_critic, digest)
 
 
-def _compute(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Refs) -> Part:
-    rows = shard.rows(kept.run.config.prompts.num_prompts)
-    with using_threads(kept.shard_threads):
-        part = _STAGES[stage](kept, iteration, refs, rows)
-    return Part(conform(part.table, stage), part.metrics)
-
-
-def _generate(kept: Resources, iteration: int, refs: Refs, rows: range) -> Part:
-    config, prompts = kept.run.config, kept.prompts(refs[0]).rows(rows)
-    result = generate(
+def _answer(kept: Resources, iteration: int, prompts: Prompts) -> StageResult[Rollouts]:
+    config = kept.run.config
+    return generate(
         kept.behaviour(iteration),
         kept.tokenizer,
         prompts,
@@ -86,31 +88,36 @@ def _generate(kept: Resources, iteration: int, refs: Refs, rows: range) -> Part:
         seed=config.seed,
         iteration=iteration,
     )
-    return Part(result.batch.to_table(prompts), {})
 
 
-def _score(kept: Resources, _iteration: int, refs: Refs, rows: range) -> Part:
+def _score(kept: Resources, refs: Refs, rows: range | None) -> StageResult[Scores]:
+    prompts, rollouts = _responses(kept, refs, rows)
+    return score_rewards(kept.reward_components, prompts, rollouts, kept.run.config.reward)
+
+
+def _refer(kept: Resources, refs: Refs, rows: range | None) -> StageResult[ReferenceLogprobs]:
+    config, (prompts, rollouts) = kept.run.config, _responses(kept, refs, rows)
+    temperature = config.generation.temperature
+    return reference_logprobs(kept.reference, prompts, rollouts, config.reference, temperature=temperature)
+
+
+def _responses(kept: Resources, refs: Refs, rows: range | None) -> tuple[Prompts, Rollouts]:
+    """All prompts, and the responses to some of them, or to all."""
     prompts = kept.prompts(refs[0])
-    rollouts = kept.rollouts(refs[1], prompts).of_prompts(rows)
-    result = score_rewards(kept.reward_components, prompts, rollouts, kept.run.config.reward)
-    return Part(result.batch.to_table(), result.metrics)
+    rollouts = kept.rollouts(refs[1], prompts)
+    return prompts, rollouts if rows is None else rollouts.of_prompts(rows)
 
 
-def _refer(kept: Resources, _iteration: int, refs: Refs, rows: range) -> Part:
-    config, prompts = kept.run.config, kept.prompts(refs[0])
-    rollouts = kept.rollouts(refs[1], prompts).of_prompts(rows)
-    result = reference_logprobs(
-        kept.reference, prompts, rollouts, config.reference, temperature=config.generation.temperature
-    )
-    return Part(result.batch.to_table(), {})
-
-
-_STAGES: Mapping[str, Callable[[Resources, int, Refs, range], Part]] = {
-    "generate": _generate,
-    "score_rewards": _score,
-    "reference_logprobs": _refer,
-}
-SHARDED = tuple(_STAGES)
+def _compute(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Refs) -> Part:
+    rows, metrics = shard.rows(kept.run.config.prompts.num_prompts), {}
+    with using_threads(kept.shard_threads):
+        if stage == "generate":
+            prompts = kept.prompts(refs[0]).rows(rows)
+            table = _answer(kept, iteration, prompts).batch.to_table(prompts)
+        else:
+            result = (_score if stage == "score_rewards" else _refer)(kept, refs, rows)
+            table, metrics = result.batch.to_table(), result.metrics
+    return Part(conform(table, stage), metrics)
 
 
 def _parts(kept: Resources, stage: str, iteration: int, refs: Refs) -> list[Part]:

@@ -13,7 +13,7 @@ from rlhf_core.contracts.archive import segment_paths
 from rlhf_core.contracts.artifacts import read_manifest
 from rlhf_core.contracts.compaction import check_segment
 from rlhf_core.contracts.durable import is_leftover, read_file
-from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
+from rlhf_core.contracts.errors import IntegrityError, RlhfError, StorageError, UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RECORD_REMEDY, RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
@@ -92,6 +92,8 @@ def _look(path: Path, load_weights: bool, progress: Progress, *, going: bool) ->
         if not (path / "iterations").is_dir():
             raise
         return _without_record(path, "missing", "the record of the run is missing")
+    except StorageError:
+        raise  # a disk that does not give a file says nothing of the file
     except RlhfError as error:
         return _without_record(path, "damaged", said(error, path / "run.json").removesuffix(f"; {RECORD_REMEDY}"))
     others = _foreign_identities(run)

@@ -128,7 +128,7 @@ def test_parts_of_a_stopped_run_are_taken_over_and_damaged_ones_computed_again(
     run_dir = tmp_path / "stopped"
 
     def stop(kept: Resources, *_: Any) -> Any:
-        """After two of three shards of the second iteration's rollouts."""
+        """After two of three shards of the second iteration's responses."""
         prompts = kept.run.manifests(1)["sample_prompts"].artifact
         for number in (0, 1):
             shards.compute_part("generate", str(run_dir), 1, Shard(number, 3), [prompts])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from damage import DAMAGES, Damage, finished_run, flip, remove
 from tiny_world import Tiny
 
-from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.durable import Disk, using_disk
+from rlhf_core.contracts.errors import StorageError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.findings import Verification
@@ -155,3 +159,14 @@ def test_as_json(run_dir: Path) -> None:
     told = json.loads(json.dumps(verify_run(run_dir).to_json()))
     assert (told["whole"], told["damaged"], told["recoverable"]) == (False, 1, 1)
     assert told["findings"][0].keys() == {"path", "kind", "problem", "remedy", "recoverable", "stops_resume"}
+
+
+def test_a_disk_that_does_not_give_the_record_is_said_to_fail_not_the_record(finished: Path) -> None:
+    class Failing(Disk):
+        def reader(self, path: Path) -> Any:
+            if path.name == "run.json":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().reader(path)
+
+    with using_disk(Failing()), pytest.raises(StorageError, match="was not read: Input/output error"):
+        verify_run(finished)

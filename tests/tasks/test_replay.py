@@ -149,7 +149,7 @@ class TestDifferent:
             used.append(torch.get_num_threads())
             return generate(*arguments, **settings)
 
-        monkeypatch.setattr("tasks.generate.core.generate", watched)
+        monkeypatch.setattr("tasks.shards.generate", watched)
         another_advantage(monkeypatch)
         replay = replay_iteration(str(run_dir), 0, num_threads=2)
         assert used == [2]
@@ -160,7 +160,7 @@ class TestDifferent:
         def hotter(policy: Any, tokenizer: Any, prompts: Any, config: Any, **settings: Any) -> Any:
             return generate(policy, tokenizer, prompts, config.model_copy(update={"temperature": 1.5}), **settings)
 
-        monkeypatch.setattr("tasks.generate.core.generate", hotter)
+        monkeypatch.setattr("tasks.shards.generate", hotter)
         replay = replay_iteration(str(run_dir), 0)
         assert verdicts(replay) == ALL | {"generate": False}
         difference = of(replay, "generate").difference

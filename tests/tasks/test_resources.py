@@ -245,7 +245,7 @@ def test_a_stage_sends_its_models_away_also_when_it_fails(
         alive.append(weakref.ref(reference.model))
         raise InterruptedError
 
-    monkeypatch.setattr("tasks.reference_logprobs.core.reference_logprobs", fail)
+    monkeypatch.setattr("tasks.shards.reference_logprobs", fail)
     prompts = sample_prompts.fn(str(tmp_path / "run"), 0)
     rollouts = generate.fn(str(tmp_path / "run"), 0, prompts)
     with pytest.raises(InterruptedError):

@@ -43,7 +43,8 @@ def stored(run_dir: Path, stage: str, iteration: int = 1) -> pa.Table:
 @pytest.fixture
 def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in ("sample_prompts", "generate", "reference_logprobs"):
-        monkeypatch.setattr(f"tasks.{stage}.core.{stage}", refuse)
+        where = "tasks.sample_prompts.core" if stage == "sample_prompts" else "tasks.shards"
+        monkeypatch.setattr(f"{where}.{stage}", refuse)
 
 
 @pytest.mark.usefixtures("no_generation")
