@@ -6,14 +6,16 @@ the shard alone, not on who computes it: the artifact is the same whatever the n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
 from rlhf_core.batch_metrics import failures, rollout_metrics, score_metrics
 from rlhf_core.contracts.artifacts import ArtifactRef, conform, stage_key
 from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, Scores, StageResult
-from rlhf_core.contracts.shards import Part, Shard, commit_part, handed_weights, read_part
+from rlhf_core.contracts.shards import Part, Shard, commit_part, handed_weights, read_part, worker_seconds
 from rlhf_core.models.devices import using_threads
 from rlhf_core.models.handed_weights import hand_out
 from rlhf_core.stages.generate import generate
@@ -38,7 +40,9 @@ def compute_part(stage: str, run_dir: str, iteration: int, shard: Shard, refs: R
     kept = resources(run_dir)
     key = _part_key(kept, stage, iteration, shard, refs)
     if read_part(kept.run.path, stage, iteration, shard, key=key) is None:
-        commit_part(kept.run.path, stage, iteration, shard, _compute(kept, stage, iteration, shard, refs), key=key)
+        began = time.time()
+        part = _compute(kept, stage, iteration, shard, refs)
+        commit_part(kept.run.path, stage, iteration, shard, replace(part, span_s=(began, time.time())), key=key)
 
 
 def generated(kept: Resources, iteration: int, prompts: ArtifactRef) -> StageResult[Rollouts]:
@@ -48,7 +52,7 @@ def generated(kept: Resources, iteration: int, prompts: ArtifactRef) -> StageRes
         return _answer(kept, iteration, batch)
     parts = _parts(kept, "generate", iteration, (prompts,))
     rollouts = Rollouts.from_table(_joined(parts), batch)
-    return StageResult(rollouts, rollout_metrics(rollouts))
+    return StageResult(rollouts, rollout_metrics(rollouts), worker_s=worker_seconds(parts))
 
 
 def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
@@ -58,14 +62,16 @@ def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
     parts = _parts(kept, "score_rewards", iteration, refs)
     names = kept.run.config.reward.names
     scores = Scores.from_table(_joined(parts), names)
-    return StageResult(scores, score_metrics(scores, failures(names, [part.metrics for part in parts])))
+    metrics = score_metrics(scores, failures(names, [part.metrics for part in parts]))
+    return StageResult(scores, metrics, worker_s=worker_seconds(parts))
 
 
 def referred(kept: Resources, iteration: int, refs: Refs) -> StageResult[ReferenceLogprobs]:
     """The reference's log-probs of all responses; ``refs``: prompts and rollouts."""
     if not kept.is_sharded:
         return _refer(kept, refs, None)
-    return StageResult(ReferenceLogprobs.from_table(_joined(_parts(kept, "reference_logprobs", iteration, refs))), {})
+    parts = _parts(kept, "reference_logprobs", iteration, refs)
+    return StageResult(ReferenceLogprobs.from_table(_joined(parts)), {}, worker_s=worker_seconds(parts))
 
 
 def hand_out_weights(run_dir: str, iteration: int) -> None:

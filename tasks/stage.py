@@ -97,7 +97,10 @@ def run_stage(
         identity=resources.identity,
         metrics=result.metrics,
         state=state(result) if state else result.state,
-        timing={"compute_s": computed - started, "total_s": time.perf_counter() - started}
+        timing={
+            "compute_s": computed - started + result.worker_s,
+            "total_s": time.perf_counter() - started + result.worker_s,
+        }
         | _taken(resources, time.process_time() - cpu_started),
     )
     return manifest.artifact

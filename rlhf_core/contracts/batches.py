@@ -385,3 +385,5 @@ class StageResult(Generic[Batch]):
     """Deterministic; names as in the README's metric table."""
     state: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Plain JSON: the cursor after sample_prompts, the score moments after shape_rewards."""
+    worker_s: float = 0.0
+    """Wall-clock seconds for which workers were at it before; measured, so not part of any identity."""

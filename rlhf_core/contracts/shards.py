@@ -10,7 +10,7 @@ Nothing here is a result: whatever is missing, damaged or of another key is comp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +51,8 @@ class Part:
 
     table: pa.Table
     metrics: Mapping[str, float]
+    span_s: tuple[float, float] = (0.0, 0.0)
+    """When a worker began and ended, in seconds since 1970."""
 
 
 def part_path(run_dir: Path, stage: str, iteration: int, shard: Shard) -> Path:
@@ -62,7 +64,8 @@ def commit_part(run_dir: Path, stage: str, iteration: int, shard: Shard, part: P
     """Write a part, then its record."""
     path = part_path(run_dir, stage, iteration, shard)
     sha256 = write_file(path, encode_table(part.table, {"key": key}))
-    write_record(path.with_suffix(".json"), {"key": key, "sha256": sha256, "metrics": dict(part.metrics)})
+    record = {"key": key, "sha256": sha256, "metrics": dict(part.metrics), "span_s": list(part.span_s)}
+    write_record(path.with_suffix(".json"), record)
 
 
 def read_part(run_dir: Path, stage: str, iteration: int, shard: Shard, *, key: str) -> Part | None:
@@ -76,14 +79,24 @@ def read_part(run_dir: Path, stage: str, iteration: int, shard: Shard, *, key: s
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
             return None
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    except (FileNotFoundError, IntegrityError, KeyError):
+        metrics, (began, ended) = cast("dict[str, float]", record["metrics"]), record["span_s"]
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError, ValueError):
         return None
-    return Part(table, cast("dict[str, float]", record["metrics"])) if _fits(table, stage) else None
+    return Part(table, metrics, (float(began), float(ended))) if _fits(table, stage) else None
 
 
 def handed_weights(run_dir: Path, iteration: int) -> Path:
     """Folder of the weights that an iteration begins with."""
     return run_dir / SHARDS / f"{iteration:06d}" / "weights"
+
+
+def worker_seconds(parts: Iterable[Part]) -> float:
+    """For how long at least one worker was at one of these parts."""
+    total = until = 0.0
+    for began, ended in sorted(part.span_s for part in parts):
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return total
 
 
 def drop_shards(run_dir: Path, iteration: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from benchmarks.figures import Figure
 from benchmarks.world import World
 
-TABLES = ("peer", "limit", "orchestration", "quality", "growth", "startup", "accelerator", "durability")
+TABLES = ("peer", "limit", "orchestration", "quality", "growth", "startup", "accelerator", "durability", "sharding")
 """Every table, in order."""
 
 

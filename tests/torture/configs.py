@@ -37,6 +37,7 @@ CASES: Final[dict[str, Sequence[str]]] = {
         "ppo.warmup_iterations=2",
         "ppo.weight_decay=0.1",
     ),
+    "by shards": ("execution.num_shards=3", "execution.num_workers=0"),
     "iterations go into the archive": ("artifacts.keep_iterations=1",),
     "prompts run out and begin again, frozen models are read again": ("prompts.batch_size=16", "frozen_models=disk"),
 }

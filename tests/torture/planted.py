@@ -266,8 +266,8 @@ def metrics_sent_twice() -> None:
     real = outbox.Ledger.change
 
     def change(ledger: Any, run_dir: Path, **changes: Any) -> Any:
-        kept = {name: value for name, value in changes.items() if name not in ("sent", "sending")}
-        return dataclasses.replace(real(ledger, run_dir, **kept), **changes)
+        real(ledger, run_dir, **(changes | {"sent": 0, "sending": None}))
+        return dataclasses.replace(ledger, **changes)
 
     changed: Any = outbox.Ledger
     changed.change = change

@@ -82,7 +82,7 @@ class Case:
 
     number: signal.Signals
     kind: str = "plain"
-    """plain, process (an own interpreter), reward, mlflow, paused, api (these hang), temporary, bare."""
+    """plain, process (an own interpreter), workers, reward, mlflow, paused, api (these hang), temporary, bare."""
     at: float = 0.5
     """As a share of a run's files, and as a share of the time to the next one; where something hangs: seconds of it."""
 
@@ -107,6 +107,7 @@ class Bench:
             "plain": plain,
             "reward": battery_config(effort.tiny, {"reward": reward}),
             "paused": battery_config(effort.tiny, {"guards": never}),
+            "workers": battery_config(effort.tiny, {"execution": {"num_shards": 2, "num_workers": 2}}),
         }
         self.wanted: dict[str, str] = {}
         for name, config in self.configs.items():
@@ -243,6 +244,7 @@ def _cases(*, full: bool) -> list[Case]:
         *(Case(number, "bare", pick.random()) for number in polite for _ in range(4)),
         *(Case(number, "temporary", pick.random()) for number in polite for _ in range(2)),
         *(Case(signal.SIGKILL, "plain", pick.random()) for _ in range(10)),
+        *(Case(number, "workers", pick.random()) for number in (*polite, signal.SIGKILL) for _ in range(4)),
     ]
 
 
