@@ -269,6 +269,8 @@ def _has_manifest(run: RunFolder, stage: str, iteration: int) -> bool:
 def _is_going(path: Path) -> bool:
     try:
         return RunFolder.open(path).is_locked()
+    except StorageError:
+        raise
     except RlhfError:
         return False
 

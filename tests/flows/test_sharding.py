@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -48,10 +49,32 @@ def nothing_is_kept() -> Iterator[None]:
     resources.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[workers.Workers]:
+    """Two workers for several runs: to begin one takes longer than a run."""
+    with workers.using_workers(2):
+        there = workers.workers()
+        assert there is not None
+        yield there
+
+
+@pytest.fixture
+def shared(two: workers.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that asks for workers gets these."""
+
+    @contextlib.contextmanager
+    def those(run: RunFolder) -> Iterator[None]:
+        monkeypatch.setattr(workers, "_current", two if run.config.execution.num_workers else None)
+        yield
+
+    monkeypatch.setattr("flows.ppo.shard_workers", those)
+
+
+@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("case", SECTIONS)
 def test_the_run_is_the_same_whatever_the_number_of_workers(case: str, tiny: Any, tmp_path: Path) -> None:
     prints: dict[int, str] = {}
-    for num_workers in (0, 1, 2) if case == "separate critic" else (0, 2):
+    for num_workers in (0, 2):
         run_dir = tmp_path / str(num_workers)
         start(config(tiny, num_workers, SECTIONS[case]), run_dir)
         prints[num_workers] = fingerprint(run_dir)
@@ -88,6 +111,18 @@ def test_only_numbers_of_shards_and_threads_are_part_of_what_a_run_is(tiny: Any)
     digests = {config_digest(config(tiny, n)) for n in (0, 1, 2, None)}
     assert len(digests) == 1
     assert config_digest(config(tiny, 2, num_shards=2)) not in digests
+
+
+@pytest.mark.usefixtures("shared")
+def test_one_worker_comes_to_the_same(tiny: Any, tmp_path: Path, two: workers.Workers) -> None:
+    """As two do: one of them is kept away."""
+    start(config(tiny, 0), tmp_path / "none")
+    away = two._idle.get()
+    try:
+        start(config(tiny, 1), tmp_path / "one")
+    finally:
+        two._idle.put(away)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "none")
 
 
 def test_a_worker_killed_in_each_iteration_changes_nothing(
@@ -171,6 +206,7 @@ def test_a_mistake_in_a_shard_is_the_sentence_that_it_was(
         start(build_config(given), tmp_path / "run")
 
 
+@pytest.mark.usefixtures("shared")
 def test_through_prefect_each_shard_is_a_task_run(tiny: Any, tmp_path: Path, prefect_server: None) -> None:
     from prefect.client.orchestration import get_client
 

@@ -262,8 +262,12 @@ def lock_not_taken() -> None:
 
 
 def metrics_sent_twice() -> None:
-    """What has arrived is not written down: after a kill it is sent again."""
+    """What has arrived is neither written down nor asked for: a resume sends it again."""
+    from tasks import tracking
+
     real = outbox.Ledger.change
+    forgetful: Any = tracking
+    forgetful._Sender._num_arrived = lambda delivery: delivery.ledger.sent
 
     def change(ledger: Any, run_dir: Path, **changes: Any) -> Any:
         real(ledger, run_dir, **(changes | {"sent": 0, "sending": None}))
@@ -295,5 +299,5 @@ MUTANTS = (
     Mutant("a short write is taken for whole", FAULTS, short_write_taken_for_whole),
     Mutant("errors of the disk are not told", FAULTS, errors_of_the_disk_untold),
     Mutant("the lock is not taken", "races", lock_not_taken),
-    Mutant("what was sent to the tracker is not written down", "mlflow_outages", metrics_sent_twice),
+    Mutant("what was sent to the tracker is neither written down nor asked for", "mlflow_outages", metrics_sent_twice),
 )
