@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -133,11 +133,8 @@ def _processes(worker: ProcessPoolExecutor) -> list[int]:
     return list(worker._processes or {})  # there is no public name for them
 
 
-def _end(worker: Executor) -> None:
-    assert isinstance(worker, ProcessPoolExecutor)
+def _end(worker: ProcessPoolExecutor) -> None:
     for pid in _processes(worker):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     worker.shutdown(wait=False, cancel_futures=True)
