@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.shards import Shard
 from tasks.shards import compute_part
-from tasks.stage import retry_io_errors
+from tasks.stage import FILES_DECIDE
 from tasks.workers import workers
 
 
-@task(
-    task_run_name="{stage}-{iteration}-shard-{number}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    result_serializer="json",
-    retries=1,
-    retry_delay_seconds=1,
-    retry_condition_fn=retry_io_errors,
-)
+@task(task_run_name="{stage}-{iteration}-shard-{number}", **FILES_DECIDE)
 def compute_shard(stage: str, run_dir: str, iteration: int, number: int, of: int, refs: list[ArtifactRef]) -> None:
     """Compute a shard of a stage where a worker is idle, or here; its part is in the run folder afterwards."""
     arguments = (stage, run_dir, iteration, Shard(number, of), refs)

@@ -12,11 +12,12 @@ from tasks.stage import run_stage, stage_task
 def generate(run_dir: str, iteration: int, prompts: ArtifactRef) -> ArtifactRef:
     """Write 02_rollouts.arrow: the policy's responses with behaviour log-probs and values."""
     kept = resources(run_dir)
+    batch = kept.prompts(prompts)
     return run_stage(
         kept,
         "generate",
         iteration,
         stage_inputs(kept, "generate", iteration, (prompts,)),
-        lambda: generated(kept, iteration, prompts),
-        lambda rollouts: rollouts.to_table(kept.prompts(prompts)),
+        lambda: generated(kept, iteration, prompts, batch),
+        lambda rollouts: rollouts.to_table(batch),
     )

@@ -45,9 +45,8 @@ def compute_part(stage: str, run_dir: str, iteration: int, shard: Shard, refs: R
         commit_part(kept.run.path, stage, iteration, shard, replace(part, span_s=(began, time.time())), key=key)
 
 
-def generated(kept: Resources, iteration: int, prompts: ArtifactRef) -> StageResult[Rollouts]:
-    """The responses to all prompts of an iteration."""
-    batch = kept.prompts(prompts)
+def generated(kept: Resources, iteration: int, prompts: ArtifactRef, batch: Prompts) -> StageResult[Rollouts]:
+    """The responses to all prompts of an iteration; ``batch`` is what the artifact holds."""
     if not kept.is_sharded:
         return _answer(kept, iteration, batch)
     parts = _parts(kept, "generate", iteration, (prompts,))

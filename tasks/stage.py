@@ -34,19 +34,22 @@ def retry_io_errors(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
     return isinstance(state.result(raise_on_failure=False), OSError | StorageError)
 
 
+FILES_DECIDE: Any = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "result_serializer": "json",
+    "retries": 1,
+    "retry_delay_seconds": 1,
+    "retry_condition_fn": retry_io_errors,
+    "log_prints": False,
+}
+"""Options of a task whose work is found on disk: retried once on I/O errors, never cached by Prefect."""
+
+
 def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
     """The Prefect task of a stage: named alike, retried once on I/O errors, never cached by Prefect."""
-    return task(
-        name=function.__name__,
-        task_run_name=f"{function.__name__}-{{iteration}}",
-        cache_policy=NO_CACHE,
-        persist_result=False,
-        result_serializer="json",
-        retries=1,
-        retry_delay_seconds=1,
-        retry_condition_fn=retry_io_errors,
-        log_prints=False,
-    )(function)
+    named = {"name": function.__name__, "task_run_name": f"{function.__name__}-{{iteration}}"}
+    return task(**named, **FILES_DECIDE)(function)
 
 
 def run_stage(

@@ -172,7 +172,7 @@ def test_parts_of_a_stopped_run_are_taken_over_and_damaged_ones_computed_again(
     whole = shards.generated
     monkeypatch.setattr(
         "tasks.generate.generated",
-        lambda kept, iteration, prompts: (stop if iteration == 1 else whole)(kept, iteration, prompts),
+        lambda kept, iteration, *read: (stop if iteration == 1 else whole)(kept, iteration, *read),
     )
     with pytest.raises(KeyboardInterrupt):
         start(config(tiny, 0), run_dir)
