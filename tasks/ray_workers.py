@@ -13,7 +13,9 @@ import importlib.util
 import logging
 import os
 import queue
+import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -255,31 +257,28 @@ def _connected(config: RayConfig) -> Callable[[], None]:
     """Connect this process with Ray; returns what ends that."""
     if importlib.util.find_spec("ray") is None:
         raise UserError('execution.engine is ray, but Ray is not installed; pip install "rlhf-flow[ray]"')
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
+    if address == "local" and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # a token for this process and its workers: Ray would write one into the home folder, and say so
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read as Ray is imported
     import ray
 
     if ray.is_initialized():
         return lambda: None
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    of_own: dict[str, Any] = {
-        "num_cpus": usable_cores(),
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
-    }
+    of_own: dict[str, Any] = {}
+    if address == "local":
+        of_own = {"num_cpus": usable_cores(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     with _own_signals():
         try:
             ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                **(of_own if address == "local" else {}),
+                address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **of_own
             )
         except Exception as error:
             raise UserError(
                 f"execution.ray.address {address!r} is no Ray cluster that this process can join: "
-                f"{_first_line(error)}; start one (`ray start --head`), or leave the address out for a Ray of this "
-                "machine alone"
+                f"{_first_line(error)}; start one (`ray start --head`; RAY_AUTH_MODE and RAY_AUTH_TOKEN as there), or "
+                "leave the address out for a Ray of this machine alone"
             ) from None
     return ray.shutdown
 

@@ -22,10 +22,10 @@ class StageResources(Section):
         default=None, description="a fraction shares a GPU; null: 1 where device is cuda, else 0"
     )
     custom: dict[str, Amount] = Field(
-        default_factory=dict, description="resources that nodes were started with, name to amount: {big_memory: 1}"
+        default={}, description="resources that nodes were started with, name to amount: {big_memory: 1}"
     )
     labels: dict[str, str] = Field(
-        default_factory=dict, description="labels that the node has to have, name to value: {market: on-demand}"
+        default={}, description="labels that the node has to have, name to value: {market: on-demand}"
     )
 
 
