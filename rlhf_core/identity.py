@@ -42,6 +42,7 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
     rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
     models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
     models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
+    num_threads, update = resolve_num_threads(config.num_threads), config.execution.update
     return {
         "config": config_digest(config),
         "source": source_digest(),
@@ -50,9 +51,9 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
         "rewards": {name: component_digest(component) for name, component in rewards.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": resolve_num_threads(config.num_threads),
+        "num_threads": num_threads,
         "versions": {name: importlib.metadata.version(name) for name in (*LIBRARIES, *with_adapters)},
-    }
+    } | ({"update": update.layout(num_threads)} if update.is_launched else {})
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:

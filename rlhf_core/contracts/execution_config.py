@@ -1,4 +1,4 @@
-"""The `execution` section of the config: what computes the stages that look at each response for itself."""
+"""The `execution` section of the config: what computes single stages, and where."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.contracts.section import Positive, Section
+from rlhf_core.contracts.update_config import UpdateConfig
 
-NUMBERLESS = frozenset({"engine", "num_workers"})
-"""Knobs that change no number: not part of a run's identity."""
+NUMBERLESS = frozenset({"engine", "num_workers", "update"})
+"""Knobs that change no number, and ``update``, whose layout has an entry of its own in a run's identity."""
 
 
 class ExecutionConfig(Section):
-    """Shards of generation, scoring and reference log-probs, and the workers that compute them."""
+    """Shards of generation, scoring and reference log-probs with their workers, and the ranks of the update."""
 
     engine: Literal["local"] = Field(
         default="local", description="local: workers are processes of this machine; changes no number"
@@ -31,6 +32,7 @@ class ExecutionConfig(Section):
         description="processes, each with its own copy of the models; 0: this process computes one shard after the "
         "other; null: as many as shards and cores allow; changes no number",
     )
+    update: UpdateConfig = UpdateConfig()
 
     @property
     def is_sharded(self) -> bool:
