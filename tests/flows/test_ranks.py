@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +21,7 @@ from torture.runs import battery_config, fingerprint, go_on, start
 
 from flows.ppo import train, train_iteration
 from rlhf_core.contracts.artifacts import read_artifact
-from rlhf_core.contracts.config_io import config_digest
+from rlhf_core.contracts.config_io import build_config, config_digest
 from rlhf_core.contracts.errors import DriftError, NumericalError, UserError, WorkerError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.run import verify_run
@@ -29,6 +32,7 @@ from tasks.replay import replay_iteration
 from tasks.resources import Resources, resources
 from tasks.what_if import ask_what_if
 
+ROOT = Path(__file__).parents[2]
 TWO: dict[str, Any] = {"launcher": "torchrun", "nproc_per_node": 2, "deadline_s": 30.0}
 LORA: dict[str, Any] = {"lora": {"rank": 2}, "critic": {"kind": "shared"}}
 PPO: dict[str, Any] = {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0}
@@ -256,6 +260,34 @@ def test_through_prefect_it_is_the_same_run(tiny: Any, tmp_path: Path, prefect_s
     resources.cache_clear()
     train(config(tiny, TWO), str(tmp_path / "run"))
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "bare")
+
+
+@pytest.mark.slow
+def test_two_nodes_meet(tiny: Any, tmp_path: Path) -> None:
+    """As far as two agents of torchrun on one machine are two nodes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    options = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id rlhf --rdzv-endpoint {endpoint}"
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "tasks.update_rank"]
+    start(config(tiny), tmp_path / "one")
+    with (tmp_path / "log").open("wb") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        other = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        start(config(tiny, TWO | {"nnodes": 2, "nproc_per_node": 1, "endpoint": endpoint}), tmp_path / "two")
+        other.wait(30)
+    finally:
+        other.kill()
+    check_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.gpu
+def test_ranks_on_gpus_compute_what_one_process_does(tiny: Any, tmp_path: Path) -> None:
+    """NCCL, on as many GPUs as there are."""
+    update = TWO | {"nproc_per_node": torch.cuda.device_count()}
+    for name, ranks in (("one", None), ("two", update)):
+        start(build_config(config(tiny, ranks).model_dump(), ["device=cuda"]), tmp_path / name)
+    check_close(tmp_path / "one", tmp_path / "two")
 
 
 def test_only_the_layout_is_part_of_what_a_run_is(tiny: Any, tmp_path: Path) -> None:
