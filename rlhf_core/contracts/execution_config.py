@@ -66,6 +66,11 @@ class ExecutionConfig(Section):
         description="processes, each with its own copy of the models; 0: this process computes one shard after the "
         "other; null: as many as shards and cores, or the Ray cluster, allow; changes no number",
     )
+    overlap: bool = Field(
+        default=False,
+        description="answer the next iteration's prompts while the policy moves, by the policy as it was: workers are "
+        "not idle then, and samples are one update old, which importance weights correct (ppo.importance_cap)",
+    )
     ray: RayConfig = RayConfig()
     update: UpdateConfig = UpdateConfig()
 
@@ -97,6 +102,11 @@ class ExecutionConfig(Section):
                     f"execution.{name} is {getattr(self, name)}, but execution.num_shards is 1: there is nothing to "
                     f"share; use at least as many shards as workers, or leave execution.{name} out"
                 )
+        if self.overlap and not self.is_sharded:
+            raise ValueError(
+                "execution.overlap is true, but execution.num_shards is 1: responses are given ahead by the workers of "
+                "shards; use 2 or more"
+            )
         if self.engine == "ray" and (not self.is_sharded or self.num_workers == 0):
             reason = "num_shards is 1" if not self.is_sharded else "num_workers is 0"
             raise ValueError(
