@@ -8,14 +8,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks.cost_points import GRID, Spec, measure, replace_point, small
 from benchmarks.figures import Figure, alternate, log_log_slope, median_of, ratio
 from benchmarks.processes import measured
 from benchmarks.suite import TABLES, Effort, Result, load_table, measure_table, unlisted_tables
 from benchmarks.tables.quality import first_window
 from benchmarks.world import ROOT, World
+
+from rlhf_core.costs.calibration import Point, calibration
+from rlhf_core.costs.hardware import parse_hardware
+from rlhf_core.costs.memory import device_memory
+from rlhf_core.costs.seconds import TIMED_STAGES
 
 
 class TestFigures:
@@ -138,3 +145,26 @@ def test_the_accelerator_script_runs_where_there_is_none(tmp_path: Path) -> None
     assert found["decode"]["tokens_per_s"].keys() == {"ours", "transformers, autocast", "transformers, cast"}
     assert found["update"]["operations"] > 0
     assert "goal" in done.stdout
+
+
+class TestCostPoints:
+    def test_the_grid_has_points_that_no_fit_sees(self) -> None:
+        assert len({spec.name for spec in GRID}) == len(GRID)
+        held_out = [spec for spec in GRID if spec.held_out]
+        assert len(GRID) / 4 < len(held_out) < len(GRID) / 2
+
+    def test_a_point_takes_the_place_of_its_predecessor(self, tmp_path: Path) -> None:
+        path = tmp_path / "points.json"
+        for name, hardware, seconds in (("a", "1xCPU2", 1), ("b", "1xCPU2", 2), ("a", "1xH200", 3), ("a", "1xCPU2", 4)):
+            replace_point(path, {"name": name, "hardware": hardware, "seconds": seconds})
+        assert [point["seconds"] for point in json.loads(path.read_text())] == [4, 2, 3]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("spec", [small(GRID[0]), replace(GRID[3], batch_size=32, response_len=8)])
+    def test_a_real_run_takes_the_memory_that_was_predicted(self, spec: Spec) -> None:
+        """The stages in a process of their own; what else the machine does, does not matter."""
+        point = Point.from_json(measure(spec, threads=2))
+        assert {row.stage for row in point.rows} == set(TIMED_STAGES)
+        assert point.peak_bytes is not None
+        predicted = device_memory(point.workload, parse_hardware("CPU2"), calibration("CPU2").overhead).peak_bytes
+        assert predicted == pytest.approx(point.peak_bytes, rel=0.12)
