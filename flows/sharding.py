@@ -13,13 +13,24 @@ from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.devices import usable_cores
 from tasks.compute_shard import compute_shard
+from tasks.local_workers import LocalWorkers
 from tasks.shards import hand_out_weights
-from tasks.workers import using_workers, workers
+from tasks.workers import Workers, using_workers, workers
 
 
 def shard_workers(run: RunFolder) -> AbstractContextManager[None]:
     """The workers that a run's config asks for."""
-    return using_workers(run.config.execution.workers(int(run.identity["num_threads"]), usable_cores()))
+    return using_workers(_workers(run))
+
+
+def _workers(run: RunFolder) -> Workers | None:
+    execution = run.config.execution
+    if execution.engine == "ray":
+        from tasks.ray_workers import RayWorkers
+
+        return RayWorkers(run)
+    count = execution.workers(int(run.identity["num_threads"]), usable_cores())
+    return LocalWorkers(count) if count else None
 
 
 def compute_ahead(run_dir: str, iteration: int, stages: dict[str, list[ArtifactRef]]) -> None:
