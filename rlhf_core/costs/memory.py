@@ -6,7 +6,7 @@ With P trained parameters of policy and critic, n devices that share them (fully
     gradients                  4 · P / n       there from the first backward pass of a step to the beginning of the next
     activations               of a micro-batch, kept for the backward pass: `kept_bytes`; with recomputation a layer's
                               input alone, and all of one layer
-    cast weights               2 · linear      bfloat16 copies of float32 weights, while a pass keeps them
+    cast weights               2 · linear      bfloat16 copies of float32 weights, which a pass keeps for its backward
     keys and values           responses decoded at a time x (prompt + longest response) x layers x their width
     logits                    as :func:`rlhf_core.ops.logprobs.logits_at_a_time` bounds them; in decoding, all of a step
 
@@ -180,9 +180,9 @@ def _update(work: Workload, *, is_cpu: bool) -> dict[str, float]:
 
 
 def _pass_weights(model: Model, devices: int) -> float:
-    """Beside the float32 weights: bfloat16 copies of all on one device, else two gathered layers and the head."""
+    """Beside a device's own: bfloat16 copies of all; of shards two gathered layers, and what lies around the layers."""
     if devices == 1:
         return model.cast_bytes
     shape = model.shape
     of_layers = 2 * shape.linear_parameters / max(1, shape.layers)
-    return BYTES[model.dtype] * (of_layers + shape.vocabulary * shape.hidden_size)
+    return model.cast_bytes + 4 * (of_layers + model.parameters - shape.linear_parameters)

@@ -19,8 +19,8 @@
     files            bytes of weights handed to generating processes / 1 GB/s
 
 Operations are those of :mod:`rlhf_core.costs.operations`. Of a ring over n devices each hands on (n - 1) / n of what is
-gathered or scattered. A micro-batch gathers the weights, in the type of the computation, for its forward and for its
-backward pass, and scatters float32 gradients of what is trained (Rajbhandari et al. 2020, ZeRO stage 3).
+gathered or scattered. A micro-batch gathers the weights, as they are stored, for its forward and for its backward pass,
+and scatters float32 gradients of what is trained (Rajbhandari et al. 2020, ZeRO stage 3).
 """
 
 from __future__ import annotations
@@ -151,8 +151,10 @@ class _Costs:
         """Seconds of the collectives of one micro-batch."""
         if work.devices == 1:
             return 0.0
-        trained = work.adapter if work.adapter and model is work.policy else model.parameters
-        moved = 2 * model.parameters * BYTES[model.dtype] + 4 * trained
+        is_adapted = work.adapter and model is work.policy
+        trained = work.adapter if is_adapted else model.parameters
+        stored = 4 * trained + (model.stored_bytes if is_adapted else 0)
+        moved = 2 * stored + 4 * trained
         n = work.devices
         return moved * (n - 1) / n / self._hardware.collective_bytes_per_s
 

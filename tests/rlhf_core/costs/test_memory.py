@@ -53,6 +53,8 @@ def test_devices_share_what_is_trained_and_copy_the_rest() -> None:
     assert (moments["trained weights"], moments["AdamW's moments"], moments["gradients"]) == (2800, 5600, 2800)
     assert (moments["whole copies that generate"], moments["reference"]) == (5600, 2800)
     assert moments["keys and values"] == 4 * (3 + 6) * 2 * 16 * 2
+    update = device_memory(WORK.on(2), parse_hardware("2xH100"), Overhead(0, 0)).moments["update"]
+    assert update["cast weights"] == 2 * (1000 + 50 * 8) + 4 * (2 * 1000 / 2 + 400), "two of two layers are gathered"
 
 
 def test_each_lever_takes_something_away() -> None:

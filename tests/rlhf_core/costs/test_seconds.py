@@ -70,10 +70,10 @@ def test_recomputation_is_a_further_forward_pass_and_lora_spares_one() -> None:
 
 
 def test_collectives_of_a_micro_batch() -> None:
-    """Weights are gathered twice in two bytes, gradients scattered in four; of eight devices each hands on 7/8."""
+    """Float32 weights are gathered twice, gradients scattered once; of eight devices each hands on 7/8."""
     whole = replace(WORK, prompts=32, minibatch_rows=32, micro_batch_rows=32)
     found = terms(whole.on(8), parse_hardware("8xH100"))["ppo_update"]
-    assert found["collectives"] == pytest.approx(2 * (2 * 1400 * 2 + 4 * 1400) * 7 / 8 / 450e9)
+    assert found["collectives"] == pytest.approx(2 * 3 * 4 * 1400 * 7 / 8 / 450e9)
     split = terms(replace(whole, micro_batch_rows=1).on(8), parse_hardware("8xH100"))["ppo_update"]
     assert split["collectives"] == pytest.approx(4 * found["collectives"])
 
