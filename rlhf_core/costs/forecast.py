@@ -9,7 +9,7 @@ from typing import Final
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.costs.calibration import Calibration, Deviation, calibration, points
-from rlhf_core.costs.hardware import KINDS, Hardware
+from rlhf_core.costs.hardware import Hardware
 from rlhf_core.costs.memory import DeviceMemory, Overhead, device_memory
 from rlhf_core.costs.reading import read_workload
 from rlhf_core.costs.seconds import stage_terms
@@ -117,11 +117,6 @@ def forecast(config: RunConfig, hardware: Hardware) -> Forecast:
         remedies=[] if fits else _remedies(whole, hardware, overhead),
         devices_that_fit=None if fits else _more_devices(whole, hardware, overhead),
     )
-
-
-def measured_kinds() -> list[str]:
-    """Kinds of devices with points of their own."""
-    return [kind for kind in KINDS if calibration(kind).kind == kind]
 
 
 def _overflows(whole: Workload, hardware: Hardware, overhead: Overhead) -> bool:

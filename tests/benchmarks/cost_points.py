@@ -111,6 +111,7 @@ def make_world(spec: Spec, root: Path) -> None:
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     tokenizer = make_tokenizer(texts[:40])
     eos: Any = tokenizer.convert_tokens_to_ids(EOS)
+    pad: Any = tokenizer.pad_token_id
     sizes = GPT2Config(
         vocab_size=max(spec.vocabulary, len(tokenizer)),
         n_positions=512,
@@ -119,7 +120,7 @@ def make_world(spec: Spec, root: Path) -> None:
         n_head=max(2, spec.hidden_size // 64),
         bos_token_id=eos,
         eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
     )
     sizes.num_labels = 1
     torch.manual_seed(0)
