@@ -24,6 +24,7 @@ from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
 from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
+from tasks.rank_group import ranks_end
 from tasks.reference_logprobs import reference_logprobs
 from tasks.report import write_report
 from tasks.retention import compact, compaction_is_due, drop_finished_shards, remove_run_leftovers
@@ -74,7 +75,11 @@ def begin(config: RunConfig, run_dir: str) -> None:
     result_serializer="json",
 )
 def resume(
-    run_dir: str, accept_drift: bool = False, accept_guards: bool = False, set_guards: list[str] | None = None
+    run_dir: str,
+    accept_drift: bool = False,
+    accept_guards: bool = False,
+    set_guards: list[str] | None = None,
+    set_update: list[str] | None = None,
 ) -> str:
     """Continue a stopped run from its last committed stage.
 
@@ -83,12 +88,13 @@ def resume(
         accept_drift: go on although machine, libraries, models or prompts differ.
         accept_guards: go on although a guard has stopped it, until that guard's number is back within its threshold.
         set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
+        set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``; a drift, most of them.
     Returns: the run folder.
     """
     with flow_body() as ended_with:
         check_resumable(run_dir, accept_drift=accept_drift)
-        if accept_drift:
-            record_drift(run_dir)
+        if accept_drift or set_update:
+            record_drift(run_dir, set_update or (), accepted=accept_drift)
         if set_guards:
             change_guards(run_dir, set_guards)
         if accept_guards:
@@ -103,7 +109,13 @@ def iterate(run_dir: str) -> str:
         remove_run_leftovers(run)
         take_over(run)
         guards = Guards(run)
-        with shard_workers(run), RunPage(run) as page, also_watched_by(page), Tracker(run, this_flow_run()) as tracker:
+        with (
+            ranks_end(),
+            shard_workers(run),
+            RunPage(run) as page,
+            also_watched_by(page),
+            Tracker(run, this_flow_run()) as tracker,
+        ):
             page.tracker = tracker
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)

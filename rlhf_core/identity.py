@@ -40,14 +40,15 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
     rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
     models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
     models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
+    num_threads, update = resolve_num_threads(config.num_threads), config.execution.update
     return {
         "config": config_digest(config),
         "prompts": prompt_set.digest,
         "models": {name: model_digest(model) for name, model in models.items()},
         "rewards": {name: component_digest(component) for name, component in rewards.items()},
-        "num_threads": resolve_num_threads(config.num_threads),
+        "num_threads": num_threads,
         **machine_identity(config),
-    }
+    } | ({"update": update.layout(num_threads)} if update.is_launched else {})
 
 
 def machine_identity(config: RunConfig) -> dict[str, Any]:

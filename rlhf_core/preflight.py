@@ -11,7 +11,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward
 from rlhf_core.models.adapters import base_of, check_adapter, is_adapter
-from rlhf_core.models.devices import resolve_device, resolve_num_threads
+from rlhf_core.models.devices import check_ranks, resolve_device, resolve_num_threads
 from rlhf_core.models.reward_model import load_reward_tokenizer
 from rlhf_core.models.sizes import (
     empty_model,
@@ -70,6 +70,7 @@ def preflight(config: RunConfig) -> Plan:
             return None
 
     device = attempt(lambda: resolve_device(config.device))
+    attempt(lambda: device and check_ranks(config.execution.update, device))
     policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
     tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
     if policy is not None:

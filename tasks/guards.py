@@ -122,7 +122,10 @@ def change_guards(run_dir: str, overrides: Sequence[str]) -> None:
     foreign = [override for override in overrides if not override.strip().startswith("guards.")]
     if foreign:
         raise UserError(
-            *(f"--set {o.partition('=')[0]} cannot be changed on resume: only guards.* can" for o in foreign)
+            *(
+                f"--set {o.partition('=')[0]} cannot be changed on resume: only guards.* and execution.update.* can"
+                for o in foreign
+            )
         )
     run = RunFolder.open(Path(run_dir))
     with run.locked():

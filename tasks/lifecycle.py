@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import DriftError, IntegrityError
 from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
-from rlhf_core.models.checkpoints import save_checkpoint
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
 from rlhf_core.rewards.foreign import changed_functions
@@ -70,21 +71,37 @@ def check_identity(run: RunFolder, doing: str) -> None:
         )
 
 
-def record_drift(run_dir: str) -> list[str]:
+def record_drift(run_dir: str, set_update: Sequence[str] = (), *, accepted: bool = True) -> list[str]:
     """Give a run the identity that it has here from its next iteration on, and record that in its ``run.json``.
 
     The weights are computed again under the new conditions where no checkpoint holds them, so that their bits may
     differ: they are recorded, and kept as a checkpoint if they do. From here on a resume is exact again. Stages of an
     unfinished iteration have another key now, and are computed again.
 
+    Args:
+        run_dir: of the run.
+        set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``.
+        accepted: a person accepts what differs.
     Returns: what has changed, one line each; nothing if the run would be the same here.
+    Raises: DriftError if that is not accepted; UserError if a change is wrong.
     """
     unlocked = RunFolder.open(Path(run_dir))
     changed_functions(unlocked.config, unlocked.identity, unlocked.path)  # refuses code of the run folder itself
     with unlocked.locked():
         run = RunFolder.open(Path(run_dir))
+        if set_update:
+            update = build_config(run.config.model_dump(), set_update).execution.update
+            run = run.with_update(update, write=False)
         identity, changes = _drift(run)
+        if changes and not accepted:
+            raise DriftError(
+                f"--set {set_update[0].partition('=')[0]} changes last bits of the run:\n  "
+                + "\n  ".join(changes)
+                + "\npass --accept-drift as well, to go on with that all the same"
+            )
         if not changes:
+            run.with_update(run.config.execution.update, write=True)
+            resources.cache_clear()
             return []
         iteration, committed = run.num_finished(), Resources(run).policy_digest(run.num_finished())
         drift = Drift(iteration, run.identity, changes, weights="")
@@ -171,12 +188,4 @@ def keep_last_good(run_dir: str, iteration: int) -> None:
 
 def save_state(kept: Resources, iteration: int) -> None:
     """Commit the state before an iteration as a checkpoint."""
-    with using_threads(kept.num_threads):
-        save_checkpoint(
-            kept.run.checkpoint_path(iteration),
-            kept.trainer(iteration),
-            kept.tokenizer.tokenizer,
-            kept.run.state_before(iteration),
-            identity=kept.identity,
-            merge_adapter=kept.run.config.policy.lora.save == "merged",
-        )
+    kept.save(iteration, kept.run.checkpoint_path(iteration))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rlhf_core.contracts.artifacts import ArtifactRef
@@ -10,9 +11,9 @@ from rlhf_core.contracts.batches import StageResult, UpdateStatistics
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.loop_state import Cursor, ScoreMoments
 from rlhf_core.ops.controller import next_state
-from rlhf_core.stages import ppo_update as core
 from tasks.resources import Resources, resources
 from tasks.stage import run_stage, stage_task
+from tasks.updates import make_update
 
 
 @stage_task
@@ -21,27 +22,17 @@ def ppo_update(
 ) -> ArtifactRef:
     """Write 06_update.arrow, move the policy, and commit the loop state of the next iteration."""
     kept = resources(run_dir)
-    config, state = kept.run.config, kept.run.state_before(iteration)
+    state = kept.run.state_before(iteration)
+
+    refs = [prompts, rollouts, experience]
+    by_ranks: dict[str, str] = {}
 
     def compute() -> StageResult[UpdateStatistics]:
-        prompt_batch = kept.prompts(prompts)
-        trainer = kept.trainer(iteration)
-        try:
-            return core.ppo_update(
-                trainer,
-                prompt_batch,
-                kept.rollouts(rollouts, prompt_batch),
-                kept.experience(experience),
-                config.ppo,
-                temperature=config.generation.temperature,
-                max_response_len=config.generation.max_new_tokens,
-                seed=config.seed,
-                iteration=iteration,
-                num_iterations=config.num_iterations,
-            )
-        except BaseException:
-            kept.forget_trainer()
-            raise
+        if not kept.asks_ranks:
+            return make_update(kept, iteration, refs)
+        answer = kept.ask_ranks("update", iteration, refs=[asdict(ref) for ref in refs])
+        by_ranks["policy_after"] = answer["digest"]
+        return StageResult(UpdateStatistics(answer["steps"]), answer["metrics"])
 
     return run_stage(
         kept,
@@ -57,7 +48,7 @@ def ppo_update(
         compute,
         UpdateStatistics.to_table,
         state=lambda _: _next_loop_state(kept, iteration),
-        outputs=lambda: {"policy_after": kept.trainer(iteration + 1).digest()},
+        outputs=lambda: by_ranks or {"policy_after": kept.trainer(iteration + 1).digest()},
     )
 
 

@@ -8,6 +8,7 @@ experience; each is compared with the digest that its update committed.
 from __future__ import annotations
 
 import functools
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +24,20 @@ from rlhf_core.contracts.shards import handed_weights
 from rlhf_core.identity import identity_digest
 from rlhf_core.memory import settle_memory
 from rlhf_core.models.actor_critic import ActorCritic
-from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer
-from rlhf_core.models.devices import resolve_device
+from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer, save_checkpoint
+from rlhf_core.models.devices import resolve_device, using_threads
 from rlhf_core.models.frozen import FrozenModels, move_models
-from rlhf_core.models.handed_weights import take_up
+from rlhf_core.models.handed_weights import hand_out, is_handed_out, take_up
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
+from rlhf_core.models.ranks import GroupRanks
+from rlhf_core.models.sharding import shard_trainer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.preflight import Plan, preflight
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.ppo_update import ppo_update
+from tasks.rank_group import rank_group
 
 Value = TypeVar("Value")
 
@@ -43,12 +47,13 @@ class Resources:
 
     Args:
         run: the run folder.
+        ranks: that this process is one of; None: it is the run's own, which asks them where its config has any.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, ranks: GroupRanks | None = None) -> None:
+        self.run, self.ranks = run, ranks
         self.identity = identity_digest(run.identity)
-        self.device = resolve_device(run.config.device)
+        self.device = resolve_device(run.config.device) if ranks is None else torch.device("cpu")
         self._kept: dict[str, Any] = {}
         self._models = FrozenModels()
         self._lock = threading.RLock()
@@ -70,6 +75,11 @@ class Resources:
     def shard_threads(self) -> int:
         """CPU threads of a shard."""
         return self.run.config.execution.shard_threads(self.num_threads)
+
+    @property
+    def asks_ranks(self) -> bool:
+        """Whether other processes make the updates, and have policy, critic and optimizer."""
+        return self.ranks is None and self.run.config.execution.update.is_launched
 
     @property
     def is_sharded(self) -> bool:
@@ -122,6 +132,8 @@ class Resources:
         with self._lock:
             if self._behaviour is not None:
                 return load_reference(config, self.device, self._behaviour[1].policy)
+            if self.asks_ranks:
+                return load_reference(config, self.device, self._first_behaviour().policy)
             if self._trainer is None:
                 self._trainer = self._nearest_checkpoint(self.run.num_finished())
             return load_reference(config, self.device, self._trainer.actor_critic.policy)
@@ -164,6 +176,8 @@ class Resources:
             if self._trainer is not None and self._trainer.iteration > iteration:
                 self._trainer = None  # before the next one is loaded: there is room for one
             trainer = self._trainer or self._nearest_checkpoint(iteration)
+            if self.asks_ranks and trainer.iteration < iteration:
+                trainer = self._trainer_of_ranks(iteration)
             while trainer.iteration < iteration:
                 self._replay_update(trainer)
             self._trainer = trainer
@@ -176,7 +190,11 @@ class Resources:
         """
         with self._lock:
             handed = handed_weights(self.run.path, iteration)
-            if (self._trainer is not None and self._trainer.iteration == iteration) or not handed.is_dir():
+            if self.asks_ranks:
+                self.hand_out(iteration)
+                if (digest := self.policy_digest(iteration)) == "initial":
+                    return self._first_behaviour()
+            elif (self._trainer is not None and self._trainer.iteration == iteration) or not handed.is_dir():
                 return self.trainer(iteration).actor_critic
             digest = self.policy_digest(iteration)
             if self._behaviour is None:
@@ -187,6 +205,40 @@ class Resources:
                 take_up(handed, self._behaviour[1], digest)
                 self._behaviour = (digest, self._behaviour[1])
             return self._behaviour[1]
+
+    def hand_out(self, iteration: int) -> None:
+        """Write the weights that an iteration begins with for other processes, which begin with those of the config."""
+        digest, handed = self.policy_digest(iteration), handed_weights(self.run.path, iteration)
+        if digest == "initial" or is_handed_out(handed, digest):
+            return
+        if self.asks_ranks:
+            self.ask_ranks("hand_out", iteration)
+        else:
+            with using_threads(self.num_threads):
+                trainer = self.trainer(iteration)
+                hand_out(handed, trainer.actor_critic, digest, trainer.ranks)
+
+    def ask_ranks(self, what: str, iteration: int, **more: Any) -> dict[str, Any]:
+        """Let all ranks do something with the trainer of an iteration. Returns: what the first of them answers."""
+        update = self.run.config.execution.update
+        run = {"path": str(self.run.path.resolve()), "record": self.run.record()}
+        group = rank_group(update, self.device.type, update.rank_threads(self.num_threads))
+        return group.call({"do": what, "iteration": iteration, "run": run, **more})
+
+    def save(self, iteration: int, path: Path) -> None:
+        """Commit the state before an iteration as a checkpoint folder."""
+        if self.asks_ranks:
+            self.ask_ranks("save", iteration, path=str(path))
+            return
+        with using_threads(self.num_threads):
+            save_checkpoint(
+                path,
+                self.trainer(iteration),
+                self.tokenizer.tokenizer,
+                self.run.state_before(iteration),
+                identity=self.identity,
+                merge_adapter=self.run.config.policy.lora.save == "merged",
+            )
 
     def forget_trainer(self) -> None:
         """Drop the trainer in memory, after a failed update may have left it half-way."""
@@ -220,8 +272,23 @@ class Resources:
         earlier = [i for i in self.run.checkpoints() if i <= iteration]
         if earlier:
             path = self.run.checkpoint_path(earlier[-1])
-            return load_checkpoint(path, self.run.config, self.device, identities=self.run.identities)[0]
-        return new_trainer(self.run.config, self.device)
+            trainer = load_checkpoint(path, self.run.config, self.device, identities=self.run.identities)[0]
+        else:
+            trainer = new_trainer(self.run.config, self.device)
+        return trainer if self.ranks is None else shard_trainer(trainer, self.run.config, self.ranks)
+
+    def _trainer_of_ranks(self, iteration: int) -> Trainer:
+        """Exactly theirs: computed again by them, through a checkpoint that is not kept."""
+        with tempfile.TemporaryDirectory(prefix="rlhf-state-") as folder:
+            path = Path(folder) / self.run.checkpoint_path(iteration).name
+            self.save(iteration, path)
+            return load_checkpoint(path, self.run.config, self.device)[0]
+
+    def _first_behaviour(self) -> ActorCritic:
+        """Policy and critic in memory, whatever their weights; as they are before the first iteration if need be."""
+        if self._behaviour is None:
+            self._behaviour = ("initial", ActorCritic.initial(self.run.config, self.device))
+        return self._behaviour[1]
 
     def _replay_update(self, trainer: Trainer) -> None:
         """Compute a committed update again from its artifacts."""

@@ -15,9 +15,8 @@ import pyarrow as pa
 from rlhf_core.batch_metrics import failures, rollout_metrics, score_metrics
 from rlhf_core.contracts.artifacts import ArtifactRef, conform, stage_key
 from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, Scores, StageResult
-from rlhf_core.contracts.shards import Part, Shard, commit_part, handed_weights, read_part, worker_seconds
+from rlhf_core.contracts.shards import Part, Shard, commit_part, read_part, worker_seconds
 from rlhf_core.models.devices import using_threads
-from rlhf_core.models.handed_weights import hand_out
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.reference_logprobs import reference_logprobs
 from rlhf_core.stages.score_rewards import score_rewards
@@ -75,11 +74,7 @@ def referred(kept: Resources, iteration: int, refs: Refs) -> StageResult[Referen
 
 def hand_out_weights(run_dir: str, iteration: int) -> None:
     """Write the weights that an iteration begins with for the workers, who begin with those of the config."""
-    kept = resources(run_dir)
-    digest = kept.policy_digest(iteration)
-    if digest != "initial":
-        with using_threads(kept.num_threads):
-            hand_out(handed_weights(kept.run.path, iteration), kept.trainer(iteration).actor_critic, digest)
+    resources(run_dir).hand_out(iteration)
 
 
 def _answer(kept: Resources, iteration: int, prompts: Prompts) -> StageResult[Rollouts]:

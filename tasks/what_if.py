@@ -14,6 +14,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.update_config import UpdateConfig
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.preflight import Plan
 from rlhf_core.replay.changes import BETA, Changes, changes_of
@@ -55,7 +56,7 @@ def ask_what_if(
         if sample is not None:
             check_sample(stored["generate"], sample, source.iteration)
         skipped = _skipped(source, changes)
-        config = source.located(changes.config, own=changes.keys)
+        config = _here(source.located(changes.config, own=changes.keys))
         plan = _plan(source, changes, config)
         trainer = None if "ppo_update" in skipped else _trainer(source, config)
         with shadow_of(replace(source.run, config=config), source.iteration) as shadow:
@@ -140,6 +141,12 @@ def _trainer(source: Source, config: RunConfig) -> Trainer:
     then.keep_plan(source.plan)
     load_weights(then, source.iteration)
     return with_optimizer_of(then.trainer(source.iteration), config)
+
+
+def _here(config: RunConfig) -> RunConfig:
+    """This process makes the update in question, whoever made the run's: ranks differ in last bits."""
+    execution = config.execution.model_copy(update={"update": UpdateConfig()})
+    return config.model_copy(update={"execution": execution})
 
 
 def _set_beta(shadow: RunFolder, iteration: int, kl_coef: float) -> None:

@@ -54,6 +54,10 @@ class RayNodes:
         _kill(self.nodes.pop(0))
         self.nodes.append(self.add())
 
+    def settle(self) -> None:
+        """Wait until the newest node is there."""
+        self._until_started(self.nodes[-1])
+
     def close(self) -> None:
         """End all of it."""
         for node in (*self.nodes, self._head):

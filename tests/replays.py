@@ -67,7 +67,7 @@ def another_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.shape_rewards.core.shape_rewards", shape)
 
 
-def another_update(monkeypatch: pytest.MonkeyPatch, *, where: str = "tasks.ppo_update.core.ppo_update") -> None:
+def another_update(monkeypatch: pytest.MonkeyPatch, *, where: str = "tasks.updates.core.ppo_update") -> None:
     """A machine whose update leads elsewhere, though its statistics are the same."""
 
     def update(trainer: Trainer, *arguments: Any, **settings: Any) -> Any:

@@ -53,3 +53,9 @@ and the seeds are fixed."""
 
 F32_MODEL: Final = Tolerance(rtol=1e-4, atol=1e-4)
 """A float32 transformer in two batch compositions, with and without cache: 8e-5 was measured on real models."""
+
+RANKS_LOSS: Final = Tolerance(rtol=1e-6, atol=1e-6)
+"""A loss of an update by two ranks against one process, in float32: as promised, relative to 1 or more."""
+
+RANKS_WEIGHT: Final = Tolerance(rtol=0.0, atol=1e-5)
+"""Weights and moments after three iterations of such updates; an optimiser step moves a weight by 1e-3 here."""

@@ -63,7 +63,8 @@ def resume(
         bool, typer.Option(help="First compute again what is damaged, and put it in place if its digests are the same.")
     ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="guards.a.b=c", help="Change a guard; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="guards.a.b=c", help="Change a guard, or execution.update.*; may be repeated."),
     ] = None,
 ) -> None:
     """Continue a stopped run from its last committed stage."""
@@ -79,7 +80,9 @@ def resume(
     from flows.calling import run_flow
     from flows.ppo import resume as resume_flow
 
-    watch_run(run, run_config, lambda: run_flow(resume_flow, str(run), accept_drift, accept_guards, set_))
+    update = [override for override in set_ or [] if override.strip().startswith("execution.update.")]
+    others = [override for override in set_ or [] if override not in update]
+    watch_run(run, run_config, lambda: run_flow(resume_flow, str(run), accept_drift, accept_guards, others, update))
 
 
 def check(

@@ -1,4 +1,4 @@
-"""The `execution` section of the config: what computes the stages that look at each response for itself."""
+"""The `execution` section of the config: what computes single stages, and where."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from rlhf_core.contracts.section import Positive, PositiveFloat, Section
+from rlhf_core.contracts.update_config import UpdateConfig
 
-NUMBERLESS = frozenset({"engine", "num_workers", "ray"})
-"""Knobs that change no number: not part of a run's identity."""
+NUMBERLESS = frozenset({"engine", "num_workers", "ray", "update"})
+"""Knobs that change no number, and ``update``, whose layout has an entry of its own in a run's identity."""
 
 Amount = Annotated[float, Field(ge=0)]
 
@@ -46,7 +47,7 @@ class RayConfig(Section):
 
 
 class ExecutionConfig(Section):
-    """Shards of generation, scoring and reference log-probs, and the workers that compute them."""
+    """Shards of generation, scoring and reference log-probs with their workers, and the ranks of the update."""
 
     engine: Literal["local", "ray"] = Field(
         default="local",
@@ -66,6 +67,7 @@ class ExecutionConfig(Section):
         "other; null: as many as shards and cores, or the Ray cluster, allow; changes no number",
     )
     ray: RayConfig = RayConfig()
+    update: UpdateConfig = UpdateConfig()
 
     @property
     def is_sharded(self) -> bool:

@@ -31,6 +31,7 @@ from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.contracts.typed import typed
+from rlhf_core.contracts.update_config import UpdateConfig
 
 RECORD_REMEDY = "put run.json back from a copy; where the run was tracked, MLflow has its config.yaml and identity.json"
 
@@ -85,6 +86,12 @@ class RunFolder:
             values = read_record(record)
         except IntegrityError as error:
             raise IntegrityError(f"{error}; {RECORD_REMEDY}") from None
+        return cls.of_record(path, values)
+
+    @classmethod
+    def of_record(cls, path: Path, values: Mapping[str, Any]) -> RunFolder:
+        """A run from the content of its ``run.json``. Raises IntegrityError if that is damaged."""
+        record = path / "run.json"
         if values.keys() - {"drifts"} != {"config", "identity"}:
             raise IntegrityError(f"{record} is not the record of a run; {RECORD_REMEDY}")
         try:
@@ -178,6 +185,14 @@ class RunFolder:
         run._write_record()
         return run
 
+    def with_update(self, update: UpdateConfig, *, write: bool) -> RunFolder:
+        """The run with other processes for its update; their layout is a drift. ``write`` as in :meth:`with_drift`."""
+        execution = self.config.execution.model_copy(update={"update": update})
+        run = replace(self, config=self.config.model_copy(update={"execution": execution}))
+        if write:
+            run._write_record()
+        return run
+
     def with_drift(self, identity: Mapping[str, Any], drift: Drift, *, write: bool) -> RunFolder:
         """The run under another identity.
 
@@ -191,11 +206,15 @@ class RunFolder:
             run._write_record()
         return run
 
-    def _write_record(self) -> None:
+    def record(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
         record: dict[str, Any] = {"config": self.config.model_dump(), "identity": dict(self.identity)}
         if self.drifts:
             record["drifts"] = [asdict(drift) for drift in self.drifts]
-        write_record(self.path / "run.json", record)
+        return record
+
+    def _write_record(self) -> None:
+        write_record(self.path / "run.json", self.record())
 
     def is_locked(self) -> bool:
         """Whether a process is working on the run."""

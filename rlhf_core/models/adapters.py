@@ -92,14 +92,22 @@ class Adapters:
             finally:
                 self.peft_model.set_adapter(TRAINED)
 
-    def save(self, folder: Path) -> None:
-        """Write the trained adapter to a folder as peft does: adapter_config.json, adapter_model.safetensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained adapter, under the names that peft saves it by."""
         import peft
 
+        return peft.get_peft_model_state_dict(self.peft_model, adapter_name=TRAINED, save_embedding_layers=False)
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained adapter to a folder as peft does: adapter_config.json, adapter_model.safetensors.
+
+        Args:
+            folder: made if it is not there.
+            tensors: the adapter; None: as it is in memory.
+        """
         folder.mkdir(exist_ok=True)
-        tensors = peft.get_peft_model_state_dict(self.peft_model, adapter_name=TRAINED, save_embedding_layers=False)
-        metadata = {"format": "pt"}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS_FILE, metadata)
+        named = (self.tensors() if tensors is None else tensors).items()
+        save_file({k: v.detach().cpu().contiguous() for k, v in named}, folder / WEIGHTS_FILE, {"format": "pt"})
         config = self.peft_model.peft_config[TRAINED].to_dict()
         place = Path(self.base)
         config |= {

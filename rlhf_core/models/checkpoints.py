@@ -11,9 +11,7 @@ checkpoints/000010/manifest.json         sha256 of each file above, of all weigh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +32,9 @@ from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
-from rlhf_core.models.policy import load_policy, save_policy
+from rlhf_core.models.policy import load_policy, policy_tensors, save_policy
+from rlhf_core.models.ranks import ALONE, Ranks
 from rlhf_core.models.untrusted import check_is_data, check_size
-from rlhf_core.ops.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,12 +51,13 @@ class Trainer:
     optimizer: torch.optim.AdamW
     iteration: int
     """Updates done."""
+    ranks: Ranks = ALONE
+    """Who has the weights and moments: this process, or each rank of a group a part of them."""
 
     def digest(self) -> str:
         """sha256 over every trained parameter: the identity of the weights."""
         named = list(self.actor_critic.named_parameters())
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing lets go of the interpreter
-            digests = list(threads.map(_tensor_digest, (parameter.detach() for _, parameter in named)))
+        digests = self.ranks.digests([parameter.detach() for _, parameter in named])
         return digest_json([[name, digest] for (name, _), digest in zip(named, digests, strict=True)])
 
     def check_finite(self) -> None:
@@ -75,11 +74,7 @@ class Trainer:
         for name, parameter in self.actor_critic.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             named += [(f"{slot} of {name}", value) for slot, value in moments.items()]
-        return first_not_finite(named)
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return self.ranks.first([(name, self.ranks.part(tensor)) for name, tensor in named])
 
 
 def new_trainer(config: RunConfig, device: torch.device) -> Trainer:
@@ -106,24 +101,29 @@ def save_checkpoint(
         state: the loop state of the next iteration.
         identity: digest of the run's identity.
         merge_adapter: ``policy.lora.save`` is merged.
-    Returns: each file -> sha256.
+    Returns: each file -> sha256; on the first rank, which alone writes.
     Raises: NumericalError if a weight or moment is not finite: such a checkpoint is never committed.
     """
     trainer.check_finite()
+    policy, critic = trainer.actor_critic.policy, trainer.actor_critic.critic
+    of_policy = trainer.ranks.gathered(policy_tensors(policy).items())
+    of_critic = {} if critic is None else trainer.ranks.gathered(critic.named_parameters())
+    of_optimizer = trainer.ranks.gathered(_optimizer_tensors(trainer).items())
+    record = {"iteration": state.iteration, "identity": identity, "weights": trainer.digest()}
+    if trainer.ranks.rank > 0:
+        return {}
 
     def fill(folder: Path) -> None:
-        save_policy(trainer.actor_critic.policy, folder, merge=merge_adapter)
+        save_policy(policy, folder, merge=merge_adapter, tensors=of_policy)
         tokenizer.save_pretrained(folder / "policy")
-        critic = trainer.actor_critic.critic
         if critic is not None:
             (folder / "critic").mkdir()
             if critic.trunk is not None:
                 critic.trunk.config.save_pretrained(folder / "critic")
-            save_file(_contiguous(dict(critic.named_parameters())), folder / "critic" / "critic.safetensors")
-        save_file(_optimizer_tensors(trainer), folder / "optimizer.safetensors")
+            save_file(of_critic, folder / "critic" / "critic.safetensors")
+        save_file(of_optimizer, folder / "optimizer.safetensors")
         (folder / "state.json").write_bytes(canonical_json(state.to_json()) + b"\n")
 
-    record = {"iteration": state.iteration, "identity": identity, "weights": trainer.digest()}
     return commit_folder(path, fill, record)
 
 
@@ -197,7 +197,7 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainer.actor_critic.named_parameters():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+            tensors[f"{name}|{key}"] = value
     return tensors
 
 
@@ -213,7 +213,3 @@ def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
                 f"the optimizer state has {key}, which does not fit; delete this checkpoint and resume"
             )
         trainer.optimizer.state[parameter][slot] = value.to(parameter.device)
-
-
-def _contiguous(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}

@@ -40,6 +40,11 @@ class Critic(nn.Module):
         self.trunk: Any | None = trunk
         self._reads = None if trunk is None else Trunk(trunk, dtype=dtype)
 
+    def leave_to_transformers(self) -> None:
+        """Compute with whatever parameters the modules have at each call."""
+        if self._reads is not None:
+            self._reads.leave_to_transformers()
+
     def values(self, sequences: Sequences, policy_hidden_ND: Tensor | None) -> Tensor:
         """[N] V before each real response token, row after row.
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.update_config import UpdateConfig
 
 Result = TypeVar("Result")
 
@@ -24,6 +25,20 @@ def resolve_device(name: str) -> torch.device:
         found = ", ".join(device for device, there in available.items() if there)
         raise UserError(f"device is {name}, which this machine does not have; found: {found}")
     return torch.device(name)
+
+
+def check_ranks(update: UpdateConfig, device: torch.device) -> None:
+    """Raise UserError if a node has not what its ranks of an update need."""
+    if update.is_launched and device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"execution.update.launcher is torchrun, but device is {device.type}: ranks compute on cpu or cuda; use "
+            "execution.update.launcher inprocess"
+        )
+    if update.is_launched and device.type == "cuda" and update.nproc_per_node > torch.cuda.device_count():
+        raise UserError(
+            f"execution.update.nproc_per_node is {update.nproc_per_node}, but this machine has "
+            f"{torch.cuda.device_count()} GPUs: at most one rank each"
+        )
 
 
 def resolve_num_threads(num_threads: int | None) -> int:

@@ -14,27 +14,36 @@ from rlhf_core.contracts.artifacts import check_folder, commit_folder
 from rlhf_core.contracts.durable import remove_folder
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.models.actor_critic import ActorCritic
+from rlhf_core.models.ranks import ALONE, Ranks
 
 FILE = "weights.safetensors"
 
 
-def hand_out(path: Path, actor_critic: ActorCritic, digest: str) -> None:
+def hand_out(path: Path, actor_critic: ActorCritic, digest: str, ranks: Ranks = ALONE) -> None:
     """Write the trained parameters of policy and critic, unless the folder holds them already.
 
     Args:
         path: of the folder; whatever else stands there is replaced.
         actor_critic: as the iteration finds it.
         digest: of these weights, as ``Trainer.digest`` has it.
+        ranks: who has them; the first one writes.
     """
+    tensors = ranks.gathered(actor_critic.named_parameters())
+    if ranks.rank > 0:
+        return
+    if is_handed_out(path, digest):
+        return
     if path.is_dir():
-        try:
-            if check_folder(path).get("weights") == digest:
-                return
-        except IntegrityError:
-            pass
         remove_folder(path)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in actor_critic.named_parameters()}
     commit_folder(path, lambda folder: save_file(tensors, folder / FILE), {"weights": digest})
+
+
+def is_handed_out(path: Path, digest: str) -> bool:
+    """Whether a folder holds weights of this digest, undamaged."""
+    try:
+        return path.is_dir() and check_folder(path).get("weights") == digest
+    except IntegrityError:
+        return False
 
 
 @torch.no_grad()

@@ -111,6 +111,10 @@ class LanguageModel:
         softcap = None if softcap is None else float(softcap)
         return Projection(head.weight, head.bias, factor / divisor, softcap, dtype=self.dtype)
 
+    def leave_to_transformers(self) -> None:
+        """Compute with whatever parameters the modules have at each call."""
+        self._reads.leave_to_transformers()
+
     def embedding_ids(self) -> set[int]:
         """``id`` of the parameters that stand for single tokens: input embeddings and output head, often tied."""
         model = cast("Any", self.model)

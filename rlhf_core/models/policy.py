@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.models.adapters import REFERENCE, TRAINED, attach, merged, new_adapter
@@ -64,22 +65,28 @@ def load_reference(
     return LanguageModel(model, dtype=DTYPES[dtype], device=device).checked(name, field)
 
 
-def save_policy(policy: LanguageModel, folder: Path, *, merge: bool) -> None:
+def policy_tensors(policy: LanguageModel) -> dict[str, Tensor]:
+    """What a checkpoint's ``policy/`` is written from: every weight under its names, or the trained adapter's."""
+    return policy.model.state_dict(keep_vars=True) if policy.adapters is None else policy.adapters.tensors()
+
+
+def save_policy(policy: LanguageModel, folder: Path, *, merge: bool, tensors: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint's ``policy/``; and ``adapter/`` beside it where that holds a merged model.
 
     Args:
         policy: as trained.
         folder: of the checkpoint.
         merge: with LoRA, whether ``policy/`` is a whole model rather than the adapter alone.
+        tensors: its :func:`policy_tensors`, whole and on the CPU; None: as they are in memory.
     Raises: UserError if the base, which a merged model is made from, is gone.
     """
     if policy.adapters is None:
         model: Any = policy.model
-        model.save_pretrained(folder / "policy")
+        model.save_pretrained(folder / "policy", state_dict=tensors)
     elif not merge:
-        policy.adapters.save(folder / "policy")
+        policy.adapters.save(folder / "policy", tensors)
     else:
-        policy.adapters.save(folder / "adapter")
+        policy.adapters.save(folder / "adapter", tensors)
         whole = load_transformers_model("AutoModelForCausalLM", policy.adapters.base, torch.float32, "policy.model")
         merged(whole, str(folder / "adapter"), "adapter").save_pretrained(folder / "policy")
 

@@ -133,6 +133,11 @@ def notes(config: RunConfig, device: str, parameters: dict[str, int]) -> list[st
             f"generation, scoring and reference log-probs in {execution.num_shards} shards of "
             f"{execution.shard_threads(threads)} threads, by {by if workers else 'this process, one after the other'}"
         )
+    if (update := execution.update).is_launched:
+        said.append(
+            f"ppo_update by {update.num_ranks} ranks of {update.rank_threads(threads)} threads, started by torchrun, "
+            "each with a part of policy, critic and optimizer; this process keeps the weights that it generates with"
+        )
     if config.reference_shares_trunk:
         adapter = config.reference_adapter
         off = "its adapter switched off" if adapter is None else f"the adapter {adapter!r} in place of its own"

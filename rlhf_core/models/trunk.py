@@ -56,6 +56,11 @@ class Trunk:
             return None
         return GPT2Passes.of(self.module)
 
+    def leave_to_transformers(self) -> None:
+        """Forget the passes that are written out, which hold on to parameters: others will take their places."""
+        assert self.packs is not None, "asked for while the weights are whole"
+        self.__dict__["written_out"] = None
+
     def run(self, weights: dict[str, Tensor] | None = None, **inputs: Any) -> Tensor:
         """[B, L, D]: for whatever transformers takes; ``weights`` stand in for those of their names."""
         with self._answering(), computing_in(self.dtype, next(self.module.parameters()).device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,7 +23,7 @@ from rlhf_core.contracts.config import PPOConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.models.critic import Critic
-from rlhf_core.models.devices import side_by_side
+from rlhf_core.models.ranks import Ranks
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.kl import token_kl
 from rlhf_core.ops.losses import aggregate, approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
@@ -64,6 +64,12 @@ class _Batch:
             None if self.returns_BR is None else cut(self.returns_BR),
         )
 
+    def without_tokens(self) -> _Batch:
+        """Its first row as one that nothing is learned from: for a rank that has no row, but takes part."""
+        row = self.rows(torch.zeros(1, dtype=torch.int64))
+        mask_BR = torch.zeros_like(row.sequences.response_mask_BR)
+        return replace(row, sequences=replace(row.sequences, response_mask_BR=mask_BR, supports=None))
+
 
 @dataclass(frozen=True)
 class _Setting:
@@ -96,7 +102,9 @@ def ppo_update(
         policy stays where it is and L_value is all of it.
 
     Args:
-        trainer: **mutated**: weights, optimizer moments, number of updates done.
+        trainer: **mutated**: weights, optimizer moments, number of updates done. Where it is in parts on the ranks of
+            a group, each of them calls with the same arguments, computes its share of every step's rows, and returns
+            the same.
         prompts: of this iteration.
         rollouts: responses, behaviour log-probs and values.
         experience: advantages and returns; its token_kl also gives the reference's log-probs.
@@ -151,25 +159,34 @@ def ppo_update(
 
 def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
     """Accumulate the gradient over micro-batches, check it, clip it, step."""
-    rows = len(batch.sequences)
+    rows, ranks = len(batch.sequences), trainer.ranks
     step = _Step(trainer, config, setting, rows, int(batch.sequences.response_mask_BR.sum()))
     sums: dict[str, float] = {}
     max_log_ratio = 0.0
     trainer.optimizer.zero_grad(set_to_none=True)
-    for index in torch.arange(rows).split(config.micro_batch_size or rows):
-        statistics = step.accumulate(batch.rows(index))
-        worst = statistics.pop("max_abs_log_ratio")
+    for index in _micro_batches(rows, config.micro_batch_size, ranks):
+        statistics = step.accumulate(batch.rows(index) if len(index) else batch.without_tokens())
+        worst = ranks.largest(statistics.pop("max_abs_log_ratio"))
         if is_first:
             _check_ratio(worst, trainer.actor_critic.policy.dtype)
         max_log_ratio = max(max_log_ratio, worst)
         for name, value in statistics.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0.0) + (value if len(index) else 0.0)
+    sums = ranks.total(sums)
     grad_norm, critic_grad_norm = _clip_gradients(trainer, config.max_grad_norm)
     skipped = not all(map(math.isfinite, (sums["loss"], grad_norm, critic_grad_norm)))
     if not skipped:
         trainer.optimizer.step()
     norms = {"grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm, "max_abs_log_ratio": max_log_ratio}
     return {"num_tokens": step.num_tokens, "skipped": skipped, **sums, **norms}
+
+
+def _micro_batches(rows: int, size: int | None, ranks: Ranks) -> Sequence[Tensor]:
+    """Row numbers of this rank's passes. All ranks have as many passes: where rows run out, the last ones are empty."""
+    mine, largest = ranks.share(rows), -(-rows // ranks.size)
+    passes = torch.arange(mine.start, mine.stop).split(size or largest)
+    missing = -(-largest // (size or largest)) - len(passes)
+    return [*passes, *(torch.arange(0) for _ in range(missing))]
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ class _Step:
             value_loss, of_values = self._value_loss(batch, critic, hidden_ND)
             self._backward(value_loss if self.setting.warming_up else loss + value_loss)
         else:
-            (statistics, of_values) = side_by_side([
+            (statistics, of_values) = self.trainer.ranks.each([
                 lambda: self._policy_alone(batch),
                 lambda: self._critic_alone(batch, critic),
             ])  # fmt: skip
@@ -312,13 +329,13 @@ def _clip_gradients(trainer: Trainer, max_norm: float | None) -> tuple[float, fl
     if critic is None or critic.trunk is None:
         policy_group, critic_group = policy_group + critic_group, []
     limit = math.inf if max_norm is None else max_norm
-    return _clip(policy_group, limit), _clip(critic_group, limit)
+    return _clip(policy_group, limit, trainer.ranks), _clip(critic_group, limit, trainer.ranks)
 
 
-def _clip(parameters: Sequence[Tensor], limit: float) -> float:
+def _clip(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> float:
     """The norm of a group's gradients, which are scaled where it is above the limit."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    grads = [ranks.part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = ranks.norm(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
     if norm > limit:
         torch._foreach_mul_(grads, limit / (norm + 1e-6))
     return norm

@@ -113,6 +113,7 @@ class CheckpointCheck:
         record = read_record(folder / "manifest.json")
         drift = run.drift_at(iteration)
         identities = [run.identity_at(max(iteration - 1, 0)), run.identity_at(iteration)]
+        identities += [drift.before for drift in run.drifts if drift.iteration == iteration]  # there and back again
         if record.get("identity") not in [digest_json(dict(identity)) for identity in identities]:
             problem = "it is a checkpoint of another run: its identity is not that of run.json"
         else:

@@ -6,13 +6,9 @@ The cluster is real: each node is processes of its own on this machine. It is be
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,31 +135,6 @@ def test_the_run_is_the_one_of_this_process_alone(case: str, nodes: RayNodes, ti
     start(by_ray, tmp_path / "ray")
     assert fingerprint(tmp_path / "ray") == fingerprint(tmp_path / "alone")
     assert verify_run(tmp_path / "ray").damage == []
-
-
-def test_nodes_killed_in_a_run_change_nothing(
-    nodes: RayNodes, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    start(config(tiny, 0), tmp_path / "undisturbed")
-    killed: list[str] = []
-
-    def kill() -> None:
-        """A node, as soon as the first worker is at a shard of the second iteration."""
-        while not killed:
-            if list((tmp_path / "ray" / "shards" / "000001").glob("02_*")):
-                nodes.replace_one()
-                killed.append("one")
-            time.sleep(0.002)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    killer.start()
-    start(on_ray(tiny, nodes.address, num_workers=2, **ROOM_FOR_OTHERS), tmp_path / "ray")
-    killer.join(60)
-    assert killed
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], "not those of Ray"
-    assert fingerprint(tmp_path / "ray") == fingerprint(tmp_path / "undisturbed")
 
 
 def test_a_node_that_would_compute_something_else_says_so(tiny: Any, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr("tasks.resources.ppo_update", update)
-    monkeypatch.setattr("tasks.ppo_update.core.ppo_update", update)
+    monkeypatch.setattr("tasks.updates.core.ppo_update", update)
 
 
 @pytest.fixture

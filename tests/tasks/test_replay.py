@@ -184,7 +184,7 @@ class TestDifferent:
         assert "gives other weights than it committed" in str(of(replay, "generate").failed)
 
     def test_a_stage_that_fails(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tasks.ppo_update.core.RATIO_TOLERANCE", {torch.float32: -1.0})
+        monkeypatch.setattr("tasks.updates.core.RATIO_TOLERANCE", {torch.float32: -1.0})
         stage = of(replay_iteration(str(run_dir), 0, first="ppo_update"), "ppo_update")
         assert stage.is_identical is False
         assert "the ratio to the behaviour policy must be 1" in str(stage.failed)

@@ -1,0 +1,183 @@
+"""One rank of an update: ``torchrun … -m tasks.update_rank``, started by a run's process, or by hand on further nodes.
+
+It waits for requests (:mod:`tasks.rank_channel`), and does with its part of the trainer what all ranks do. It ends with
+the process that asks, with torchrun, and after an error, which is told first: the next ranks begin with what is on
+disk.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.rank_channel import ADDRESS, ALIVE_S, KEY, Channel
+
+if TYPE_CHECKING:
+    from tasks.resources import Resources
+
+MEETING_S = 300.0
+"""For the ranks of other nodes to learn where the run's process is."""
+GRACE_S = 30.0
+"""A collective waits longer than the run's process, which knows who is missing."""
+
+
+def main() -> None:
+    """Serve until the run's process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://"))
+    channel = _connected(store, rank, size)
+    threading.Thread(target=_say_alive, args=(channel,), daemon=True).start()
+    me = _Rank(dist.PrefixStore("updates", store), rank, size)
+    while True:
+        try:
+            request = channel.receive_one()
+        except EOFError:
+            os._exit(0)
+        try:
+            channel.send({"done": me.obey(request)})
+        except BaseException as error:  # whatever it is: it is told, not shown
+            channel.send(_told(error))
+            time.sleep(GRACE_S)  # the run's process ends all ranks, and learns of a dead one only before this one
+            os._exit(1)
+
+
+class _Rank:
+    """What a rank keeps between two requests."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self._kept: tuple[Any, Resources] | None = None
+        self._ranks: Any = None
+
+    def obey(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what is asked. Returns: the answer, of which the first rank's counts."""
+        from rlhf_core.models.devices import using_threads
+
+        kept = self._resources(request)
+        with using_threads(request["num_threads"]):
+            return getattr(self, f"_{request['do']}")(kept, **_arguments(request))
+
+    def _update(self, kept: Resources, iteration: int, refs: list[dict[str, Any]]) -> dict[str, Any]:
+        from rlhf_core.contracts.artifacts import ArtifactRef
+        from tasks.updates import make_update
+
+        result = make_update(kept, iteration, [ArtifactRef(**ref) for ref in refs])
+        digest = kept.trainer(iteration + 1).digest()
+        if iteration + 1 < kept.run.config.num_iterations:
+            self._write_weights(kept, iteration + 1, digest)
+        if self.rank > 0:
+            return {}
+        return {"steps": list(result.batch.steps), "metrics": dict(result.metrics), "digest": digest}
+
+    def _hand_out(self, kept: Resources, iteration: int) -> dict[str, Any]:
+        self._write_weights(kept, iteration, kept.trainer(iteration).digest())
+        return {}
+
+    def _save(self, kept: Resources, iteration: int, path: str) -> dict[str, Any]:
+        kept.save(iteration, Path(path))
+        return {}
+
+    def _write_weights(self, kept: Resources, iteration: int, digest: str) -> None:
+        from rlhf_core.contracts.shards import handed_weights
+        from rlhf_core.models.handed_weights import hand_out
+
+        trainer = kept.trainer(iteration)
+        hand_out(handed_weights(kept.run.path, iteration), trainer.actor_critic, digest, trainer.ranks)
+
+    def _resources(self, request: dict[str, Any]) -> Resources:
+        """Of the run as the run's process has it, which may know of a drift that is not on disk yet."""
+        from rlhf_core.contracts.run_folder import RunFolder
+        from rlhf_core.memory import settle_memory
+        from tasks.resources import Resources
+
+        asked = request["run"]
+        if self._ranks is None:
+            settle_memory()
+            self._ranks = self._group(request)
+        if self._kept is None or self._kept[0] != asked:
+            self._kept = None  # before the next one is loaded: there is room for one
+            run = RunFolder.of_record(Path(asked["path"]), asked["record"])
+            self._kept = (asked, Resources(run, self._ranks))
+        return self._kept[1]
+
+    def _group(self, request: dict[str, Any]) -> Any:
+        from datetime import timedelta
+
+        import torch
+        import torch.distributed as dist
+
+        from rlhf_core.models.ranks import GroupRanks
+
+        device = torch.device("cpu")
+        if request["device"] == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=request["deadline_s"] + GRACE_S),
+        )
+        return GroupRanks(device)
+
+
+def _arguments(request: dict[str, Any]) -> dict[str, Any]:
+    return {name: request[name] for name in ("iteration", "refs", "path") if name in request}
+
+
+def _connected(store: Any, rank: int, size: int) -> Channel:
+    """The channel to the run's process: ranks of its node know where that is, and tell the others."""
+    from datetime import timedelta
+
+    store.set_timeout(timedelta(seconds=MEETING_S))
+    if (address := os.environ.get(ADDRESS)) is not None:
+        store.set("run", f"{address} {os.environ[KEY]}")
+    address, key = store.get("run").decode().split()
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), timeout=MEETING_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    channel = Channel(connection)
+    channel.send({"rank": rank, "of": size, "pid": os.getpid(), "host": socket.gethostname(), "key": key})
+    return channel
+
+
+def _say_alive(channel: Channel) -> None:
+    """Until nobody hears it: then the run's process is gone, whatever this one is waiting for."""
+    while True:
+        time.sleep(ALIVE_S)
+        try:
+            channel.send({"alive": True})
+        except OSError:
+            os._exit(1)
+
+
+def _end_with_agent(agent: int) -> None:
+    while os.getppid() == agent:
+        time.sleep(ALIVE_S / 2)
+    os._exit(1)
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    from rlhf_core.contracts.errors import RlhfError, UserError
+
+    if isinstance(error, UserError):
+        return {"failed": "UserError", "problems": list(error.problems)}
+    if isinstance(error, RlhfError):
+        return {"failed": type(error).__name__, "problems": [str(error)]}
+    if isinstance(error, OSError):
+        return {"failed": "OSError", "problems": [str(error)]}
+    reason = str(error).strip().split("\n")[0]
+    return {"failed": "crash", "problems": [f"{type(error).__name__}: {reason}"]}
+
+
+if __name__ == "__main__":
+    main()
