@@ -30,6 +30,7 @@ from rlhf_core.inspection import (
     samples_sheet,
 )
 from rlhf_core.selection import Selection
+from rlhf_core.store.address import shown
 
 SHOWN = 20
 """Rows in a terminal, unless a person asks for another number."""
@@ -116,7 +117,9 @@ def show_run(
         )
     if as_json:
         rows = sheet.table.slice(0, limit).to_pylist()
-        sys.stdout.write(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False) + "\n")
+        sys.stdout.write(
+            shown(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False)) + "\n"
+        )
     elif to is None:
         show(console, sheet, limit or SHOWN)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_core.replay.outcome import Replay, StageReplay
+from rlhf_core.store.address import shown
 
 if TYPE_CHECKING:
     from rlhf_core.replay.bundles import BundleRecord
@@ -339,7 +340,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print_json(values: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(shown(json.dumps(values, indent=2, ensure_ascii=False)) + "\n")
 
 
 @contextmanager

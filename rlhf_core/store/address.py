@@ -23,6 +23,9 @@ _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PART: Final = re.compile(r"[A-Za-z0-9_=@+,!()-][A-Za-z0-9_.=@+,!()-]{0,199}")
 """One part of a prefix: what is a plain name in a folder and in an address alike."""
 
+_copies: dict[str, str] = {}
+"""Copy -> address, of whatever this process has opened."""
+
 
 @dataclass(frozen=True)
 class Address:
@@ -74,3 +77,16 @@ def on_disk(place: str | Path, what: str) -> Path:
     if is_url(place):
         raise UserError(f"{what} is {place}, but only the folder of a run can be in an object store; give a path")
     return Path(place)
+
+
+def known_as(copy: Path, address: Address) -> None:
+    """From now on this folder is shown by its address."""
+    _copies[str(copy)] = str(address)
+
+
+def shown(text: str | Path) -> str:
+    """A text as a user reads it: with the address of a run in a store, where the folder of its copy is named."""
+    text = str(text)
+    for copy, address in _copies.items():
+        text = text.replace(copy, address)
+    return text

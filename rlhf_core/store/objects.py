@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ WHOLE_BYTES: Final = 64 * 2**20
 _CHUNK: Final = 2**20
 _REFUSED: Final = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey", "404"})
 """What a store says where a condition does not hold, or another request was faster."""
+_ANSWERED: Final = re.compile(
+    r"An error occurred \((\w+)\) when calling the \w+ operation(?: \([^)]*\))?: |(?<=\w)\?[^\"]*"
+)
+"""Of botocore's sentences: what says nothing but how it asks; the query of an address too."""
 _CREDENTIALS: Final = "give boto3 other credentials: by environment, profile or role"
 _REMEDIES: Final = {
     "NoSuchBucket": "make that bucket, or correct its name",
@@ -116,7 +121,7 @@ class Objects:
                 found = self._client.get_object(**self._named(name))
             except self._client.exceptions.NoSuchKey:
                 return None
-            return found["Body"].read(), found["ETag"]
+            return found["Body"].read(), str(_etag(found))
 
     def fetch(self, name: str, path: Path, etag: str) -> None:
         """Write an object's bytes into a file. Raises ChangedError if it is not the object of this ETag any more."""
@@ -125,6 +130,7 @@ class Objects:
                 if (found := self._if_it_holds(self._client.get_object, name, IfMatch=etag)) is None:
                     raise ChangedError(name)
                 try:
+                    _etag(found)
                     with path.open("wb") as file:
                         for chunk in found["Body"].iter_chunks(_CHUNK):
                             file.write(chunk)
@@ -135,26 +141,17 @@ class Objects:
 
     def put(self, name: str, content: bytes | Path) -> str:
         """Write an object, whatever is there; returns its ETag."""
-        with self._told(name, "written"):
-            if isinstance(content, bytes):
-                return self._client.put_object(**self._named(name), Body=content)["ETag"]
-            if content.stat().st_size > WHOLE_BYTES:
-                self._client.upload_file(str(content), self.address.bucket, self._named(name)["Key"])
-                return self._client.head_object(**self._named(name))["ETag"]
-            with content.open("rb") as file:
-                return self._client.put_object(**self._named(name), Body=file)["ETag"]
+        etag = self._put(name, content)
+        assert etag is not None
+        return etag
 
-    def put_new(self, name: str, content: bytes) -> str | None:
+    def put_new(self, name: str, content: bytes | Path) -> str | None:
         """Write an object where there is none; returns its ETag, or None if there is one."""
-        with self._told(name, "written"):
-            done = self._if_it_holds(self._client.put_object, name, Body=content, IfNoneMatch="*")
-            return done and done["ETag"]
+        return self._put(name, content, IfNoneMatch="*")
 
-    def put_over(self, name: str, content: bytes, etag: str) -> str | None:
+    def put_over(self, name: str, content: bytes | Path, etag: str) -> str | None:
         """Replace the object of this ETag; returns the new one's, or None if it is another object by now."""
-        with self._told(name, "written"):
-            done = self._if_it_holds(self._client.put_object, name, Body=content, IfMatch=etag)
-            return done and done["ETag"]
+        return self._put(name, content, IfMatch=etag)
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens where there is none."""
@@ -168,6 +165,16 @@ class Objects:
 
     def _named(self, name: str) -> dict[str, str]:
         return {"Bucket": self.address.bucket, "Key": f"{self.address.prefix}/{name}"}
+
+    def _put(self, name: str, content: bytes | Path, **condition: str) -> str | None:
+        with self._told(name, "written"):
+            if isinstance(content, bytes):
+                return _etag(self._if_it_holds(self._client.put_object, name, Body=content, **condition))
+            if content.stat().st_size <= WHOLE_BYTES:
+                with content.open("rb") as file:
+                    return _etag(self._if_it_holds(self._client.put_object, name, Body=file, **condition))
+            self._client.upload_file(str(content), *self._named(name).values())  # boto3 takes no condition here
+            return _etag(self._client.head_object(**self._named(name)))
 
     def _if_it_holds(self, request: Any, name: str, **conditions: Any) -> Any:
         """The answer, or None where a condition does not hold."""
@@ -188,7 +195,7 @@ class Objects:
             remedy = _REMEDIES.get(code, "look after that store, and whether this machine reaches it")
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                 remedy = _CREDENTIALS
-            reason = without_secrets(str(error)).splitlines()[0]
+            reason = _ANSWERED.sub(r"\1: ", without_secrets(str(error)).splitlines()[0])
             comfort = "nothing was changed" if action == "read" else "nothing is lost"
             raise StorageError(
                 f"{self.url(name).rstrip('/')} was not {action}: {reason}; {comfort}: {remedy}, then run the same "
@@ -217,6 +224,18 @@ def _client(address: Address, tries: int, read_s: float) -> Any:
             f"{address} cannot be reached: boto3 is not configured: {without_secrets(str(error))}"
         ) from None
     return client
+
+
+def _etag(answer: Any) -> str | None:
+    """Of an object that was asked for or written, if it was. Raises an error of boto3 if somebody else has answered."""
+    from botocore.exceptions import ClientError
+
+    if answer is None:
+        return None
+    if not answer.get("ETag"):
+        told = {"Error": {"Code": "NoETag", "Message": "what answers there is no object store"}}
+        raise ClientError(told, "request")
+    return answer["ETag"]
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from rlhf_core.contracts.durable import make_folder, using_disk
 from rlhf_core.contracts.errors import RlhfError, UserError
 from rlhf_core.contracts.locking import holding, is_held, note_elsewhere
+from rlhf_core.contracts.run_folder import check_vacant
 from rlhf_core.store import lease
-from rlhf_core.store.address import Address, is_url
+from rlhf_core.store.address import Address, is_url, known_as, shown
 from rlhf_core.store.copying import bring_in_line
 from rlhf_core.store.known import Known
 from rlhf_core.store.layout import RECORD, absent_folders, is_local
@@ -33,8 +34,6 @@ FEW = 10
 logger = logging.getLogger(__name__)
 _open: dict[str, Path] = {}
 """Address -> copy, of what this process has open to write in."""
-_copies: dict[str, str] = {}
-"""Copy -> address, of whatever this process has opened."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class _Place:
         address = Address.of(text)
         objects = Objects(address)
         place = cls(address, objects, address.copy(objects.endpoint))
-        _copies[str(place.copy)] = str(address)
+        known_as(place.copy, address)
         make_folder(place.state)
         return place
 
@@ -95,7 +94,10 @@ class _Place:
 
 
 def check_new(place: str) -> None:
-    """Raise UserError unless a run may begin at an address. Writes nothing there."""
+    """Raise UserError unless a run may begin in a folder or at an address. Writes nothing there."""
+    if not is_url(place):
+        check_vacant(Path(place))
+        return
     there = _Place.of(place)
     there.refuse_foreign(new=True)
     if there.objects.read(RECORD) is not None:
@@ -130,9 +132,12 @@ def reading(place: str | Path, *, weights: bool = True) -> Path:
 
 
 @contextlib.contextmanager
-def writing(place: str | Path) -> Iterator[Path]:
+def writing(place: str | Path, *, new: bool = True) -> Iterator[Path]:
     """The folder of a run, to be begun or gone on with in this process.
 
+    Args:
+        place: folder or address.
+        new: there may be nothing yet.
     Raises:
         UserError: the address is none, or something else is there.
         RunLockedError: another process works on it; also later, if this one has lost its lease.
@@ -142,7 +147,7 @@ def writing(place: str | Path) -> Iterator[Path]:
         yield _open.get(str(place).rstrip("/"), Path(place))
         return
     there = _Place.of(str(place))
-    there.refuse_foreign(new=True)
+    there.refuse_foreign(new=new)
     renewing = Objects(there.address, tries=2, read_s=3.0)
     with (
         _in_addresses(),
@@ -151,9 +156,9 @@ def writing(place: str | Path) -> Iterator[Path]:
     ):
         with holding(there.state / "copying", str(there.address), waits=True):
             _finish(there, mine.check)
-            there.bring_in_line()
+            etags = {name: entry.etag for name, entry in there.bring_in_line().entries.items()}
         note_elsewhere(there.copy / "lock", False)
-        with _mirrored(there, mine.check, is_local):
+        with _mirrored(there, mine.check, is_local, etags):
             yield there.copy
 
 
@@ -178,19 +183,23 @@ def adding(place: str | Path, room: str) -> Iterator[Path]:
         yield copy
 
 
-def shown(text: str | Path) -> str:
-    """A text as a user reads it: with the address of a run in a store, where the folder of its copy is named."""
-    text = str(text)
-    for copy, address in _copies.items():
-        text = text.replace(copy, address)
-    return text
+def copy_of(place: str | Path) -> Path:
+    """The folder that a run is worked on in; of an address, that of its copy, whether it is there yet or not."""
+    return _Place.of(str(place)).copy if is_url(place) else Path(place)
+
+
+def local(place: str) -> str:
+    """The folder of an address that this process has open; anything else as it is."""
+    return str(reading(place)) if is_url(place) else place
 
 
 @contextlib.contextmanager
-def _mirrored(there: _Place, check: Callable[[], None], local: Callable[[str], bool]) -> Iterator[None]:
+def _mirrored(
+    there: _Place, check: Callable[[], None], local: Callable[[str], bool], etags: dict[str, str] | None = None
+) -> Iterator[None]:
     _open[str(there.address)] = there.copy
     try:
-        with using_disk(Mirror(there.copy, there.objects, there.known(), check, local)):
+        with using_disk(Mirror(there.copy, there.objects, there.known(), check=check, local=local, etags=etags)):
             yield
     finally:
         del _open[str(there.address)]
@@ -202,7 +211,7 @@ def _finish(there: _Place, check: Callable[[], None]) -> None:
     for folder in absent_folders(entries):
         check()
         names = [name for name in entries if name.startswith(f"{folder}/")]
-        remove_absent(there.objects, folder, names, lambda do: do())
+        remove_absent(folder, names, there.objects.delete)
 
 
 def _has_begun(there: _Place) -> bool:
