@@ -1,7 +1,8 @@
 """Bringing a copy in line with its store: what is missing or differs is fetched, what the store has not is removed.
 
 Readers of a copy see what readers of the run itself would: no record is there before what it commits. A run that goes
-on meanwhile is listed until two lists agree, which is how it was at one moment between them.
+on meanwhile is listed until two lists agree, which is how it was at one moment between them. The files at its top
+(``mlflow.json``, ``guards.json``) are written over and over and commit nothing below: the newest ones are taken.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from rlhf_core.contracts.durable import TEMPORARY
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 from rlhf_core.store.known import Known
 from rlhf_core.store.layout import LINK, RECORD, files_of, is_local, is_record
-from rlhf_core.store.lease import NAME as LEASE
 from rlhf_core.store.objects import ChangedError, Entry, Listing, Objects
 
 AT_ONCE = 8
@@ -61,14 +61,14 @@ def _settled(objects: Objects, under: str) -> Listing:
     before = objects.list(under)
     for _ in range(TRIES):
         listing = objects.list(under)
-        if _without_lease(listing) == _without_lease(before):
+        if _below_the_top(listing) == _below_the_top(before):
             return listing
         before = listing
     return before
 
 
-def _without_lease(listing: Listing) -> dict[str, str]:
-    return {name: entry.etag for name, entry in listing.entries.items() if name != LEASE}
+def _below_the_top(listing: Listing) -> dict[str, str]:
+    return {name: entry.etag for name, entry in listing.entries.items() if "/" in name}
 
 
 def _apply(
@@ -105,7 +105,14 @@ def _fetch(objects: Objects, root: Path, known: Known, name: str, entry: Entry) 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        objects.fetch(name, temporary, entry.etag)
+        try:
+            objects.fetch(name, temporary, entry.etag)
+        except ChangedError:
+            newest = objects.list(name, at_most=1).entries.get(name)
+            if newest is None or "/" in name:
+                raise
+            _fetch(objects, root, known, name, newest)
+            return
         os.utime(temporary, (entry.modified, entry.modified))
         temporary.replace(path)
     finally:
@@ -121,6 +128,7 @@ def _link(objects: Objects, root: Path, name: str) -> None:
     if not target.isascii() or not target.isalnum():
         raise IntegrityError(f"{objects.url(name)} leads to {target[:80]!r}, which is no name beside it; remove it")
     if not path.is_symlink() or str(path.readlink()) != target:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.symlink_to(target)
 

@@ -32,6 +32,8 @@ USED: Final = 2 / 3
 """Of the time of a lease: how long its holder relies on it."""
 RENEWALS: Final = 6
 """In the time of a lease."""
+GRAIN_S: Final = 1.0
+"""The times that a store tells are whole seconds."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def is_live(objects: Objects, age_s: float) -> bool:
         age_s: since the lease was renewed, by the clock of the store.
     """
     found = _read(objects)
-    return found is not None and not found[0].released and age_s < found[0].lease_s
+    return found is not None and not found[0].released and age_s < found[0].lease_s + GRAIN_S
 
 
 def now() -> float:
