@@ -26,7 +26,11 @@ class S3Server:
     def client(self) -> Any:
         import boto3
 
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+        keys = {
+            "aws_access_key_id": "test",
+            "aws_secret_access_key": "a-secret-of-this-test-alone",
+            "region_name": "us-east-1",
+        }
         return boto3.client("s3", endpoint_url=self.endpoint, **keys)
 
     def new_bucket(self) -> str:
@@ -63,7 +67,7 @@ def s3_server() -> Iterator[S3Server]:
         environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-of-this-test-alone",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,

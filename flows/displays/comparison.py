@@ -60,7 +60,7 @@ def show_comparison(console: Console, compared: Comparison) -> None:
     _print_sparklines(console, compared, names)
     _print_score_against_kl(console, compared)
     for note in compared.notes:
-        console.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+        console.print(Text.assemble(("note: ", "yellow"), shown(note)), soft_wrap=True)
 
 
 def style_of(run: int) -> str:

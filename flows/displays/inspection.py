@@ -154,7 +154,9 @@ def _print_sample(console: Console, sheet: Sheet, _: int) -> None:
 
 
 def _print_samples(console: Console, sheet: Sheet, limit: int) -> None:
-    table = Table(title=Text(sheet.title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(shown(sheet.title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     numbers = {"score": "score", "kl": "KL", "num_tokens": "tokens", "change": "change"}
     table.add_column("sample", no_wrap=True)
     for heading in numbers.values():

@@ -307,7 +307,7 @@ def _table() -> Table:
 
 
 def _line(console: Console, text: str, *, style: str = "") -> None:
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown(text))
     console.print(Text(printable, style), soft_wrap=True, highlight=False)
 
 

@@ -117,7 +117,7 @@ class TerminalWatcher:
 
 def print_warning(console: Console, sentence: str) -> None:
     """A sentence about what is not as it should be."""
-    console.print(Text.assemble(("warning: ", "yellow"), sentence), soft_wrap=True)
+    console.print(Text.assemble(("warning: ", "yellow"), shown(sentence)), soft_wrap=True)
 
 
 def print_result(

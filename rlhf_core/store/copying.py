@@ -27,7 +27,13 @@ TRIES = 10
 
 
 def bring_in_line(
-    objects: Objects, root: Path, known: Known, *, under: str = "", wanted: Callable[[str], bool] = lambda _name: True
+    objects: Objects,
+    root: Path,
+    known: Known,
+    *,
+    under: str = "",
+    wanted: Callable[[str], bool] = lambda _name: True,
+    local: Callable[[str], bool] = is_local,
 ) -> Listing:
     """Make a folder the copy of a run, or of one folder of it.
 
@@ -37,6 +43,7 @@ def bring_in_line(
         known: what is known of its files.
         under: of this folder alone, as ``shards/000007/``.
         wanted: whether a file is fetched; others are left as they are.
+        local: whether a name is of this machine alone, and left out here and there.
     Returns: what was in the store.
     Raises:
         StorageError: the store does not give it, or changes all the time.
@@ -46,7 +53,11 @@ def bring_in_line(
         begun = time.time()
         try:
             listing = _settled(objects, under)
-            _apply(objects, root, known, files_of(listing.entries, objects.url), under, wanted, begun=begun)
+            files = files_of(listing.entries, objects.url)
+            files = {name: entry for name, entry in files.items() if not local(name)}
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_surplus(root, under, {name.removesuffix(LINK) for name in files}, local, begun)
+            _fetch_missing(objects, root, known, files, wanted)
             return listing
         except ChangedError:
             continue
@@ -71,18 +82,10 @@ def _below_the_top(listing: Listing) -> dict[str, str]:
     return {name: entry.etag for name, entry in listing.entries.items() if "/" in name}
 
 
-def _apply(
-    objects: Objects,
-    root: Path,
-    known: Known,
-    files: dict[str, Entry],
-    under: str,
-    wanted: Callable[[str], bool],
-    *,
-    begun: float,
+def _fetch_missing(
+    objects: Objects, root: Path, known: Known, files: dict[str, Entry], wanted: Callable[[str], bool]
 ) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_surplus(root, under, {name.removesuffix(LINK) for name in files}, begun)
+    """Fetch what is not there as the store has it: records after what they may commit, the run's own last."""
     missing = [
         name
         for name, entry in files.items()
@@ -133,9 +136,9 @@ def _link(objects: Objects, root: Path, name: str) -> None:
         path.symlink_to(target)
 
 
-def _remove_surplus(root: Path, under: str, there: set[str], begun: float) -> None:
+def _remove_surplus(root: Path, under: str, there: set[str], local: Callable[[str], bool], begun: float) -> None:
     """Remove what the store has not, and folders that hold nothing; what has just come is newer than the list."""
-    found = [p for p in (root / under).rglob("*") if not is_local(p.relative_to(root).as_posix())]
+    found = [p for p in (root / under).rglob("*") if not local(p.relative_to(root).as_posix())]
     old = [p for p in found if p.lstat().st_ctime < begun]
     surplus = [p for p in old if (p.is_symlink() or not p.is_dir()) and p.relative_to(root).as_posix() not in there]
     for path in sorted(surplus, key=lambda path: (not is_record(path.name), path)):

@@ -35,7 +35,7 @@ def is_local(name: str) -> bool:
 
 
 def files_of(entries: dict[str, Entry], url: Callable[[str], str]) -> dict[str, Entry]:
-    """The objects that are files or links of the run, without what is marked as absent.
+    """The objects that are files or links of a run, without what is marked as absent.
 
     Args:
         entries: of the store.
@@ -55,7 +55,7 @@ def files_of(entries: dict[str, Entry], url: Callable[[str], str]) -> dict[str, 
         around = ("/".join(parts[:n]) for n in range(1, len(parts)))
         if file := next((folder for folder in around if folder in found), None):
             raise IntegrityError(f"{url(file)} is an object, and {url(name)} stands below it; remove one of them")
-    return {name: entry for name, entry in found.items() if not is_local(name)}
+    return found
 
 
 def absent_folders(entries: Iterable[str]) -> list[str]:

@@ -191,7 +191,7 @@ class Objects:
         try:
             yield
         except _errors() as error:
-            code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+            code = str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
             remedy = _REMEDIES.get(code, "look after that store, and whether this machine reaches it")
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                 remedy = _CREDENTIALS

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.contracts.durable import using_disk, write_file
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 from rlhf_core.store.copying import bring_in_line
 from rlhf_core.store.known import Known
+from rlhf_core.store.mirror import Mirror
 from rlhf_core.store.objects import Listing, Objects
 
 
@@ -120,6 +122,23 @@ def test_only_what_is_wanted_or_below_a_folder_is_fetched(objects: Objects, copy
         "checkpoints/1/manifest.json"
     }
     assert len(files(copy())) == 3
+
+
+def test_parts_of_workers_can_be_handed_over_by_the_store_too(
+    objects: Objects, copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    def is_of_others(name: str) -> bool:
+        return not name.startswith("shards/")
+
+    worker, part = tmp_path / "worker", "shards/000000/02_rollouts.0-of-2.arrow"
+    mirror = Mirror(
+        worker, objects, Known(tmp_path / "its"), check=lambda: None, local=is_of_others, etags=dict[str, str]()
+    )
+    with using_disk(mirror):
+        write_file(worker / part, b"part")
+        write_file(worker / "run.json", b"{}")
+    assert files(copy()) == {}
+    assert files(copy(under="shards/000000/", local=is_of_others)) == {part: "part"}
 
 
 def test_a_folder_that_is_half_there_is_absent(objects: Objects, copy: Callable[..., Path]) -> None:

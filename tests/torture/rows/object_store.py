@@ -28,7 +28,7 @@ NAME = "kill -9 of a run in an object store"
 GOAL = (
     "≥ 200 deaths at requests, before and after, each resumed on another machine: 100 % bit-identical, 0 lost, 0 torn"
 )
-SMALL = 3
+SMALL = 2
 """Deaths of the small row."""
 LEASE_S = "1"
 
