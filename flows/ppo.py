@@ -89,7 +89,7 @@ def resume(
     Returns: the same place.
     """
     with flow_body() as ended_with:
-        with writing(run_dir) as path:
+        with writing(run_dir, new=False) as path:
             folder = str(path)
             check_resumable(folder, accept_drift=accept_drift)
             if accept_drift:
