@@ -231,6 +231,47 @@ def test_while_the_run_goes_on_no_record_is_there_before_what_it_commits(objects
     assert len(seen) > 2
 
 
+def test_a_list_whose_pages_are_of_different_moments_is_not_believed(
+    objects: Objects, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        objects.put(f"iterations/{number}/a.arrow", b"")
+        objects.put(f"iterations/{number}/a.json", b"")
+    whole = objects.list()
+    torn = [
+        Listing({n: e for n, e in whole.entries.items() if n < f"iterations/{last}" or n.endswith("json")}, whole.now)
+        for last in (1, 2)
+    ]
+    monkeypatch.setattr(objects, "list", lambda _under: torn.pop(0) if torn else whole)
+    assert len(files(copy())) == 6
+    assert torn == []
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_reader_that_is_stopped_has_no_record_without_what_it_commits(
+    at: int, objects: Objects, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("run.json", *(f"iterations/{number}/a.{end}" for number in range(3) for end in ("arrow", "json"))):
+        objects.put(name, b"")
+    monkeypatch.setattr("rlhf_core.store.copying.AT_ONCE", 1)
+    fetch, seen = Objects.fetch, list[str]()
+
+    def stop(objects: Objects, name: str, *rest: Any) -> None:
+        seen.append(name)
+        if len(seen) > at:
+            raise StorageError("the network is gone")
+        fetch(objects, name, *rest)
+
+    monkeypatch.setattr(Objects, "fetch", stop)
+    with pytest.raises(StorageError, match="the network is gone"):
+        copy()
+    there = set(files(tmp_path / "run"))
+    assert len(there) == at
+    records = {name for name in there if name.endswith(".json") and name != "run.json"}
+    assert {name.replace(".json", ".arrow") for name in records} <= there
+    assert "run.json" not in there
+
+
 def test_a_store_that_changes_all_the_time_is_told(
     objects: Objects, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
