@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ _ANSWERED: Final = re.compile(
     r"An error occurred \((\w+)\) when calling the \w+ operation(?: \([^)]*\))?: |(?<=\w)\?[^\"]*"
 )
 """Of botocore's sentences: what says nothing but how it asks; the query of an address too."""
+_making: Final = threading.Lock()
+"""Around a session, which one thread at a time may use, unlike a client."""
 _CREDENTIALS: Final = "give boto3 other credentials: by environment, profile or role"
 _REMEDIES: Final = {
     "NoSuchBucket": "make that bucket, or correct its name",
@@ -204,26 +208,32 @@ class Objects:
 
 
 def _client(address: Address, tries: int, read_s: float) -> Any:
-    try:
-        from boto3.session import Session
-        from botocore.config import Config
-    except ModuleNotFoundError:
-        raise UserError(f'{address} needs boto3, which is not installed: pip install "rlhf-flow[s3]"') from None
     settings: dict[str, Any] = {
         "connect_timeout": CONNECT_S,
         "read_timeout": read_s,
         "retries": {"mode": "standard", "total_max_attempts": tries},
     }
     try:
-        session = Session()
-        client = session.client("s3", config=Config(**settings))
-        if "amazonaws.com" not in client.meta.endpoint_url:  # other services seldom have a host name for each bucket
-            client = session.client("s3", config=Config(**settings, s3={"addressing_style": "path"}))
+        from botocore.config import Config
+
+        with _making:
+            client = _session().client("s3", config=Config(**settings))
+            if "amazonaws.com" not in client.meta.endpoint_url:  # others seldom have a host name for each bucket
+                client = _session().client("s3", config=Config(**settings, s3={"addressing_style": "path"}))
+            return client
+    except ModuleNotFoundError:
+        raise UserError(f'{address} needs boto3, which is not installed: pip install "rlhf-flow[s3]"') from None
     except (*_errors(), ValueError) as error:
-        raise UserError(
-            f"{address} cannot be reached: boto3 is not configured: {without_secrets(str(error))}"
-        ) from None
-    return client
+        why = without_secrets(str(error))
+        raise UserError(f"{address} cannot be reached: boto3 is not configured: {why}") from None
+
+
+@functools.cache
+def _session() -> Any:
+    """One a process: the first client of each takes a tenth of a second."""
+    from boto3.session import Session
+
+    return Session()
 
 
 def _etag(answer: Any) -> str | None:

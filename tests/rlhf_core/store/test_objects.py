@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from botocore.awsrequest import AWSResponse
 from s3_server import S3Server
 
 from rlhf_core.contracts.errors import StorageError, UserError
+from rlhf_core.store import objects as objects_module
 from rlhf_core.store.address import Address
 from rlhf_core.store.objects import ChangedError, Objects
 
@@ -120,6 +122,15 @@ def test_a_bucket_that_is_not_there(store: S3Server) -> None:
     )
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """This process has not asked for credentials yet."""
+    objects_module._session.cache_clear()
+    yield
+    objects_module._session.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
 def test_no_credentials(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -127,6 +138,7 @@ def test_no_credentials(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Objects(Address.of(url)).list()
 
 
+@pytest.mark.usefixtures("fresh")
 def test_a_profile_that_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UserError, match=r"boto3 is not configured: The config profile \(nobody\) could not be found"):
@@ -139,6 +151,7 @@ def test_a_server_that_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -
         Objects(Address.of(url), tries=1).list()
 
 
+@pytest.mark.usefixtures("fresh")
 def test_without_boto3(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3.session", None)
     with pytest.raises(UserError) as told:
