@@ -17,7 +17,6 @@ from torture.runs import fingerprint, start
 
 from flows import cli
 from rlhf_core.contracts.config_io import build_config
-from rlhf_core.store import lease
 from rlhf_core.store.address import CACHE
 from rlhf_core.store.objects import Objects
 from rlhf_core.store.opening import reading
@@ -32,7 +31,7 @@ def machine(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Where the server is, no Prefect, and the copies of this machine."""
     folder = tmp_path_factory.mktemp("machine")
     with pytest.MonkeyPatch.context() as environment:
-        here = {CACHE: str(folder / "cache"), lease.LEASE: "2", "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+        here = {CACHE: str(folder / "cache"), "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
         for name, value in {**s3.environment, **here}.items():
             environment.setenv(name, value)
         with temporary_settings({PREFECT_SERVER_EPHEMERAL_ENABLED: False}, restore_defaults={PREFECT_API_URL}):

@@ -35,7 +35,7 @@ with writing(sys.argv[1]) as folder:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lease.LEASE, "1")
+    monkeypatch.setenv(lease.LEASE, "3")
 
 
 def begin(url: str) -> None:
@@ -149,10 +149,10 @@ class TestTwoProcesses:
         other.wait()
         begun = time.monotonic()
         with writing(url) as folder:
-            assert time.monotonic() - begun >= 1.0
+            assert time.monotonic() - begun >= 3.0
             assert not is_held(folder / "lock")
             write_file(folder / "guards.json", b"{}")
-        assert "watching for 1 s whether that process lives" in caplog.text
+        assert "watching for 3 s whether that process lives" in caplog.text
 
     def test_one_that_was_stopped_for_too_long_writes_no_more(
         self, url: str, other: subprocess.Popen[bytes], store: S3Server
