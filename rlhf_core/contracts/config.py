@@ -72,6 +72,11 @@ class PromptsConfig(Section):
 class GenerationConfig(Section):
     """How responses are sampled."""
 
+    engine: Literal["own", "transformers"] = Field(
+        default="own",
+        description="transformers: its continuous batching; draws then depend on the whole batch, and log-probs on its "
+        "arithmetic: ppo.importance_threshold",
+    )
     max_new_tokens: Positive = Field(default=64, description="length limit of a response, in tokens")
     temperature: PositiveFloat = Field(default=1.0, description="divides the logits in all three log-probs")
     top_k: Positive | None = Field(
@@ -87,6 +92,15 @@ class GenerationConfig(Section):
         if "" in stop:
             raise ValueError("an empty stop sequence would end every response at once")
         return stop
+
+    @model_validator(mode="after")
+    def _whole_support(self) -> Self:
+        if self.engine != "own" and (self.top_k is not None or self.top_p < 1.0):
+            raise ValueError(
+                f"generation.engine is {self.engine}, which does not tell the support of a truncated draw, and all "
+                "three log-probs need it; leave top_k and top_p out, or use engine own"
+            )
+        return self
 
 
 class KLConfig(Section):
@@ -196,8 +210,12 @@ class PPOConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     importance_cap: Annotated[float, Field(ge=1)] = Field(
         default=2.0,
-        description="largest importance weight of a token (or response, at sequence level) that an older policy has "
-        "drawn: execution.overlap",
+        description="largest importance weight of a token (or response, at sequence level) that another policy or "
+        "arithmetic has drawn: execution.overlap, generation.engine",
+    )
+    importance_threshold: Annotated[float, Field(ge=0)] = Field(
+        default=0.01,
+        description="mean gap between a token's log-prob by its sampler and by the policy above which weights are used",
     )
     max_skipped_steps: Positive = Field(default=3, description="non-finite steps in a row that stop the run")
 
@@ -309,7 +327,7 @@ class RunConfig(Section):
     @property
     def importance_cap(self) -> float | None:
         """Of the weights that make up for an older sampler; None where an update moves the policy that has sampled."""
-        return self.ppo.importance_cap if self.execution.overlap else None
+        return self.ppo.importance_cap if self.execution.overlap or self.generation.engine != "own" else None
 
     @property
     def uses_critic(self) -> bool:
@@ -331,6 +349,11 @@ class RunConfig(Section):
             problems.append(
                 f"execution.num_shards is {self.execution.num_shards}, but an iteration has {self.prompts.num_prompts} "
                 "prompts (prompts.batch_size / samples_per_prompt); use at most one shard a prompt"
+            )
+        if self.generation.engine != "own" and self.policy.uses_lora:
+            problems.append(
+                f"generation.engine is {self.generation.engine}, which does not know the adapter that policy.lora or "
+                "policy.adapter trains; use engine own"
             )
         problems += self._estimator_problems()
         if self.shaping.score_normalization == "reference" and not self.starts_at_reference:

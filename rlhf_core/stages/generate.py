@@ -14,6 +14,7 @@ from rlhf_core.contracts.config import GenerationConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.decoding import Decoded, DecodingRules, decode
+from rlhf_core.models.engines import Drawn, draw_with_transformers
 from rlhf_core.models.sequences import Sequences, by_length
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.ops.randomness import seeded_generator
@@ -34,7 +35,7 @@ def generate(
 ) -> StageResult[Rollouts]:
     """Sample responses, with behaviour log-probs, entropies and values.
 
-    The draw of a response depends on (seed, iteration, prompt id, sample index) alone.
+    The draw of a response depends on (seed, iteration, prompt id, sample index) alone, unless another engine draws.
 
     Args:
         actor_critic: policy (π_old from here on) and critic; not changed.
@@ -56,6 +57,12 @@ def generate(
         eos_ids=tokenizer.eos_ids,
         has_stop=_stop_detector(tokenizer, config.stop) if config.stop else None,
     )
+    if config.engine != "own":
+        drawn = _drawn_elsewhere(actor_critic, tokenizer, prompts, config, samples_per_prompt, (seed, iteration))
+        rollouts = _as_rollouts([drawn], prompts, tokenizer, samples_per_prompt, iteration)
+        rollouts = _evaluated(rollouts, prompts, actor_critic, config.temperature)
+        _check_finite(rollouts)
+        return StageResult(rollouts, rollout_metrics(rollouts))
     critic = actor_critic.critic
     value_of = critic.head.values if critic is not None and critic.trunk is None else None
     rows_at_once = max(1, (config.batch_size or len(prompts.prompt_ids) * samples_per_prompt) // samples_per_prompt)
@@ -79,6 +86,61 @@ def generate(
         rollouts = _with_values(rollouts, prompts, actor_critic)
     _check_finite(rollouts)
     return StageResult(rollouts, rollout_metrics(rollouts))
+
+
+def _drawn_elsewhere(
+    actor_critic: ActorCritic,
+    tokenizer: PolicyTokenizer,
+    prompts: Prompts,
+    config: GenerationConfig,
+    k: int,
+    seeds: tuple[int, int],
+) -> Decoded:
+    """What another engine has drawn, cut where a stop sequence is complete; entropies and values are still missing."""
+    first = int(prompts.prompt_ids[0])
+    drawn = draw_with_transformers(
+        actor_critic.policy,
+        [t[m].tolist() for t, m in zip(prompts.tokens_QP, prompts.mask_QP, strict=True)],
+        samples_per_prompt=k,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        eos_ids=sorted(tokenizer.eos_ids),
+        pad_id=tokenizer.pad_id,
+        seed=int(seeded_generator(seeds[0], "generate", seeds[1], first).integers(2**32)),
+    )
+    has_stop = _stop_detector(tokenizer, config.stop) if config.stop else None
+    rows: list[Drawn] = []
+    reasons: list[str] = []
+    for each in drawn:
+        length = next((n for n in range(1, len(each.tokens) + 1) if has_stop and has_stop(each.tokens[:n])), None)
+        kept = each if length is None else Drawn(each.tokens[:length], each.logprobs[:length])
+        rows.append(kept)
+        reasons.append("eos" if kept.tokens[-1] in tokenizer.eos_ids else "length" if length is None else "stop")
+    lens_B = torch.tensor([len(row.tokens) for row in rows])
+    mask_BR = torch.arange(int(lens_B.max())) < lens_B[:, None]
+    tokens_BR = torch.full(mask_BR.shape, tokenizer.pad_id).masked_scatter(
+        mask_BR, torch.tensor([token for row in rows for token in row.tokens])
+    )
+    logprobs_BR = torch.zeros(mask_BR.shape).masked_scatter(
+        mask_BR, torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
+    )
+    return Decoded(tokens_BR, mask_BR, logprobs_BR, torch.zeros_like(logprobs_BR), None, None, reasons)
+
+
+@torch.no_grad()
+def _evaluated(rollouts: Rollouts, prompts: Prompts, actor_critic: ActorCritic, temperature: float) -> Rollouts:
+    """With the policy's entropies, and the critic's values."""
+    sequences, critic = Sequences.build(prompts, rollouts), actor_critic.critic
+    entropies_BR = torch.zeros_like(rollouts.logprobs_BR)
+    values_BR = None if critic is None else torch.zeros_like(rollouts.logprobs_BR)
+    for index in by_length(sequences.lens_B, CRITIC_ROWS):
+        part = sequences.rows(index).to(actor_critic.policy.device)
+        now = actor_critic.evaluate(part, temperature)
+        width = now.entropies_BR.shape[1]
+        entropies_BR[index, :width] = now.entropies_BR.cpu()
+        if critic is not None and values_BR is not None:
+            values_BR[index, :width] = part.scatter(critic.values(part, now.hidden_ND)).cpu()
+    return Rollouts(**{**vars(rollouts), "entropies_BR": entropies_BR, "values_BR": values_BR})
 
 
 def _uniforms(seed: int, iteration: int, prompt_ids: list[int] | object, k: int, length: int) -> Tensor:

@@ -130,7 +130,8 @@ def ppo_update(
         iteration: from 0.
         num_iterations: of the run, for the learning-rate schedule.
         importance_cap: where another policy than the trainer's has drawn the responses: ratios are then taken to the
-            trainer's as it is now, and each sample counts by its importance weight, at most so much. None: its own.
+            trainer's as it is now, and each sample counts by its importance weight, at most so much, where the two
+            differ by more than ``importance_threshold``. None: the trainer's own.
         on_step: called with (step, of) after each optimiser step.
     Returns: one record an optimiser step, and their means as metrics.
     Raises: NumericalError if ρ is not 1 on the first minibatch, too many steps in a row are not finite, or a step has
@@ -199,7 +200,10 @@ def _as_of_now(
             "sampler/weight_avg": masked_sum(weights, counted) / counted.sum(),
             "sampler/capped_fraction": ((weights >= cap) & counted).sum() / counted.sum(),
         }
-    return replace(batch, old_logprobs_BR=now_BR, weights=weights), _numbers(metrics)
+    numbers = _numbers(metrics)
+    if numbers["sampler/logprob_gap_avg"] <= config.importance_threshold:
+        weights = None
+    return replace(batch, old_logprobs_BR=now_BR, weights=weights), numbers
 
 
 def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
