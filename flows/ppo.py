@@ -17,7 +17,7 @@ from flows.calling import call, call_both, flow_body
 from flows.guarding import announce, obey
 from flows.links import link_to_tracker, own_run_dir, run_name, take_over, this_flow_run, was_begun_here
 from flows.progress import also_watched_by, watcher
-from flows.sharding import compute_ahead, shard_workers
+from flows.sharding import answering_ahead, compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.generate import generate
@@ -150,4 +150,5 @@ def train_iteration(run_dir: str, iteration: int) -> None:
     saw(iteration, "shape_rewards")
     experience = call(shape_rewards, run_dir, iteration, prompts, rollouts, scores, ref_logprobs)
     saw(iteration, "ppo_update")
-    call(ppo_update, run_dir, iteration, prompts, rollouts, experience)
+    with answering_ahead(run_dir, iteration):
+        call(ppo_update, run_dir, iteration, prompts, rollouts, experience)

@@ -34,26 +34,37 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
         prompt_set: its prompts.
     Returns: a tree of strings and numbers; its digest stands in every artifact.
     """
-    device = resolve_device(config.device)
     models = {"policy": config.policy.model, "reference": config.reference_model}
     adapters = {"policy.adapter": config.policy.adapter, "reference.adapter": config.reference_adapter}
     models |= {name: adapter for name, adapter in adapters.items() if adapter is not None}
-    with_adapters = ("peft",) if config.policy.uses_lora or config.reference_adapter is not None else ()
     rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
     models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
     models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
     num_threads, update = resolve_num_threads(config.num_threads), config.execution.update
     return {
         "config": config_digest(config),
-        "source": source_digest(),
         "prompts": prompt_set.digest,
         "models": {name: model_digest(model) for name, model in models.items()},
         "rewards": {name: component_digest(component) for name, component in rewards.items()},
+        "num_threads": num_threads,
+        **machine_identity(config),
+    } | ({"update": update.layout(num_threads)} if update.is_launched else {})
+
+
+def machine_identity(config: RunConfig) -> dict[str, Any]:
+    """The part of a run's identity that each machine has to share that computes for it: what is installed, and on what.
+
+    Args:
+        config: of the run.
+    """
+    device = resolve_device(config.device)
+    with_adapters = ("peft",) if config.policy.uses_lora or config.reference_adapter is not None else ()
+    return {
+        "source": source_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": num_threads,
         "versions": {name: importlib.metadata.version(name) for name in (*LIBRARIES, *with_adapters)},
-    } | ({"update": update.layout(num_threads)} if update.is_launched else {})
+    }
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:

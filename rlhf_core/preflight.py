@@ -71,7 +71,7 @@ def preflight(config: RunConfig) -> Plan:
 
     device = attempt(lambda: resolve_device(config.device))
     attempt(lambda: device and check_ranks(config.execution.update, device))
-    policy = attempt(lambda: _model_config(config.policy.model, "policy.model"))
+    policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
     tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
     if policy is not None:
         attempt(lambda: _check_reference(config, policy))
@@ -115,8 +115,11 @@ def context_length(model_config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _model_config(name: str, field: str) -> Any:
-    """The transformers config of a folder with weights, or of a hub id."""
+def model_config(name: str, field: str, *, with_weights: bool = True) -> Any:
+    """The transformers config of a folder, or of a hub id; a run's needs weights beside it, a plan's does not.
+
+    Raises: UserError naming ``field``.
+    """
     from transformers import AutoConfig
 
     if not name:
@@ -124,7 +127,7 @@ def _model_config(name: str, field: str) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         check_is_data(name, field)
-        _check_weights(folder, name, field)
+        _check_weights(folder, name, field, with_weights=with_weights)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{field} {name!r} is not a folder here; give a model folder or a hub id")
     try:
@@ -136,7 +139,7 @@ def _model_config(name: str, field: str) -> Any:
     return config
 
 
-def _check_weights(folder: Path, name: str, field: str) -> None:
+def _check_weights(folder: Path, name: str, field: str, *, with_weights: bool) -> None:
     if is_adapter(str(folder)):
         section = field.partition(".")[0]
         remedy = f"set {field} to its base ({base_of(str(folder))!r}) and {section}.adapter to this folder"
@@ -146,7 +149,7 @@ def _check_weights(folder: Path, name: str, field: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{field} {name!r} is a folder without config.json; give one written by save_pretrained")
-    if any(folder.glob("*.safetensors")):
+    if not with_weights or any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")):
         raise UserError(
@@ -159,7 +162,7 @@ def _check_weights(folder: Path, name: str, field: str) -> None:
 def _check_reference(config: RunConfig, policy: Any) -> None:
     reference = policy
     if config.reference.model is not None:
-        reference = _model_config(config.reference.model, "reference.model")
+        reference = model_config(config.reference.model, "reference.model")
     sizes = [int(c.get_text_config().vocab_size) for c in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -178,7 +181,7 @@ def _check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | No
     if isinstance(component, HttpReward):
         load_http(component, field=field)
         return None
-    model = _model_config(component.model, f"{field}.model")
+    model = model_config(component.model, f"{field}.model")
     if model.num_labels != 1:
         raise UserError(
             f"{field}.model {component.model!r} has {model.num_labels} logits; a reward model has one "

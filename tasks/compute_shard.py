@@ -18,4 +18,4 @@ def compute_shard(stage: str, run_dir: str, iteration: int, number: int, of: int
     if (there := workers()) is None:
         compute_part(*arguments)
     else:
-        there.call(f"{stage} of iteration {iteration}, shard {number} of {of}", compute_part, *arguments)
+        there.call(stage, f"{stage} of iteration {iteration}, shard {number} of {of}", compute_part, *arguments)

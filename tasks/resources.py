@@ -17,8 +17,17 @@ from typing import Any, TypeVar, cast
 import torch
 
 from rlhf_core.contracts.artifacts import ArtifactRef, read_artifact
-from rlhf_core.contracts.batches import Experience, Prompts, ReferenceLogprobs, Rollouts, Scores, check_vocabulary
+from rlhf_core.contracts.batches import (
+    Experience,
+    Prompts,
+    ReferenceLogprobs,
+    Rollouts,
+    Scores,
+    StageResult,
+    check_vocabulary,
+)
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import handed_weights
 from rlhf_core.identity import identity_digest
@@ -37,6 +46,7 @@ from rlhf_core.preflight import Plan, preflight
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.ppo_update import ppo_update
+from rlhf_core.stages.sample_prompts import sample_prompts
 from tasks.rank_group import rank_group
 
 Value = TypeVar("Value")
@@ -96,6 +106,10 @@ class Resources:
         if manifest is None:
             raise IntegrityError(f"iteration {iteration - 1} of {self.run.path} is not committed")
         return manifest.inputs["policy_after"]
+
+    def behaviour_digest(self, iteration: int) -> str:
+        """Identity of the weights that answer an iteration's prompts."""
+        return self.policy_digest(iteration - self.run.updates_behind(iteration))
 
     @property
     def plan(self) -> Plan:
@@ -172,7 +186,8 @@ class Resources:
     def trainer(self, iteration: int) -> Trainer:
         """Policy, critic and optimizer after ``iteration`` updates. Raises IntegrityError if they differ from then."""
         with self._lock:
-            self._behaviour = None
+            if not self.run.config.execution.overlap:
+                self._behaviour = None
             there = None if self._trainer is None else self._trainer.iteration
             if there is not None and (there > iteration or (self.asks_ranks and there < iteration)):
                 self._trainer = None  # before the next one is loaded: there is room for one
@@ -183,38 +198,42 @@ class Resources:
             return trainer
 
     def behaviour(self, iteration: int) -> ActorCritic:
-        """Policy and critic before an iteration, to be read alone: from what was handed out, where something was.
+        """Policy and critic that answer an iteration's prompts, to be read alone: as handed out, where they were.
 
-        Raises: IntegrityError if that is not what the iteration begins with.
+        Raises: IntegrityError if that is not what the iteration is answered with.
         """
         with self._lock:
-            handed = handed_weights(self.run.path, iteration)
+            digest, handed = self.behaviour_digest(iteration), handed_weights(self.run.path, iteration)
+            updates = iteration - self.run.updates_behind(iteration)
             if self.asks_ranks:
                 self.hand_out(iteration)
-                if (digest := self.policy_digest(iteration)) == "initial":
+                if digest == "initial":
                     return self._first_behaviour()
-            elif (self._trainer is not None and self._trainer.iteration == iteration) or not handed.is_dir():
-                return self.trainer(iteration).actor_critic
-            digest = self.policy_digest(iteration)
+            elif self._trainer is not None and self._trainer.iteration == updates:
+                return self._trainer.actor_critic
+            elif not handed.is_dir():
+                return self.trainer(updates).actor_critic
             if self._behaviour is None:
-                trainer, self._trainer = self._trainer, None
-                model = ActorCritic.initial(self.run.config, self.device) if trainer is None else trainer.actor_critic
-                self._behaviour = ("", model)
+                trainer = self._trainer
+                if trainer is None or self.run.config.execution.overlap:  # whose trainer goes on from the newest
+                    self._behaviour = ("", ActorCritic.initial(self.run.config, self.device))
+                else:
+                    self._trainer, self._behaviour = None, ("", trainer.actor_critic)
             if self._behaviour[0] != digest:
                 take_up(handed, self._behaviour[1], digest)
                 self._behaviour = (digest, self._behaviour[1])
             return self._behaviour[1]
 
     def hand_out(self, iteration: int) -> None:
-        """Write the weights that an iteration begins with for other processes, which begin with those of the config."""
-        digest, handed = self.policy_digest(iteration), handed_weights(self.run.path, iteration)
+        """Write the weights that answer an iteration's prompts for other processes, which begin with the config's."""
+        digest, handed = self.behaviour_digest(iteration), handed_weights(self.run.path, iteration)
         if digest == "initial" or is_handed_out(handed, digest):
             return
         if self.asks_ranks:
             self.ask_ranks("hand_out", iteration)
         else:
             with using_threads(self.num_threads):
-                trainer = self.trainer(iteration)
+                trainer = self.trainer(iteration - self.run.updates_behind(iteration))
                 hand_out(handed, trainer.actor_critic, digest, trainer.ranks)
 
     def ask_ranks(self, what: str, iteration: int, **more: Any) -> dict[str, Any]:
@@ -242,6 +261,17 @@ class Resources:
     def forget_trainer(self) -> None:
         """Drop the trainer in memory, after a failed update may have left it half-way."""
         self._trainer = None
+
+    def next_prompts(self, cursor: Cursor) -> StageResult[Prompts]:
+        """The prompts of the iteration that begins where the cursor stands."""
+        return sample_prompts(
+            self.plan.prompt_set,
+            self.tokenizer,
+            self.run.config.prompts,
+            cursor=cursor,
+            seed=self.run.config.seed,
+            max_prompt_len=self.plan.max_prompt_len,
+        )
 
     def prompts(self, ref: ArtifactRef) -> Prompts:
         """The prompts of an artifact."""
@@ -309,6 +339,7 @@ class Resources:
             seed=config.seed,
             iteration=iteration,
             num_iterations=config.num_iterations,
+            importance_cap=config.importance_cap,
         )
         expected = manifests["ppo_update"].inputs["policy_after"]
         newest = self.run.drifts[-1] if self.run.drifts else None

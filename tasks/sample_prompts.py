@@ -5,7 +5,6 @@ from __future__ import annotations
 from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.batches import Prompts
 from rlhf_core.contracts.config_io import digest_json
-from rlhf_core.stages import sample_prompts as core
 from tasks.resources import resources
 from tasks.stage import run_stage, stage_task
 
@@ -14,19 +13,12 @@ from tasks.stage import run_stage, stage_task
 def sample_prompts(run_dir: str, iteration: int) -> ArtifactRef:
     """Write 01_prompts.arrow: the prompts that this iteration answers."""
     kept = resources(run_dir)
-    config, state = kept.run.config, kept.run.state_before(iteration)
+    state = kept.run.state_before(iteration)
     return run_stage(
         kept,
         "sample_prompts",
         iteration,
         {"state": digest_json(state.to_json())},
-        lambda: core.sample_prompts(
-            kept.plan.prompt_set,
-            kept.tokenizer,
-            config.prompts,
-            cursor=state.cursor,
-            seed=config.seed,
-            max_prompt_len=kept.plan.max_prompt_len,
-        ),
+        lambda: kept.next_prompts(state.cursor),
         Prompts.to_table,
     )

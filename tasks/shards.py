@@ -6,6 +6,7 @@ the shard alone, not on who computes it: the artifact is the same whatever the n
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +14,11 @@ from dataclasses import replace
 import pyarrow as pa
 
 from rlhf_core.batch_metrics import failures, rollout_metrics, score_metrics
-from rlhf_core.contracts.artifacts import ArtifactRef, conform, stage_key
+from rlhf_core.contracts.artifacts import ArtifactRef, conform, encode_table, stage_key
 from rlhf_core.contracts.batches import Prompts, ReferenceLogprobs, Rollouts, Scores, StageResult
-from rlhf_core.contracts.shards import Part, Shard, commit_part, read_part, worker_seconds
+from rlhf_core.contracts.durable import write_file
+from rlhf_core.contracts.loop_state import Cursor
+from rlhf_core.contracts.shards import Part, Shard, commit_part, foreseen_path, read_part, worker_seconds
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.reference_logprobs import reference_logprobs
@@ -30,7 +33,7 @@ SHARDED = ("generate", "score_rewards", "reference_logprobs")
 def stage_inputs(kept: Resources, stage: str, iteration: int, refs: Refs) -> dict[str, str]:
     """Name -> digest of everything that a stage reads and that changes from iteration to iteration."""
     if stage == "generate":
-        return {"prompts": refs[0].sha256, "policy": kept.policy_digest(iteration)}
+        return {"prompts": refs[0].sha256, "policy": kept.behaviour_digest(iteration)}
     return {"prompts": refs[0].sha256, "rollouts": refs[1].sha256}
 
 
@@ -73,8 +76,19 @@ def referred(kept: Resources, iteration: int, refs: Refs) -> StageResult[Referen
 
 
 def hand_out_weights(run_dir: str, iteration: int) -> None:
-    """Write the weights that an iteration begins with for the workers, who begin with those of the config."""
+    """Write the weights that answer an iteration's prompts for the workers, who begin with those of the config."""
     resources(run_dir).hand_out(iteration)
+
+
+def foresee_prompts(run_dir: str, iteration: int) -> ArtifactRef:
+    """Write the prompts that an iteration will have once the one before is finished, for workers to answer ahead."""
+    kept = resources(run_dir)
+    sampled = kept.run.manifests(iteration - 1)["sample_prompts"]
+    prompts = kept.next_prompts(Cursor(**sampled.state["cursor"])).batch
+    path = foreseen_path(kept.run.path, iteration)
+    sha256 = write_file(path, encode_table(conform(prompts.to_table(), "sample_prompts"), {}))
+    rows = len(prompts.prompt_ids)
+    return ArtifactRef("sample_prompts", iteration, str(path.relative_to(kept.run.path)), sha256, rows)
 
 
 def _answer(kept: Resources, iteration: int, prompts: Prompts) -> StageResult[Rollouts]:
@@ -133,6 +147,8 @@ def _parts(kept: Resources, stage: str, iteration: int, refs: Refs) -> list[Part
 
 def _part_key(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Refs) -> str:
     inputs = stage_inputs(kept, stage, iteration, refs)
+    if stage == "generate":  # the same prompts, whether foreseen or committed, which adds where they come from
+        inputs["prompts"] = hashlib.sha256(encode_table(kept.prompts(refs[0]).to_table(), {})).hexdigest()
     return stage_key(stage, iteration, kept.identity, inputs | {"shard": str(shard)})
 
 

@@ -73,26 +73,23 @@ class _Rank:
 
         result = make_update(kept, iteration, [ArtifactRef(**ref) for ref in refs])
         digest = kept.trainer(iteration + 1).digest()
-        if iteration + 1 < kept.run.config.num_iterations:
-            self._write_weights(kept, iteration + 1, digest)
+        if iteration + 1 < kept.run.config.num_iterations and not kept.run.config.execution.overlap:
+            self._hand_out(kept, iteration + 1)
         if self.rank > 0:
             return {}
         return {"steps": list(result.batch.steps), "metrics": dict(result.metrics), "digest": digest}
 
     def _hand_out(self, kept: Resources, iteration: int) -> dict[str, Any]:
-        self._write_weights(kept, iteration, kept.trainer(iteration).digest())
+        from rlhf_core.contracts.shards import handed_weights
+        from rlhf_core.models.handed_weights import hand_out
+
+        trainer = kept.trainer(iteration - kept.run.updates_behind(iteration))
+        hand_out(handed_weights(kept.run.path, iteration), trainer.actor_critic, trainer.digest(), trainer.ranks)
         return {}
 
     def _save(self, kept: Resources, iteration: int, path: str) -> dict[str, Any]:
         kept.save(iteration, Path(path))
         return {}
-
-    def _write_weights(self, kept: Resources, iteration: int, digest: str) -> None:
-        from rlhf_core.contracts.shards import handed_weights
-        from rlhf_core.models.handed_weights import hand_out
-
-        trainer = kept.trainer(iteration)
-        hand_out(handed_weights(kept.run.path, iteration), trainer.actor_critic, digest, trainer.ranks)
 
     def _resources(self, request: dict[str, Any]) -> Resources:
         """Of the run as the run's process has it, which may know of a drift that is not on disk yet."""

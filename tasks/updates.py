@@ -32,6 +32,7 @@ def make_update(kept: Resources, iteration: int, refs: Sequence[ArtifactRef]) ->
             seed=config.seed,
             iteration=iteration,
             num_iterations=config.num_iterations,
+            importance_cap=config.importance_cap,
         )
     except BaseException:
         kept.forget_trainer()

@@ -50,7 +50,7 @@ def make_tiny(root: Path) -> Tiny:
     made = tiny_in(root)
     texts = [f"{subject} {verb} {ending}" for subject in SUBJECTS for verb in VERBS for ending in ENDINGS][:40]
     made.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    tokenizer = _tokenizer(texts)
+    tokenizer = make_tokenizer(texts)
     eos, pad = cast("int", tokenizer.eos_token_id), cast("int", tokenizer.pad_token_id)
     sizes = GPT2Config(
         vocab_size=len(tokenizer),
@@ -78,7 +78,7 @@ def make_tiny(root: Path) -> Tiny:
     return made
 
 
-def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
     """A byte-level BPE of 300 tokens: it reads any text, and decodes to exactly that text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -91,9 +91,21 @@ def check(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", help="Where the run will be, for its disk's free space.")
     ] = Path("runs"),
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hardware",
+            metavar="8xH100",
+            help="Instead: what an iteration would need there, 4x8xH100 being four nodes. Reads config.json of the "
+            "models, and nothing else of them; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Check a config against its files and models; print the plan. Loads no weights."""
     prepare_environment()
+    if hardware:
+        _show_forecasts(config, set_, hardware)
+        return
     from flows.displays.plan import show_plan
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.preflight import preflight
@@ -102,6 +114,20 @@ def check(
     with console.status("checking the config, models and prompts"):
         plan = preflight(run_config)
     show_plan(console, run_config, plan, run_dir)
+
+
+def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> None:
+    """Of a config on each hardware that is named."""
+    from flows.displays.forecast import show_forecast
+    from rlhf_core.contracts.config_io import load_config
+    from rlhf_core.costs.forecast import forecast
+    from rlhf_core.costs.hardware import parse_hardware
+
+    run_config, asked = load_config(config, set_ or []), [parse_hardware(name) for name in names]
+    with console.status("reading the models' shapes"):
+        found = [forecast(run_config, hardware) for hardware in asked]
+    for each in found:
+        show_forecast(console, each)
 
 
 def config() -> None:

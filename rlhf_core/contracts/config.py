@@ -194,6 +194,11 @@ class PPOConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_eps: PositiveFloat = Field(default=1e-5, description="PyTorch's 1e-8 makes first steps far too large")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    importance_cap: Annotated[float, Field(ge=1)] = Field(
+        default=2.0,
+        description="largest importance weight of a token (or response, at sequence level) that an older policy has "
+        "drawn: execution.overlap",
+    )
     max_skipped_steps: Positive = Field(default=3, description="non-finite steps in a row that stop the run")
 
 
@@ -294,6 +299,11 @@ class RunConfig(Section):
     def critic_init(self) -> Literal["zero", "policy", "reward"]:
         """What a separate critic starts from."""
         return self.policy.critic.init or ("policy" if self.reward.first_model is None else "reward")
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Of the weights that make up for an older sampler; None where an update moves the policy that has sampled."""
+        return self.ppo.importance_cap if self.execution.overlap else None
 
     @property
     def uses_critic(self) -> bool:

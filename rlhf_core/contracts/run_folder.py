@@ -117,6 +117,13 @@ class RunFolder:
         """The newest drift that was accepted before an iteration, if one was accepted just there."""
         return next((drift for drift in reversed(self.drifts) if drift.iteration == iteration), None)
 
+    def updates_behind(self, iteration: int) -> int:
+        """How many updates older the policy is that answers an iteration's prompts: one where stages overlap.
+
+        None where there is no older one: at the beginning, and where a drift has begun.
+        """
+        return int(self.config.execution.overlap and iteration > 0 and self.drift_at(iteration) is None)
+
     def manifest(self, stage: str, iteration: int) -> Manifest | None:
         """The commit record of a stage, or None. Raises IntegrityError if it is damaged, or of another run."""
         manifest = read_manifest(self.path, stage, iteration)

@@ -2,7 +2,8 @@
 
     RUN/shards/000007/02_rollouts.1-of-4.arrow    an Arrow file with the stage's schema
     RUN/shards/000007/02_rollouts.1-of-4.json     its record, written last: key, sha256, metrics
-    RUN/shards/000007/weights/                    of policy and critic as the iteration finds them, for workers
+    RUN/shards/000007/weights/                    of policy and critic as they answer, for workers
+    RUN/shards/000007/01_prompts.foreseen.arrow   the prompts, where they are answered before the iteration begins
 
 Nothing here is a result: whatever is missing, damaged or of another key is computed again.
 """
@@ -86,8 +87,13 @@ def read_part(run_dir: Path, stage: str, iteration: int, shard: Shard, *, key: s
 
 
 def handed_weights(run_dir: Path, iteration: int) -> Path:
-    """Folder of the weights that an iteration begins with."""
+    """Folder of the weights that answer an iteration's prompts."""
     return run_dir / SHARDS / f"{iteration:06d}" / "weights"
+
+
+def foreseen_path(run_dir: Path, iteration: int) -> Path:
+    """Of the prompts that an iteration will have."""
+    return run_dir / SHARDS / f"{iteration:06d}" / f"{FILE_STEMS['sample_prompts']}.foreseen.arrow"
 
 
 def worker_seconds(parts: Iterable[Part]) -> float:

@@ -50,6 +50,10 @@ class Ranks:
         """All parts of a tensor, which every rank asks for at the same time."""
         return tensor
 
+    def filled(self, tensor: Tensor) -> Tensor:
+        """A tensor of which each rank has filled its share of the rows, and left the others zero."""
+        return tensor
+
     def gathered(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, on the first rank; the others help, and get none. What is tied stays tied."""
         kept: dict[int, Tensor] = {}
@@ -110,6 +114,13 @@ class GroupRanks(Ranks):
     def whole(self, tensor: Tensor) -> Tensor:
         """The full tensor of a DTensor: a collective."""
         return cast("Any", tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def filled(self, tensor: Tensor) -> Tensor:
+        """In place. A number plus zeros is itself, in whatever order they are added."""
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+        return tensor
 
     def digests(self, tensors: Sequence[Tensor]) -> list[str]:
         """One tensor at a time: there is room for parts."""

@@ -79,6 +79,30 @@ def clipped_surrogate(
     return torch.where(is_bounded, bound, loss), is_clipped | is_bounded
 
 
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, level: str, cap: float) -> Tensor:
+    """Truncated importance weights: how much likelier the policy of an update finds what another policy has drawn.
+
+        w = min(exp(logπ - logπ_sampler), cap)
+
+    A surrogate whose ratio is taken to π, times w, is the one of samples from π, but for what is cut off.
+
+    Args:
+        logprobs: [B, R] float32, of the policy that an update begins with.
+        sampler_logprobs: [B, R] float32, of the policy that has drawn the tokens.
+        mask: [B, R] bool, True = generated token.
+        level: token gives one weight a token, sequence one a response.
+        cap: of a weight, at least 1: bounds the variance at the price of a bias.
+    Returns: [B, R] or [B] float32, 1 where masked; without gradient.
+    Raises: ValueError if shapes differ or the cap is below 1.
+    Source: Hilton et al. 2021 (arXiv 2110.00641), eq. 3, for the decoupled objective; truncation: Espeholt et al. 2018
+        (arXiv 1802.01561).
+    """
+    if cap < 1:
+        raise ValueError(f"cap must be at least 1, got {cap}")
+    log_weights = log_ratio(logprobs.detach(), sampler_logprobs, mask, level=level)
+    return log_weights.exp().clamp(max=cap)
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip_range: float | None
 ) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,14 @@ from rlhf_core.models.critic import Critic
 from rlhf_core.models.ranks import Ranks
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.kl import token_kl
-from rlhf_core.ops.losses import aggregate, approx_kl, clipped_surrogate, clipped_value_loss, log_ratio
+from rlhf_core.ops.losses import (
+    aggregate,
+    approx_kl,
+    clipped_surrogate,
+    clipped_value_loss,
+    importance_weights,
+    log_ratio,
+)
 from rlhf_core.ops.masking import masked_sum
 from rlhf_core.ops.randomness import seeded_generator
 from rlhf_core.ops.schedules import learning_rate_at
@@ -47,6 +54,8 @@ class _Batch:
     advantages_BR: Tensor
     old_values_BR: Tensor | None
     returns_BR: Tensor | None
+    weights: Tensor | None = None
+    """[B, R] or [B], as the ratio's level is: of samples that another policy has drawn."""
 
     def rows(self, index: Tensor) -> _Batch:
         sequences = self.sequences.rows(index)
@@ -62,6 +71,11 @@ class _Batch:
             cut(self.advantages_BR),
             None if self.old_values_BR is None else cut(self.old_values_BR),
             None if self.returns_BR is None else cut(self.returns_BR),
+            None
+            if self.weights is None
+            else self.weights[index][..., :width]
+            if self.weights.dim() > 1
+            else self.weights[index],
         )
 
     def without_tokens(self) -> _Batch:
@@ -93,6 +107,7 @@ def ppo_update(
     seed: int,
     iteration: int,
     num_iterations: int,
+    importance_cap: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> StageResult[UpdateStatistics]:
     """Move policy and critic: ``num_ppo_epochs`` passes in ``num_minibatches`` steps each.
@@ -114,6 +129,8 @@ def ppo_update(
         seed: the run's seed; each epoch's permutation is drawn from (seed, iteration, epoch).
         iteration: from 0.
         num_iterations: of the run, for the learning-rate schedule.
+        importance_cap: where another policy than the trainer's has drawn the responses: ratios are then taken to the
+            trainer's as it is now, and each sample counts by its importance weight, at most so much. None: its own.
         on_step: called with (step, of) after each optimiser step.
     Returns: one record an optimiser step, and their means as metrics.
     Raises: NumericalError if ρ is not 1 on the first minibatch, too many steps in a row are not finite, or a step has
@@ -131,6 +148,9 @@ def ppo_update(
         None if rollouts.values_BR is None else rollouts.values_BR.to(device),
         None if experience.returns_BR is None else experience.returns_BR.to(device),
     )
+    sampler: dict[str, float] = {}
+    if importance_cap is not None:
+        batch, sampler = _as_of_now(trainer, batch, config, temperature, importance_cap)
     setting = _Setting(temperature, max_response_len, warming_up=iteration < config.critic_warmup_iterations)
     learning_rate = _set_learning_rate(trainer, config, iteration, num_iterations)
     steps: list[Record] = []
@@ -154,7 +174,32 @@ def ppo_update(
             break
     trainer.iteration += 1
     trainer.check_finite()
-    return StageResult(UpdateStatistics(steps), _metrics(steps, config))
+    return StageResult(UpdateStatistics(steps), _metrics(steps, config) | sampler)
+
+
+def _as_of_now(
+    trainer: Trainer, batch: _Batch, config: PPOConfig, temperature: float, cap: float
+) -> tuple[_Batch, dict[str, float]]:
+    """A batch that another policy has drawn, with the log-probs and weights of the policy that is about to move."""
+    rows, mask_BR = len(batch.sequences), batch.sequences.response_mask_BR
+    now_BR = torch.zeros_like(batch.old_logprobs_BR)
+    with torch.no_grad():
+        for index in _micro_batches(rows, config.micro_batch_size or -(-rows // config.num_minibatches), trainer.ranks):
+            part = batch.rows(index) if len(index) else batch.without_tokens()
+            logprobs_BR = trainer.actor_critic.evaluate(part.sequences, temperature).logprobs_BR
+            if len(index):
+                now_BR[index[:, None], torch.arange(logprobs_BR.shape[1])] = logprobs_BR
+        now_BR = trainer.ranks.filled(now_BR)
+        gap_BR = torch.where(mask_BR, now_BR - batch.old_logprobs_BR, 0.0).abs()
+        weights = importance_weights(now_BR, batch.old_logprobs_BR, mask_BR, level=config.level, cap=cap)
+        counted = mask_BR if config.level == "token" else torch.ones_like(weights, dtype=torch.bool)
+        metrics = {
+            "sampler/logprob_gap_avg": masked_sum(gap_BR, mask_BR) / mask_BR.sum(),
+            "sampler/logprob_gap_max": gap_BR.max(),
+            "sampler/weight_avg": masked_sum(weights, counted) / counted.sum(),
+            "sampler/capped_fraction": ((weights >= cap) & counted).sum() / counted.sum(),
+        }
+    return replace(batch, old_logprobs_BR=now_BR, weights=weights), _numbers(metrics)
 
 
 def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
@@ -252,6 +297,8 @@ class _Step:
             clip_range_high=config.clip_range_high or config.clip_range,
             dual_clip=config.dual_clip,
         )
+        if batch.weights is not None:
+            surrogate = batch.weights * surrogate
         policy_loss = self._mean(surrogate, mask_BR) if by_token else surrogate.sum() / self.num_samples
         k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
         loss = policy_loss

@@ -60,11 +60,13 @@ class IterationCheck:
         self._state: LoopState | None = LoopState(iteration=0, kl_coef=run.config.kl.coef)
         """Before the next iteration, as recorded; None where that is damaged."""
         self._policy: str | None = "initial"
+        self._policy_before: str | None = "initial"
+        """Of the iteration before."""
 
     def finished(self, iteration: int) -> Iterator[Finding]:
         """Whatever is wrong with a finished iteration."""
         if (drift := self.run.drift_at(iteration)) is not None:
-            self._policy = drift.weights
+            self._policy = self._policy_before = drift.weights
         loose = (self.run.path / f"iterations/{iteration:06d}").is_dir()
         if not loose and iteration in self.archived:
             yield from self._archived(iteration)
@@ -72,7 +74,7 @@ class IterationCheck:
         if not loose:
             stages = tuple((iteration, stage) for stage in STAGES)
             yield self._finding(f"iterations/{iteration:06d}", "missing", "this finished iteration is missing", stages)
-            self._state = self._policy = None
+            self._state = self._policy = self._policy_before = None
             return
         manifests: dict[str, Manifest] = {}
         samples: dict[str, pa.ChunkedArray] = {}
@@ -99,7 +101,7 @@ class IterationCheck:
 
     def begin_at(self, iteration: int) -> None:
         """Take what is recorded before an iteration for granted, and begin there."""
-        self._state, self._policy = self.run.state_before(iteration), None
+        self._state, self._policy, self._policy_before = self.run.state_before(iteration), None, None
         if iteration > 0 and (update := self.run.manifest("ppo_update", iteration - 1)) is not None:
             self._policy = update.inputs["policy_after"]
 
@@ -180,6 +182,7 @@ class IterationCheck:
     def _lineage(self, iteration: int, manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
         """Every digest that a manifest names is the one of what it names."""
         state = None if self._state is None else digest_json(self._state.to_json())
+        policies = {"generate": self._policy_before if self.run.updates_behind(iteration) else self._policy}
         for stage, manifest in manifests.items():
             for name, digest in manifest.inputs.items():
                 producer = PRODUCERS.get(name)
@@ -188,7 +191,7 @@ class IterationCheck:
                     there = manifests[producer].artifact.sha256 if producer in manifests else None
                     suspects = ((iteration, producer), *suspects)
                 else:
-                    there = {"state": state, "policy": self._policy}.get(name)
+                    there = {"state": state, "policy": policies.get(stage, self._policy)}.get(name)
                     if iteration > 0:
                         suspects = ((iteration - 1, "ppo_update"), *suspects)
                 if there is not None and there != digest:
@@ -208,7 +211,8 @@ class IterationCheck:
 
     def _loop_state(self, iteration: int, manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
         """β, cursor, moments and episodes follow from the state before, as ``ppo_update`` computes them."""
-        before, self._state, self._policy = self._state, None, None
+        before, self._state = self._state, None
+        self._policy_before, self._policy = self._policy, None
         if "ppo_update" not in manifests:
             return
         update = manifests["ppo_update"]

@@ -7,7 +7,7 @@ the CPU, where its goals do not count.
 
 Decoding: a GPT-2 of 124 M parameters answers 256 prompts; the peer is the faster of transformers' ``generate`` on the
 same weights under the same autocast, and on a copy cast to the type. Update: a model of 1 B parameters; its operations
-are those of :mod:`benchmarks.operations`, the peak is a measured matrix product.
+are those of :mod:`rlhf_core.costs.operations`, the peak is a measured matrix product.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from benchmarks.figures import Figure, alternate, ratio
 from benchmarks.matmul import matrix_peak
-from benchmarks.operations import Models, Shape, stage_operations
 from benchmarks.processes import peak_bytes
 from benchmarks.random_models import PROMPT_LEN, Bench, Size, gpt2
 
+from rlhf_core.costs.operations import Models, Shape, stage_operations
 from rlhf_core.models.devices import computing_in
 
 NO_GPU = "no GPU here"

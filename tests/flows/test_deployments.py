@@ -115,7 +115,7 @@ def test_the_kubernetes_job_keeps_runs_in_the_claim_and_is_never_root() -> None:
     template = json.loads((ROOM / "kubernetes" / "job-template.json").read_text())
     default = default_template("kubernetes")
     added = set(template["variables"]["properties"]) - set(default["variables"]["properties"])
-    assert added == {"claim_name"}
+    assert added == {"claim_name", "gpus", "secret_name", "shm_size"}
     manifest = template["job_configuration"]["job_manifest"]
     assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
     assert (manifest["spec"]["backoffLimit"], manifest["spec"]["completions"], manifest["spec"]["parallelism"]) == (
@@ -123,9 +123,10 @@ def test_the_kubernetes_job_keeps_runs_in_the_claim_and_is_never_root() -> None:
     )  # fmt: skip
     pod = manifest["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
-    (volume,) = pod["volumes"]
+    runs, shm = pod["volumes"]
     (container,) = pod["containers"]
-    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/home/rlhf/runs"}]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {runs["name"]: "/home/rlhf/runs", shm["name"]: "/dev/shm"}
     claim = tree("kubernetes/storage.yaml")
     assert template["variables"]["properties"]["claim_name"]["default"] == claim["metadata"]["name"]
     user = f"--uid {pod['securityContext']['runAsUser']} "

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torture.runs import battery_config, fingerprint, go_on, start
+from sharded_runs import SECTIONS, config
+from torture.runs import fingerprint, go_on, start
 
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config_io import build_config, config_digest
@@ -21,25 +22,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
 from tasks import shards, workers
+from tasks.local_workers import LocalWorkers
 from tasks.resources import Resources, resources
-
-SECTIONS: dict[str, Any] = {
-    "separate critic": {},
-    "lora": {"policy": {"lora": {"rank": 2}, "critic": {"kind": "shared"}}},
-    "k samples, no critic": {
-        "prompts": {"batch_size": 8, "samples_per_prompt": 2},
-        "shaping": {"estimator": "rloo"},
-        "generation": {"max_new_tokens": 6, "top_k": 20},
-    },
-}
-
-
-def config(tiny: Any, num_workers: int | None, sections: dict[str, Any] | None = None, num_shards: int = 3) -> Any:
-    tree: dict[str, Any] = {"execution": {"num_shards": num_shards, "num_workers": num_workers}}
-    for name, section in (sections or {}).items():
-        given = {"source": str(tiny.prompts)} if name == "prompts" else {}
-        tree[name] = ({"model": str(tiny.policy)} if name == "policy" else given) | section
-    return battery_config(tiny, tree)
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +34,15 @@ def nothing_is_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[workers.Workers]:
+def two() -> Iterator[LocalWorkers]:
     """Two workers for several runs: to begin one takes longer than a run."""
-    with workers.using_workers(2):
-        there = workers.workers()
-        assert there is not None
+    there = LocalWorkers(2)
+    with workers.using_workers(there):
         yield there
 
 
 @pytest.fixture
-def shared(two: workers.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(two: LocalWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that asks for workers gets these."""
 
     @contextlib.contextmanager
@@ -114,7 +97,7 @@ def test_only_numbers_of_shards_and_threads_are_part_of_what_a_run_is(tiny: Any)
 
 
 @pytest.mark.usefixtures("shared")
-def test_one_worker_comes_to_the_same(tiny: Any, tmp_path: Path, two: workers.Workers) -> None:
+def test_one_worker_comes_to_the_same(tiny: Any, tmp_path: Path, two: LocalWorkers) -> None:
     """As two do: one of them is kept away."""
     start(config(tiny, 0), tmp_path / "none")
     away = two._idle.get()
@@ -138,7 +121,7 @@ def test_a_worker_killed_in_each_iteration_changes_nothing(
         while not stop.wait(0.002):
             there = workers.workers()
             iterations = sorted((tmp_path / "killed" / SHARDS).glob("[0-9]*"))
-            if there is None or not iterations or iterations[-1].name in killed:
+            if not isinstance(there, LocalWorkers) or not iterations or iterations[-1].name in killed:
                 continue
             if len(pids := there.process_ids()) == 2:
                 killed.add(iterations[-1].name)

@@ -31,6 +31,7 @@ ROWS = (
     "mlflow_outages",
     "races",
     "signals",
+    "ray_nodes",
     "clock",
     "bit_rot",
     "fuzz",

@@ -7,11 +7,13 @@ import statistics
 from typing import Any
 
 from benchmarks.figures import Figure, alternate
-from benchmarks.operations import Models, Shape, iteration_operations
+from benchmarks.iteration_operations import iteration_operations
 from benchmarks.processes import measured, python
 from benchmarks.runs import WARM_UP, Training, train
 from benchmarks.suite import Effort, Grid, Result
 from benchmarks.world import EPOCHS, same_work
+
+from rlhf_core.costs.operations import Models, Shape
 
 NAME = "an iteration against the machine's limit"
 GOAL = "1.6 times the seconds that the real tokens' operations take at the measured matrix peak"
@@ -38,7 +40,7 @@ def measure(effort: Effort) -> Result:
                 _rows(iterations, peak),
             )
         ],
-        ["operations are counted from true lengths, without padding: tests/benchmarks/operations.py"],
+        ["operations are counted from true lengths, without padding: rlhf_core/costs/operations.py"],
         {"peaks": found["peak"], "iterations": iterations},
     )
 

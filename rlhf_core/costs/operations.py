@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_core.contracts.errors import UserError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,16 +46,31 @@ class Shape:
     hidden_size: int
     vocabulary: int = 0
     """Rows of the output head; 0 without one."""
+    heads: int = 1
+    kv_width: int = 0
+    """Keys and values that a layer caches of a token: 2 x key-value heads x head size."""
+    mlp_width: int = 0
+    """Hidden units of a layer's feed-forward part."""
+    is_gated: bool = False
+    """Whether that part has a gate (SwiGLU, GeGLU)."""
+    linear_edges: int = 0
+    """Inputs + outputs of the trunk's linear layers: a LoRA adapter of rank r has r times as many parameters."""
 
     @classmethod
     def of(cls, model: Any) -> Shape:
-        """Of a transformers model; its weights are not read, so that it may be on the meta device."""
+        """Of a transformers model; its weights are not read, so that it may be on the meta device.
+
+        Raises: UserError for a mixture of experts, of which a token passes only some.
+        """
         from transformers.pytorch_utils import Conv1D
 
         config, trunk = model.config.get_text_config(), model.base_model
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise UserError(f"model type {config.model_type!r} is a mixture of experts, whose cost is not modelled")
         linear = [module for module in trunk.modules() if isinstance(module, nn.Linear | Conv1D)]
         heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
         head_size = int(getattr(config, "head_dim", None) or hidden // heads)
+        mlp_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return cls(
             linear_parameters=sum(module.weight.numel() for module in linear),
@@ -61,11 +78,16 @@ class Shape:
             attention_width=heads * head_size,
             hidden_size=hidden,
             vocabulary=0 if output is None else int(output.weight.shape[0]),
+            heads=heads,
+            kv_width=2 * int(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+            mlp_width=int(mlp_width),
+            is_gated=any("gate" in name.rpartition(".")[2] for name, _ in trunk.named_modules()),
+            linear_edges=sum(sum(module.weight.shape) for module in linear),
         )
 
     @classmethod
     def in_folder(cls, folder: Path, auto_class: str) -> Shape:
-        """Of a model on disk; no weights are loaded. ``auto_class``: AutoModelForCausalLM, AutoModel, …"""
+        """Of a model on disk; no weights are loaded. ``auto_class``: AutoModelForCausalLM, AutoModel, say."""
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -127,18 +149,3 @@ def stage_operations(
         "shape_rewards": 0,
         "ppo_update": epochs * 3 * (taught + head + values),
     }
-
-
-def iteration_operations(run_dir: Path, iteration: int, models: Models, *, epochs: int) -> dict[str, int]:
-    """Operations of each stage, from the lengths in an iteration's artifacts."""
-    import pyarrow as pa
-
-    folder = run_dir / "iterations" / f"{iteration:06d}"
-    asked = pa.ipc.open_file(folder / "01_prompts.arrow").read_all()
-    answered = pa.ipc.open_file(folder / "02_rollouts.arrow").read_all()
-    prompts = {
-        i: len(t) for i, t in zip(asked["prompt_id"].to_pylist(), asked["prompt_tokens"].to_pylist(), strict=True)
-    }
-    lengths = [len(tokens) for tokens in answered["response_tokens"].to_pylist()]
-    responses = list(zip(answered["prompt_id"].to_pylist(), lengths, strict=True))
-    return stage_operations(models, prompts, responses, epochs=epochs)
