@@ -12,7 +12,6 @@ from tolerances import F32_GRAD, F32_MODEL
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.models.ranks import ALONE, Ranks
-from rlhf_core.stages.ppo_update import _micro_batches
 
 Configure = Callable[..., RunConfig]
 CRITICS = {
@@ -77,7 +76,7 @@ def test_shares_of_ranks_add_up_to_the_step(critic: str, size: int, passes: list
 @pytest.mark.parametrize(("rows", "size", "micro"), [(8, 1, None), (8, 3, 2), (7, 2, 1), (1, 4, None), (5, 5, 3)])
 def test_all_ranks_have_as_many_passes_and_each_row_has_one(rows: int, size: int, micro: int | None) -> None:
     """Else one would wait for a collective that another one never enters."""
-    passes = [_micro_batches(rows, micro, OneOf(rank, size)) for rank in range(size)]
+    passes = [OneOf(rank, size).passes(rows, micro) for rank in range(size)]
     assert len({len(of_rank) for of_rank in passes}) == 1
     assert [row for of_rank in passes for index in of_rank for row in index.tolist()] == list(range(rows))
     assert all(len(index) <= (micro or rows) for of_rank in passes for index in of_rank)
