@@ -33,6 +33,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.inspection import before_and_after
+from rlhf_core.store.address import shown
 from tasks.tracked_metrics import iteration_metrics
 from tasks.tracking import Tracker
 
@@ -122,7 +123,7 @@ class RunPage(Silent):
         if not self._has_warned and api_answers():
             self._has_warned = True
             reason = without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("Prefect has no new page of %s: %s; the run goes on", self.run.path, reason)
+            logger.warning("Prefect has no new page of %s: %s; the run goes on", shown(self.run.path), reason)
 
     def _write(self, client: SyncPrefectClient) -> None:
         finished, of = self.run.num_finished(), self.run.config.num_iterations
@@ -145,10 +146,10 @@ class RunPage(Silent):
         self._ids[key] = client.create_artifact(made).id
 
     def _facts(self, finished: int) -> list[str]:
-        config, folder = self.run.config, self.run.path.resolve()
+        config, folder = self.run.config, shown(self.run.path.resolve())
         how_far = f"**{finished} of {config.num_iterations} iterations** · {escaped(self._standing)}"
         written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        lines = [f"{how_far} · written {written}", f"folder {code(str(folder))}"]
+        lines = [f"{how_far} · written {written}", f"folder {code(folder)}"]
         if self.tracker is not None and (run_id := self.tracker.run_id) is not None:
             page = self.tracker.page
             lines.append(f"[MLflow run]({page})" if page else f"MLflow run {code(run_id)} in {code(self.tracker.uri)}")

@@ -23,6 +23,7 @@ from flows.ppo import SIDE_BY_SIDE, iterate
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.gate import Check, Gate
+from rlhf_core.store.address import on_disk
 from tasks.chain import check_promotable, close_link, holding_chain, next_link, promote, with_registered_reward
 from tasks.lifecycle import check_resumable, start_run
 
@@ -46,7 +47,7 @@ def chain(config: RunConfig, runs: str, gate: Gate, reward_model: str | None = N
     """
     with flow_body() as ended_with:
         check_promotable(config)
-        with holding_chain(Path(runs)):
+        with holding_chain(on_disk(runs, "runs")):
             config = with_registered_reward(config, Path(runs), reward_model)
             found = next_link(Path(runs), config, gate)
             if found is None:

@@ -9,14 +9,14 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from flows import stopping
 from flows.commands import chaining, looking, measuring, replaying, sweeping, training
-from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, console
+from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, Console, console
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_secrets
+from rlhf_core.store.address import shown
 
 PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config, chaining.chain),
@@ -78,14 +78,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         if stopping.received() is not None:  # what a stage that was abandoned says on its way out
             return _stopped()
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
-        for line in str(error).splitlines():
+        for line in shown(str(error)).splitlines():
             errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
         return EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE
     except BaseException as error:
         if stopping.received() is None:
             if arguments is not None or not isinstance(error, Exception):
                 raise
-            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.stderr.write(shown(without_secrets(traceback.format_exc())))
             return 1
     return _stopped()
 

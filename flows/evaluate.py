@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow
@@ -14,8 +15,10 @@ from flows.progress import watcher
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.evaluation.folder import EvaluationFolder
+from rlhf_core.evaluation.folder import EVALUATIONS, EvaluationFolder
 from rlhf_core.evaluation.request import Request
+from rlhf_core.store.address import on_disk
+from rlhf_core.store.opening import adding, local
 from tasks.evaluate import draw_samples, start_evaluation, write_evaluation
 from tasks.evaluation_log import log_evaluation
 
@@ -45,7 +48,7 @@ def evaluate(
     """Evaluate checkpoints of a run, or a bare model, against the reference.
 
     Args:
-        target: a run folder, or a model folder or hub id.
+        target: a run folder or s3://bucket/prefix, or a model folder or hub id.
         prompts: source of held-out prompts; default: the run's own.
         column: of the prompts; default: the run's.
         checkpoint: newest, best, last_good, all, or an iteration.
@@ -61,8 +64,8 @@ def evaluate(
     request = Request(
         target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out, blend
     )  # fmt: skip
-    with flow_body() as ended_with:
-        return ended_with(measure(request, config))
+    with flow_body() as ended_with, adding(target, EVALUATIONS):
+        return ended_with(measure(replace(request, target=local(target)), config))
 
 
 @flow(
@@ -93,7 +96,7 @@ def evaluate_newest(
     Returns: the folder of the results.
     """
     with flow_body() as ended_with:
-        target = str(newest_run(Path(runs)).path)
+        target = str(newest_run(on_disk(runs, "runs")).path)
         request = Request(target, prompts, column, "newest", num_prompts, samples, frontier_samples, seed)
         return ended_with(measure(request, None))
 

@@ -19,6 +19,7 @@ from flows.progress import watcher
 from rlhf_core.contracts.errors import GuardStopError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.guards import Finding
+from rlhf_core.store.address import shown
 from tasks.guards import Guards
 from tasks.lifecycle import keep_last_good
 
@@ -52,7 +53,7 @@ def announce(run: RunFolder, found: Sequence[Finding]) -> None:
                 "rlhf.guard.action": finding.action,
             }
             told = {"iteration": finding.iteration, "value": finding.value, "threshold": finding.limit}
-            said = {"guard": finding.guard, "sentence": finding.sentence, "run": str(run.path.resolve())}
+            said = {"guard": finding.guard, "sentence": finding.sentence, "run": shown(run.path.resolve())}
             emit_event(TRIPPED, resource=resource, payload={**told, **said})
 
 
@@ -103,7 +104,9 @@ def _ask_on_server(guards: Guards, acting: Sequence[Finding]) -> str:
     watcher().guards_spoke(iteration, [text, f"the run is paused for up to {timeout_s} s; resume it at {where}"])
     watcher().stage_started(iteration, "paused")
     warn(f"paused for a person's decision: {text}")
-    form = Decision.with_initial_data(description=f"{text}\n\nThe run folder is `{guards.run.path}`.", decision="go on")
+    form = Decision.with_initial_data(
+        description=f"{text}\n\nThe run folder is `{shown(guards.run.path)}`.", decision="go on"
+    )
     key = "-".join(["guards", str(iteration), *(finding.guard.replace("_", "-") for finding in acting)])
     try:
         answer = pause_flow_run(wait_for_input=form, timeout=timeout_s, poll_interval=POLL_S, key=key)
@@ -114,11 +117,11 @@ def _ask_on_server(guards: Guards, acting: Sequence[Finding]) -> str:
 
 def _stop(guards: Guards, acting: Sequence[Finding], reason: str) -> None:
     """Keep the last good state, say why and how to go on, and end the run. Raises GuardStopError."""
-    run_dir, good = str(guards.run.path), guards.last_good()
+    run_dir, good = shown(guards.run.path), guards.last_good()
     if good is None:
         kept = "no state of this run satisfies the guards, the initial policy included, so none is kept as good"
     else:
-        keep_last_good(run_dir, good)
+        keep_last_good(str(guards.run.path), good)
         kept = f"the last good state, before iteration {good}, is kept in {run_dir}/checkpoints/last_good"
     names = ", ".join(finding.guard for finding in acting)
     lines = [

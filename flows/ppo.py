@@ -20,6 +20,7 @@ from flows.progress import also_watched_by, watcher
 from flows.sharding import answering_ahead, compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.store.opening import writing
 from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
 from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, start_run
@@ -50,13 +51,15 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
 
     Args:
         config: every knob of the run.
-        run_dir: a new folder; default: ``runs/ppo-<date>-<time>``.
-    Returns: the run folder.
+        run_dir: a new folder, or s3://bucket/prefix; default: ``runs/ppo-<date>-<time>``.
+    Returns: the same.
     """
     with flow_body() as ended_with:
         run_dir = run_dir or own_run_dir()
-        begin(config, run_dir)
-        return ended_with(iterate(run_dir))
+        with writing(run_dir) as folder:
+            begin(config, str(folder))
+            iterate(str(folder))
+        return ended_with(run_dir)
 
 
 def begin(config: RunConfig, run_dir: str) -> None:
@@ -84,22 +87,25 @@ def resume(
     """Continue a stopped run from its last committed stage.
 
     Args:
-        run_dir: its folder.
+        run_dir: its folder, or s3://bucket/prefix.
         accept_drift: go on although machine, libraries, models or prompts differ.
         accept_guards: go on although a guard has stopped it, until that guard's number is back within its threshold.
         set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
         set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``; a drift, most of them.
-    Returns: the run folder.
+    Returns: the same place.
     """
     with flow_body() as ended_with:
-        check_resumable(run_dir, accept_drift=accept_drift)
-        if accept_drift or set_update:
-            record_drift(run_dir, set_update or (), accepted=accept_drift)
-        if set_guards:
-            change_guards(run_dir, set_guards)
-        if accept_guards:
-            accept_tripped(run_dir)
-        return ended_with(iterate(run_dir))
+        with writing(run_dir, new=False) as path:
+            folder = str(path)
+            check_resumable(folder, accept_drift=accept_drift)
+            if accept_drift or set_update:
+                record_drift(folder, set_update or (), accepted=accept_drift)
+            if set_guards:
+                change_guards(folder, set_guards)
+            if accept_guards:
+                accept_tripped(folder)
+            iterate(folder)
+        return ended_with(run_dir)
 
 
 def iterate(run_dir: str) -> str:

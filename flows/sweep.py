@@ -18,6 +18,7 @@ from flows.progress import watcher
 from flows.stopping import received
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.store.address import on_disk
 from rlhf_core.sweeping.folder import SweepFolder
 from rlhf_core.sweeping.grid import MAX_RUNS, SweepRun
 from tasks.sweep import SweepRequest, is_done, start_sweep, write_sweep
@@ -51,6 +52,7 @@ def sweep(
         max_runs: more are refused.
     Returns: the folder.
     """
+    on_disk(folder, "folder")
     request = SweepRequest(folder, grid, seeds, jobs, at_kl, price, max_runs)
     with flow_body() as ended_with:
         there = start_sweep(request, config)

@@ -26,6 +26,7 @@ from rlhf_core.contracts.artifacts import Manifest, read_artifact
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import GENERATE, PPO_UPDATE, REFERENCE_LOGPROBS, SAMPLE_PROMPTS, SHAPE_REWARDS, STAGES
+from rlhf_core.store.opening import reading
 
 if TYPE_CHECKING:
     import datasets
@@ -205,8 +206,8 @@ class RunTables:
 
 
 def open_run(path: str | Path) -> RunTables:
-    """The tables of a run folder. Raises UserError if there is no run."""
-    return RunTables(RunFolder.open(Path(path)))
+    """The tables of a run folder, or of ``s3://bucket/prefix``. Raises UserError if there is no run."""
+    return RunTables(RunFolder.open(reading(path, weights=False)))
 
 
 def explode(samples: pa.Table) -> pa.Table:

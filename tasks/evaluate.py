@@ -21,6 +21,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation import summary
 from rlhf_core.evaluation.folder import (
     BLENDED,
+    EVALUATIONS,
     MODEL,
     REFERENCE,
     EvaluationFolder,
@@ -194,7 +195,7 @@ def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation
     evaluation = prepare(request, ours, trained_on=trained_on, model=None if run else request.target)
     identity = run_identity(evaluation.config, evaluation.plan.prompt_set)
     name = folder_name(evaluation.config.prompts.source, identity_digest(identity))
-    default = run.path / "evaluations" / name if run else Path("evaluations") / f"{target.name}-{name}"
+    default = run.path / EVALUATIONS / name if run else Path("evaluations") / f"{target.name}-{name}"
     folder = Path(request.out) if request.out else default
     record = new_record(folder, evaluation.config, identity, run.path if run else None, evaluation.num_trained_on)
     check_free(folder, record)

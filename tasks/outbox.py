@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.secrets import without_secrets
+from rlhf_core.store.address import shown
 
 LEDGER = "mlflow.json"
 CLOSE_TIMEOUT_S = 60.0
@@ -155,7 +156,7 @@ class Outbox:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._connect, self._run_dir, self._logger = connect, run_dir, logger
-        self._item, self._remedy = item, remedy or f"`rlhf resume {run_dir}`"
+        self._item, self._remedy = item, remedy or f"`rlhf resume {shown(run_dir)}`"
         self._changed = threading.Condition()
         self._finished, self._is_closing, self._is_brief = 0, False, False
         self._given_up = threading.Event()

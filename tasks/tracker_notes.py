@@ -21,6 +21,7 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import Row, iteration_rows
+from rlhf_core.store.address import shown
 from tasks.guards import GuardRecord
 
 NOTE: Final = "mlflow.note.content"
@@ -51,7 +52,7 @@ def created_tags(run: RunFolder) -> dict[str, str]:
     tags = {
         "mlflow.source.name": "rlhf train",
         "mlflow.source.type": "LOCAL",
-        "rlhf.run_dir": str(run.path.resolve()),
+        "rlhf.run_dir": shown(run.path.resolve()),
         "rlhf.config_sha256": config_digest(run.config),
         **{f"rlhf.{name}": str(run.identity[name]) for name in ("source", "prompts", "device")},
         **model_tags(run),
@@ -74,7 +75,7 @@ def model_tags(run: RunFolder) -> dict[str, str]:
 
 def run_note(run: RunFolder, prefect_run: Mapping[str, str]) -> str:
     """The description of a run: what it is, what came out so far, and what to do with it."""
-    config, rows, place = run.config, iteration_rows(run), run.path.resolve()
+    config, rows, place = run.config, iteration_rows(run), shown(run.path.resolve())
     rewards = ", ".join(_code(name) for name in config.reward.names)
     beta = "fixed" if config.kl.held_at is None else f"held at {config.kl.held_at:g} nats by `{config.kl.controller}`"
     lines = [

@@ -31,7 +31,7 @@ from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
 from tasks.retention import best_checkpoint, checkpoint_value
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
 from tasks.tracker_files import send_file, send_model, send_table, send_text
-from tasks.tracking_store import shown_tracking_uri, tracking_uri
+from tasks.tracking_store import artifact_location, kept_experiment, shown_tracking_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -346,16 +346,14 @@ def connect(run: RunFolder, is_over: Callable[[], bool] = lambda: False) -> tupl
             os.environ["MLFLOW_TRACKING_URI"] = chosen
         client: Any = Patient(MlflowClient(uri), ONCE, is_over)
         if found := client.get_experiment_by_name(name):
-            return client, str(found.experiment_id)
-        folder = run.path.resolve().parent / "mlartifacts"
-        location = folder.as_uri() if uri.startswith("sqlite:") else None
+            return client, kept_experiment(run, found)
         try:
-            return client, str(client.create_experiment(name, artifact_location=location))
+            return client, str(client.create_experiment(name, artifact_location=artifact_location(run)))
         except MlflowException:  # another run created it in between, or an answer was lost
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-            return client, str(found.experiment_id)
+            return client, kept_experiment(run, found)
 
 
 def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int, Mapping[str, float]]) -> None:

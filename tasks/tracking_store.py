@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -21,6 +22,26 @@ def tracking_uri(run: RunFolder) -> str:
 def shown_tracking_uri(run: RunFolder) -> str:
     """The tracker as it may be shown and stored: without user, password or key."""
     return without_credentials(tracking_uri(run))
+
+
+def artifact_location(run: RunFolder) -> str | None:
+    """Where a new experiment keeps its files: as configured, beside an sqlite store; None: its server says."""
+    if run.config.tracking.artifact_location is not None:
+        return run.config.tracking.artifact_location
+    if tracking_uri(run).startswith("sqlite:"):
+        return (run.path.resolve().parent / "mlartifacts").as_uri()
+    return None
+
+
+def kept_experiment(run: RunFolder, experiment: Any) -> str:
+    """The id of an experiment that is there. Raises ValueError if its files are not where the config wants them."""
+    wanted, place = run.config.tracking.artifact_location, str(experiment.artifact_location)
+    if wanted is not None and place.rstrip("/") != wanted.rstrip("/"):
+        raise ValueError(
+            f"tracking.artifact_location is {wanted}, but the experiment {experiment.name} keeps its files in {place}, "
+            "which MLflow never changes: name another tracking.experiment"
+        )
+    return str(experiment.experiment_id)
 
 
 def trackers_in(folder: Path) -> list[str]:

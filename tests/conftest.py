@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 from iteration import tiny_tree
+from s3_server import S3Server, s3_server
 from tiny_world import Tiny, make_tiny
 
 from rlhf_core.contracts.config import RunConfig
@@ -53,6 +54,13 @@ def no_tracker_is_left() -> Iterator[None]:
     """``mlflow.set_tracking_uri`` leaves its address in the environment, where the next run would take it for ours."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A real server that speaks S3, empty but for what other tests have in buckets of their own."""
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from flows import stopping
-from flows.commands.options import ConfigOption, SetOption, console, prepare_environment
+from flows.commands.options import ConfigOption, SetOption, console, local_only, prepare_environment
 
 
 def chain(
     config: ConfigOption,
-    runs: Annotated[Path, typer.Option(help="Folder of the chain: its record and its run folders.")],
+    runs: Annotated[
+        Path, typer.Option(callback=local_only, help="Folder of the chain: its record and its run folders.")
+    ],
     held_out: Annotated[str, typer.Option(help="Prompts that were not trained on: a file, folder or hub id.")],
     min_win_rate: Annotated[
         float | None, typer.Option(help="The lower end of its 95 % interval must reach it; default: 0.55.")

@@ -8,11 +8,21 @@ from typing import Annotated
 import typer
 
 from flows import stopping
-from flows.commands.options import EXIT_MISTAKE, JsonOption, RunArgument, console, prepare_environment
+from flows.commands.options import (
+    EXIT_MISTAKE,
+    JsonOption,
+    LookedAt,
+    RunOrBundle,
+    console,
+    local_only,
+    looked_at,
+    prepare_environment,
+)
+from rlhf_core.store.address import shown
 
 
 def inspect(
-    run: RunArgument,
+    run: LookedAt,
     iteration: Annotated[int | None, typer.Option(min=0, help="Of this iteration; default: the newest.")] = None,
     stage: Annotated[str | None, typer.Option(help="The rows of one stage's artifact.")] = None,
     sample: Annotated[str | None, typer.Option(help="One response token by token.")] = None,
@@ -31,7 +41,10 @@ def inspect(
         int | None, typer.Option(min=1, help="The first so many rows; default: 20 in a terminal, else all.")
     ] = None,
     as_json: JsonOption = False,
-    to: Annotated[Path | None, typer.Option(help="Write all rows to a file: .parquet, .csv, .jsonl or .arrow.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(callback=local_only, help="Write all rows to a file: .parquet, .csv, .jsonl or .arrow."),
+    ] = None,
 ) -> None:
     """Look into a run: works while it is going. `change` is the mean |log-ratio to the reference| of a token."""
     from flows.displays.inspection import Question, show_run
@@ -44,25 +57,38 @@ def inspect(
 
 
 def view(
-    run: RunArgument,
+    run: LookedAt,
     iterations: Annotated[
         str | None,
         typer.Option(metavar="0,10,last", help="Numbers, last, ranges as 3-7, or all; default: first, middle, last."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Default: view.html in the run folder.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=local_only,
+            metavar="FILE.html",
+            help="Default: view.html in the run folder; of a run in an object store: NAME-view.html here.",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Responses of each iteration; default: all.")] = None,
 ) -> None:
     """Write a page to read a run in a browser: each response token by token, curves. Works while it is going."""
     prepare_environment()
     from flows.view import write_view
 
+    if out is None and shown(run) != str(run):
+        out = Path(f"{run.name}-view.html")
     write_view(console, run, iterations=iterations, out=out, limit=limit)
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more, also going ones.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Two runs or more, also going ones.", parser=looked_at),
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.png|FILE.html", help="Also draw it: a picture, or a page.")
+        Path | None,
+        typer.Option(callback=local_only, metavar="FILE.png|FILE.html", help="Also draw it: a picture, or a page."),
     ] = None,
     last: Annotated[int, typer.Option(min=1, help="Iterations averaged at the end of each run.")] = 5,
     as_json: JsonOption = False,
@@ -75,7 +101,7 @@ def compare(
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or a bundle of one iteration.")],
+    run: RunOrBundle,
     as_json: JsonOption = False,
 ) -> None:
     """Read again everything a run wrote: what is damaged, and what can be recovered. Works while the run is going."""
@@ -93,7 +119,10 @@ def verify(
 
 def ui(
     runs: Annotated[
-        Path | None, typer.Option(help="Folder of run folders, or one of them, whose tracker is shown; default: runs.")
+        Path | None,
+        typer.Option(
+            callback=local_only, help="Folder of run folders, or one of them, whose tracker is shown; default: runs."
+        ),
     ] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="Instead: a tracker, as sqlite:///FOLDER/mlflow.db.")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Default: 5000, or a free one.")] = None,

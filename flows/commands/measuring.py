@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from flows import stopping
-from flows.commands.options import JsonOption, RunArgument, SetOption, console, prepare_environment
+from flows.commands.options import JsonOption, RunArgument, SetOption, console, local_only, prepare_environment
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder; or a model, with --config.")],
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run; or a model, with --config.")],
     prompts: Annotated[
         str | None, typer.Option(help="Held-out prompts: a file, folder or hub id; default: the run's own.")
     ] = None,
@@ -27,7 +27,9 @@ def evaluate(
     ] = 1024,
     config: Annotated[Path | None, typer.Option(help="For a bare model: the config of its training.")] = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=local_only, help="Folder of the results; default: in the run.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the evaluation's draws.")] = 0,
     blend: Annotated[
         str | None, typer.Option(help="Also at these shares of the way from the reference to it: 0.5,0.7,0.85.")
@@ -37,19 +39,22 @@ def evaluate(
     """Measure a policy against its reference: score, KL, win rate, and the share of what is attainable."""
     prepare_environment()
     from flows.displays.evaluation import evaluate_and_show
+    from rlhf_core.evaluation.folder import EVALUATIONS
     from rlhf_core.evaluation.request import Request, parse_shares, request_config
+    from rlhf_core.store.opening import adding, local
 
     request = Request(
         target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out and str(out),
         parse_shares(blend),
     )  # fmt: skip
     stopping.on_stop(lambda: "stopped; the same command goes on from the samples that are there")
-    evaluate_and_show(console, request, request_config(target, config, set_ or []), as_json=as_json)
+    with adding(target, EVALUATIONS):
+        evaluate_and_show(console, request, request_config(local(target), config, set_ or []), as_json=as_json)
 
 
 def blend(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="A new folder for the policy.")],
+    out: Annotated[Path, typer.Option(callback=local_only, help="A new folder for the policy.")],
     share: Annotated[
         float | None, typer.Option(help="Of the way from the reference (0) to the checkpoint (1), in weights.")
     ] = None,

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich import console as rich_console
+from rich.text import Text
 
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.memory import settle_memory
+from rlhf_core.store.address import on_disk, shown
+
+
+def whole_run(place: str) -> Path:
+    """A run to be read; where it is in an object store, the folder of its copy."""
+    from rlhf_core.store.opening import reading
+
+    return reading(place)
+
+
+def looked_at(place: str) -> Path:
+    """A run to look into: the same without the weights of its checkpoints."""
+    from rlhf_core.store.opening import reading
+
+    return reading(place, weights=False)
+
+
+class Console(rich_console.Console):
+    """Prints a run in an object store by its address, not by the folder of its copy."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        """A text as it is printed."""
+        return super().render_str(shown(text), **style)
+
 
 console = Console()
 EXIT_MISTAKE = 2
@@ -20,8 +45,20 @@ EXIT_INCOMPLETE = 4
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+A_RUN = "A run folder, or s3://BUCKET/PREFIX."
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN, parser=whole_run)]
+"""Read with its checkpoints; of an object store, through its copy."""
+LookedAt = Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN, parser=looked_at)]
+"""Without the weights of its checkpoints."""
+RunOrBundle = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run, or a bundle of one iteration.", parser=whole_run)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+def local_only(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Of an option: a path of this machine. Raises UserError for an address."""
+    return None if value is None else on_disk(value, param.opts[0])
 
 
 def prepare_environment() -> None:

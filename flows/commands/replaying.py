@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.options import JsonOption, RunArgument, console, prepare_environment
+from flows.commands.options import JsonOption, RunArgument, RunOrBundle, console, local_only, prepare_environment
 from rlhf_core.contracts.errors import UserError
 
 EXIT_DIFFERENT = 1
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run folder, or a bundle of one iteration.")],
+    run: RunOrBundle,
     iteration: Annotated[int | None, typer.Option(min=0, help="A finished one; a bundle holds one.")] = None,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage; default: all six.")
@@ -63,7 +63,8 @@ def bundle(
     run: RunArgument,
     iteration: Annotated[int, typer.Option(min=0, help="A finished one.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A new file; default: NAME-i000007.rlhf.zip here.")
+        Path | None,
+        typer.Option(callback=local_only, metavar="FILE", help="A new file; default: NAME-i000007.rlhf.zip here."),
     ] = None,
     without_models: Annotated[
         bool, typer.Option("--without-models", help="Small: shaping alone can be replayed from it.")

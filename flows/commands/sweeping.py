@@ -9,7 +9,15 @@ from typing import Annotated, TypeVar
 import typer
 
 from flows import stopping
-from flows.commands.options import EXIT_INCOMPLETE, ConfigOption, JsonOption, SetOption, console, prepare_environment
+from flows.commands.options import (
+    EXIT_INCOMPLETE,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    console,
+    local_only,
+    prepare_environment,
+)
 from rlhf_core.contracts.errors import UserError
 
 Found = TypeVar("Found")
@@ -25,7 +33,10 @@ def sweep(
     ] = None,
     set_: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the sweep; default: runs/<config>-sweep. One that was begun goes on.")
+        Path | None,
+        typer.Option(
+            callback=local_only, help="Folder of the sweep; default: runs/<config>-sweep. One that was begun goes on."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,
     at_kl: Annotated[

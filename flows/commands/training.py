@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows import stopping
-from flows.commands.options import ConfigOption, RunArgument, SetOption, console, prepare_environment
+from flows.commands.options import A_RUN, ConfigOption, SetOption, console, prepare_environment
 from rlhf_core.contracts.errors import RlhfError
+from rlhf_core.store.address import shown
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig
@@ -31,16 +32,18 @@ def quickstart(
 def train(
     config: ConfigOption,
     set_: SetOption = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="A new folder for the run.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="A new folder for the run, or s3://BUCKET/PREFIX.")
+    ] = None,
 ) -> None:
     """Train a policy with PPO."""
     prepare_environment()
     from rlhf_core.contracts.config_io import load_config
-    from rlhf_core.contracts.run_folder import check_vacant
+    from rlhf_core.store.opening import check_new, writing
 
     run_config = load_config(config, set_ or [])
-    run_dir = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    check_vacant(run_dir)
+    run_dir = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_new(run_dir)
     with console.status("checking the config, models and prompts"):
         from rlhf_core.preflight import preflight
 
@@ -48,11 +51,12 @@ def train(
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
-    watch_run(run_dir, run_config, lambda: run_flow(train_flow, run_config, str(run_dir)))
+    with writing(run_dir) as folder:
+        watch_run(folder, run_config, lambda: run_flow(train_flow, run_config, run_dir))
 
 
 def resume(
-    run: RunArgument,
+    run: Annotated[str, typer.Argument(metavar="RUN", help=A_RUN)],
     accept_drift: Annotated[
         bool, typer.Option(help="Go on although machine, libraries, models or prompts differ.")
     ] = False,
@@ -69,28 +73,30 @@ def resume(
 ) -> None:
     """Continue a stopped run from its last committed stage."""
     prepare_environment()
+    from rlhf_core.store.opening import writing
     from tasks.lifecycle import check_resumable
 
-    if repair:
-        from flows.displays.verification import repair_and_show
+    with writing(run, new=False) as folder:
+        if repair:
+            from flows.displays.verification import repair_and_show
 
-        repair_and_show(console, run)
-    with console.status("checking the run, its models and prompts"):
-        run_config = check_resumable(str(run), accept_drift=accept_drift)
-    from flows.calling import run_flow
-    from flows.ppo import resume as resume_flow
+            repair_and_show(console, folder)
+        with console.status("checking the run, its models and prompts"):
+            run_config = check_resumable(str(folder), accept_drift=accept_drift)
+        from flows.calling import run_flow
+        from flows.ppo import resume as resume_flow
 
-    update = [override for override in set_ or [] if override.strip().startswith("execution.update.")]
-    others = [override for override in set_ or [] if override not in update]
-    watch_run(run, run_config, lambda: run_flow(resume_flow, str(run), accept_drift, accept_guards, others, update))
+        update = [override for override in set_ or [] if override.strip().startswith("execution.update.")]
+        others = [override for override in set_ or [] if override not in update]
+        watch_run(folder, run_config, lambda: run_flow(resume_flow, run, accept_drift, accept_guards, others, update))
 
 
 def check(
     config: ConfigOption,
     set_: SetOption = None,
     run_dir: Annotated[
-        Path, typer.Option("--run-dir", help="Where the run will be, for its disk's free space.")
-    ] = Path("runs"),
+        str, typer.Option("--run-dir", help="Where the run will be, for its disk's free space.")
+    ] = "runs",
     hardware: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,11 +115,12 @@ def check(
     from flows.displays.plan import show_plan
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.preflight import preflight
+    from rlhf_core.store.opening import copy_of
 
     run_config = load_config(config, set_ or [])
     with console.status("checking the config, models and prompts"):
         plan = preflight(run_config)
-    show_plan(console, run_config, plan, run_dir)
+    show_plan(console, run_config, plan, copy_of(run_dir))
 
 
 def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> None:
@@ -166,5 +173,5 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
 def how_to_go_on(run_dir: Path) -> str:
     """What a person reads when a run was stopped."""
     if (run_dir / "run.json").is_file():
-        return f"stopped; continue with  rlhf resume {run_dir}"
+        return shown(f"stopped; continue with  rlhf resume {run_dir}")
     return "stopped before the run began; the same command starts it"

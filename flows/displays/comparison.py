@@ -20,6 +20,7 @@ from rlhf_core.comparing.presentation import CURVES, Line, difference_lines, gro
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.inspection import Row
+from rlhf_core.store.address import shown
 
 STYLES = ("dodger_blue1", "dark_orange", "green3", "medium_orchid", "gold3", "deep_pink3", "turquoise2", "grey62")
 """Of the runs, in order, again from the first after the last."""
@@ -37,7 +38,7 @@ def compare_and_show(console: Console, paths: Sequence[Path], *, last: int, out:
     if out is not None and draw is not None:
         write_file(out, draw(compared))
     if as_json:
-        sys.stdout.write(json.dumps(to_json(compared), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        sys.stdout.write(shown(json.dumps(to_json(compared), indent=2, allow_nan=False, ensure_ascii=False)) + "\n")
         return
     show_comparison(console, compared)
     if out is not None:
@@ -59,7 +60,7 @@ def show_comparison(console: Console, compared: Comparison) -> None:
     _print_sparklines(console, compared, names)
     _print_score_against_kl(console, compared)
     for note in compared.notes:
-        console.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+        console.print(Text.assemble(("note: ", "yellow"), shown(note)), soft_wrap=True)
 
 
 def style_of(run: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,7 @@ from rich.text import Text
 from flows.displays.terminal import print_warning, side_by_side, table_of
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.store.opening import local
 
 if TYPE_CHECKING:
     from rlhf_core.evaluation.request import Request
@@ -44,10 +46,9 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
 
     progress = Console(stderr=True) if as_json else console
     with progress.status("checking the models and prompts"):
-        planned = check_evaluation(request, config)
+        planned = check_evaluation(replace(request, target=local(request.target)), config)
     for note in notes(planned):
         progress.print(f"[yellow]note:[/] {note}", highlight=False)
-    from dataclasses import asdict
     from pathlib import Path
 
     from flows.calling import run_flow

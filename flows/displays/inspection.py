@@ -30,6 +30,7 @@ from rlhf_core.inspection import (
     samples_sheet,
 )
 from rlhf_core.selection import Selection
+from rlhf_core.store.address import shown
 
 SHOWN = 20
 """Rows in a terminal, unless a person asks for another number."""
@@ -116,7 +117,9 @@ def show_run(
         )
     if as_json:
         rows = sheet.table.slice(0, limit).to_pylist()
-        sys.stdout.write(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False) + "\n")
+        sys.stdout.write(
+            shown(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False)) + "\n"
+        )
     elif to is None:
         show(console, sheet, limit or SHOWN)
 
@@ -151,7 +154,9 @@ def _print_sample(console: Console, sheet: Sheet, _: int) -> None:
 
 
 def _print_samples(console: Console, sheet: Sheet, limit: int) -> None:
-    table = Table(title=Text(sheet.title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(shown(sheet.title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     numbers = {"score": "score", "kl": "KL", "num_tokens": "tokens", "change": "change"}
     table.add_column("sample", no_wrap=True)
     for heading in numbers.values():

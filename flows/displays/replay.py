@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_core.replay.outcome import Replay, StageReplay
+from rlhf_core.store.address import shown
 
 if TYPE_CHECKING:
     from rlhf_core.replay.bundles import BundleRecord
@@ -306,7 +307,7 @@ def _table() -> Table:
 
 
 def _line(console: Console, text: str, *, style: str = "") -> None:
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown(text))
     console.print(Text(printable, style), soft_wrap=True, highlight=False)
 
 
@@ -339,7 +340,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print_json(values: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(shown(json.dumps(values, indent=2, ensure_ascii=False)) + "\n")
 
 
 @contextmanager

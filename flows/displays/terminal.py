@@ -16,6 +16,8 @@ from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_core.store.address import shown
+
 BARS = "▁▂▃▄▅▆▇█"
 WIDEST = 9
 """Columns that fit side by side in a terminal."""
@@ -25,9 +27,9 @@ EDGE = 5
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
     """The last values as a line of bars."""
-    shown = list(values)[-width:]
-    low, high = min(shown), max(shown)
-    return "".join(BARS[round((v - low) / (high - low) * 7)] if high > low else BARS[0] for v in shown)
+    last = list(values)[-width:]
+    low, high = min(last), max(last)
+    return "".join(BARS[round((v - low) / (high - low) * 7)] if high > low else BARS[0] for v in last)
 
 
 class TerminalWatcher:
@@ -115,7 +117,7 @@ class TerminalWatcher:
 
 def print_warning(console: Console, sentence: str) -> None:
     """A sentence about what is not as it should be."""
-    console.print(Text.assemble(("warning: ", "yellow"), sentence), soft_wrap=True)
+    console.print(Text.assemble(("warning: ", "yellow"), shown(sentence)), soft_wrap=True)
 
 
 def print_result(
@@ -165,13 +167,18 @@ def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
     artifact = f"{run_dir}/iterations/000000/05_experience.arrow"
     pages = f"{_command('rlhf')} ui --runs {Path(run_dir).parent}"
     tracker = {"compare runs in MLflow": tracking_uri if tracking_uri.startswith("http") else pages}
+    read = f"import pandas; print(pandas.read_feather('{artifact}'))"
+    page = f"{run_dir}/view.html"
+    if shown(run_dir) != run_dir:  # in an object store
+        read = f"from rlhf_core.tables import open_run; print(open_run('{run_dir}').samples().arrow())"
+        page = f"{_command('rlhf')} view {run_dir}"
     return (tracker if tracking_uri else {}) | {
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
         "compare it with another one": f"{_command('rlhf')} compare {run_dir} OTHER_RUN --out compare.html",
         "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
-        "open an artifact": f"{_command('python')} -c \"import pandas; print(pandas.read_feather('{artifact}'))\"",
+        "open an artifact": f'{_command("python")} -c "{read}"',
         "see the picture": f"{run_dir}/report.png",
-        "read its responses token by token, in a browser": f"{run_dir}/view.html",
+        "read its responses token by token, in a browser": page,
     }
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from rlhf_core.store.address import shown
 from rlhf_core.verification.findings import Finding, Verification
 from rlhf_core.verification.run import verify_run
 
@@ -24,7 +25,7 @@ def verify_and_show(console: Console, path: Path, *, as_json: bool) -> bool:
     with _reading(console, quiet=as_json) as tell:
         found = verify_run(path, progress=tell)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(shown(json.dumps(found.to_json(), indent=2, ensure_ascii=False)) + "\n")
     else:
         show_verification(console, found)
     return not found.damage

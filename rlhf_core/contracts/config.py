@@ -230,6 +230,12 @@ class TrackingConfig(Section):
         default=None, description="null: MLFLOW_TRACKING_URI, else sqlite mlflow.db beside the run folder"
     )
     experiment: str = Field(default="rlhf-flow", min_length=1)
+    artifact_location: str | None = Field(
+        default=None,
+        min_length=1,
+        description="where a new experiment keeps files and checkpoints, as s3://bucket/prefix; null: what its server "
+        "says, and with sqlite mlartifacts beside the run folder",
+    )
     run_name: str | None = Field(default=None, description="null: the name of the run folder")
     registered_model: str = Field(
         default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"

@@ -36,6 +36,8 @@ from rlhf_core.evaluation.samples import PART, Samples, part_sizes
 from rlhf_core.identity import identity_digest
 
 VERSION: Final = 1
+EVALUATIONS: Final = "evaluations"
+"""The room of a run folder that holds those of its checkpoints."""
 RECORD: Final = "evaluation.json"
 REFERENCE: Final = "reference"
 MODEL: Final = "model"

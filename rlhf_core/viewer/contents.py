@@ -28,6 +28,7 @@ from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after, iteration_rows
 from rlhf_core.models.tokenizers import load_tokenizer
+from rlhf_core.store.address import shown
 from rlhf_core.tables import PER_TOKEN, SAMPLES, RunTables
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def page_contents(
     return {
         "run": {
             "name": run.path.resolve().name,
-            "quoted_path": shlex.quote(str(run.path)),
+            "quoted_path": shlex.quote(shown(run.path)),
             "policy": run.config.policy.model,
             "num_finished": len(rows),
             "num_iterations": run.config.num_iterations,

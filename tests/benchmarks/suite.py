@@ -16,7 +16,18 @@ from typing import Any, Protocol, cast
 from benchmarks.figures import Figure
 from benchmarks.world import World
 
-TABLES = ("peer", "limit", "orchestration", "quality", "growth", "startup", "accelerator", "durability", "sharding")
+TABLES = (
+    "peer",
+    "limit",
+    "orchestration",
+    "quality",
+    "growth",
+    "startup",
+    "accelerator",
+    "durability",
+    "sharding",
+    "overlap",
+)
 """Every table, in order."""
 
 

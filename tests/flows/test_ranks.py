@@ -58,6 +58,7 @@ MORE_CASES: dict[str, dict[str, Any]] = {
         "ppo": PPO | {"num_minibatches": 8},
     },
     "shards as well": {"execution": {"num_shards": 2, "num_workers": 0}},
+    "shards that answer ahead": {"execution": {"num_shards": 2, "num_workers": 0, "overlap": True}},
 }
 
 

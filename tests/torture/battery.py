@@ -22,6 +22,7 @@ ROWS = (
     "baseline",
     "kill_every_operation",
     "kill_in_compaction",
+    "object_store",
     "random_kills",
     "chains",
     "power_loss",

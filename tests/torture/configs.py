@@ -38,6 +38,7 @@ CASES: Final[dict[str, Sequence[str]]] = {
         "ppo.weight_decay=0.1",
     ),
     "by shards": ("execution.num_shards=3", "execution.num_workers=0"),
+    "by shards, which answer ahead": ("execution.num_shards=2", "execution.num_workers=0", "execution.overlap=true"),
     "iterations go into the archive": ("artifacts.keep_iterations=1",),
     "prompts run out and begin again, frozen models are read again": ("prompts.batch_size=16", "frozen_models=disk"),
 }

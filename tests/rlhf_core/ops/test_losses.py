@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_core.ops.kl import MAX_LOG_RATIO
-from rlhf_core.ops.losses import approx_kl, clipped_surrogate, clipped_value_loss, explained_variance, log_ratio
+from rlhf_core.ops.losses import (
+    approx_kl,
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    importance_weights,
+    log_ratio,
+)
 from rlhf_core.ops.masking import masked_mean, masked_sum
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -39,6 +46,35 @@ def draw(seed: int, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.fl
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
     return F64_OP if dtype == torch.float64 else F32_OP
+
+
+# --- importance weights
+
+
+def test_importance_weights_by_hand() -> None:
+    # token: e^{-1 + 1.5} = e^0.5, cut at 1.5;  e^{-2 + 1} = e^-1;  masked: 1.  sequence: e^{0.5 - 1} = e^-0.5
+    now_BR, drawn_BR = torch.tensor([[-1.0, -2.0, 5.0]]), torch.tensor([[-1.5, -1.0, math.nan]])
+    mask_BR = right_padded([2], 3)
+    by_token = importance_weights(now_BR, drawn_BR, mask_BR, level="token", cap=1.5)
+    assert_close(by_token, torch.tensor([[1.5, math.exp(-1.0), 1.0]]), **F32_OP)
+    by_sequence = importance_weights(now_BR, drawn_BR, mask_BR, level="sequence", cap=1.5)
+    assert_close(by_sequence, torch.tensor([math.exp(-0.5)]), **F32_OP)
+
+
+def test_weighted_samples_of_another_policy_have_the_mean_of_the_own() -> None:
+    """What importance weights are for: E_q[w f] = E_p[f], here summed over the whole support instead of sampled."""
+    logits_p, logits_q, f = draw(7, 6), draw(8, 6), draw(9, 6)
+    p, q = logits_p.log_softmax(0), logits_q.log_softmax(0)
+    weights = importance_weights(p[:, None], q[:, None], right_padded([1] * 6, 1), level="token", cap=1e6)[:, 0]
+    assert_close((q.exp() * weights * f).sum(), (p.exp() * f).sum(), **F64_OP)
+
+
+def test_importance_weights_have_no_gradient_and_need_a_cap_of_at_least_one() -> None:
+    now_BR = torch.zeros(1, 2, requires_grad=True)
+    mask_BR = right_padded([2], 2)
+    assert not importance_weights(now_BR, torch.zeros(1, 2), mask_BR, level="token", cap=1.0).requires_grad
+    with pytest.raises(ValueError, match=r"cap must be at least 1, got 0\.5"):
+        importance_weights(now_BR, torch.zeros(1, 2), mask_BR, level="token", cap=0.5)
 
 
 # --- log-ratio
