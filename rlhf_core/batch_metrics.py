@@ -8,6 +8,9 @@ from rlhf_core.contracts.batches import Rollouts, Scores
 from rlhf_core.ops.diversity import distinct, repetition
 from rlhf_core.ops.masking import masked_mean
 
+Record = dict[str, float | int | bool]
+"""Of an optimiser step."""
+
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Lengths, ends, entropies and repetition of the responses."""
@@ -45,3 +48,40 @@ def score_metrics(scores: Scores, failed: Mapping[str, float]) -> dict[str, floa
 def failures(names: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Component -> responses it could not score, over the metrics of all shards."""
     return {name: sum(of_shard[f"reward/{name}_failed"] for of_shard in metrics) for name in names}
+
+
+def epoch_kl(steps: Sequence[Record], epoch: int) -> float:
+    """Mean approximate KL to the behaviour policy over an epoch's tokens."""
+    mine = [step for step in steps if step["epoch"] == epoch and not step["skipped"]]
+    num_tokens = sum(step["num_tokens"] for step in mine)
+    return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / max(num_tokens, 1)
+
+
+def update_metrics(steps: Sequence[Record], *, planned: int) -> dict[str, float]:
+    """Means over an update's optimiser steps.
+
+    Args:
+        steps: one record each, at least one.
+        planned: how many there were to be.
+    """
+    taken = [step for step in steps if not step["skipped"]]  # a skipped one has numbers that are not finite
+
+    def mean(name: str) -> float:
+        return sum(float(step[name]) for step in taken) / max(len(taken), 1)
+
+    return {
+        "loss/policy_avg": mean("policy_loss"),
+        "loss/value_avg": mean("value_loss"),
+        "loss/k3_avg": mean("ref_k3"),
+        "policy/approxkl_avg": mean("approx_kl"),
+        "policy/clipfrac_avg": mean("clip_fraction"),
+        "val/clipfrac_avg": mean("value_clip_fraction"),
+        "val/ratio": mean("ratio_mean"),
+        "policy/grad_norm": mean("grad_norm"),
+        "policy/last_approxkl": float(taken[-1]["approx_kl"]) if taken else 0.0,
+        "lr": float(steps[-1]["learning_rate"]),
+        "guard/skipped_steps": float(sum(bool(step["skipped"]) for step in steps)),
+        "guard/first_max_abs_log_ratio": float(steps[0]["max_abs_log_ratio"]),
+        "update/num_steps": float(len(steps)),
+        "update/early_stopped": float(len(steps) < planned),
+    }

@@ -1,6 +1,6 @@
 """What a run's process and its ranks say to each other: lines of JSON over a socket.
 
-    to a rank      {"do": "update", "iteration": 3, "run": {...}, ...}
+    to a rank      {"do": "update", "iteration": 3, "run": {...}, ...}, at last {"do": "end"}
     from a rank    {"rank": 1, "of": 2, "pid": 4711, "host": "node0", "key": "..."}   first
                    {"alive": true}                                                      each second
                    {"done": {...}}  or  {"failed": "NumericalError", "problems": [...]}
@@ -29,9 +29,11 @@ class Channel:
 
     Args:
         connection: a connected socket.
+        timeout_s: of everything that waits for the other end; None: for ever.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, timeout_s: float | None = None) -> None:
+        connection.settimeout(timeout_s)
         self._socket, self._lock, self._rest = connection, threading.Lock(), b""
 
     def fileno(self) -> int:
@@ -54,12 +56,10 @@ class Channel:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def receive_one(self, timeout_s: float | None = None) -> dict[str, Any]:
+    def receive_one(self) -> dict[str, Any]:
         """The next message, where the other end waits for an answer before it says more. Raises EOFError, OSError."""
-        self._socket.settimeout(timeout_s)
         while not (messages := self.receive()):
             pass
-        self._socket.settimeout(None)
         return messages[0]
 
     def close(self) -> None:

@@ -42,6 +42,8 @@ BLAME_S = 2.0
 """A rank whose neighbour has died fails as well, and may be heard first: for so long the dead one is looked for."""
 END_S = 5.0
 """For processes to end by themselves."""
+NAMES = {"update": "ppo_update", "hand_out": "the weights before generate", "save": "the checkpoint"}
+"""What is asked of ranks, in words."""
 
 
 class _LostError(Exception):
@@ -86,7 +88,7 @@ class RankGroup:
         Returns: what the first rank answers.
         Raises: what the ranks raise; WorkerError if they are lost again and again.
         """
-        what = f"{request['do']} of iteration {request['iteration']}"
+        what = f"{NAMES[request['do']]} of iteration {request['iteration']}"
         lost = ""
         with self._lock:
             for losses in range(1, MAX_LOSSES + 1):
@@ -110,6 +112,16 @@ class RankGroup:
         """Of the ranks, in their order; none before they are first asked."""
         return [member.pid for member in self._members]
 
+    def close(self) -> None:
+        """Let all processes end, which are doing nothing."""
+        for member in self._members:
+            with contextlib.suppress(OSError):
+                member.channel.send({"do": "end"})
+        if self._agent is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._agent.wait(END_S)
+        self.end()
+
     def end(self) -> None:
         """End all processes now; what they were doing is lost."""
         members, self._members = self._members, []
@@ -122,7 +134,7 @@ class RankGroup:
         if agent is not None:  # without it, ranks that have not come as far as saying hello end, too
             agent.terminate()
             try:
-                agent.wait(END_S)
+                agent.wait(END_S / 2)
             except subprocess.TimeoutExpired:
                 agent.kill()
                 agent.wait()
@@ -246,7 +258,7 @@ def end_ranks() -> None:
     """End the ranks of this process, if it has any."""
     global _current  # noqa: PLW0603 - one run a process
     if _current is not None and _owner == os.getpid():
-        _current.end()
+        _current.close()
     _current = None
 
 
@@ -276,9 +288,9 @@ def _newcomer(server: socket.socket, key: str) -> _Member | None:
         connection, _ = server.accept()
     except TimeoutError:
         return None
-    channel = Channel(connection)
+    channel = Channel(connection, END_S)
     try:
-        hello = channel.receive_one(END_S)
+        hello = channel.receive_one()
         if hmac.compare_digest(str(hello["key"]), key):
             return _Member(int(hello["rank"]), int(hello["of"]), int(hello["pid"]), str(hello["host"]), channel)
     except (OSError, EOFError, ValueError, KeyError, TypeError):

@@ -188,11 +188,10 @@ class Resources:
         with self._lock:
             if not self.run.config.execution.overlap:
                 self._behaviour = None
-            if self._trainer is not None and self._trainer.iteration > iteration:
+            there = None if self._trainer is None else self._trainer.iteration
+            if there is not None and (there > iteration or (self.asks_ranks and there < iteration)):
                 self._trainer = None  # before the next one is loaded: there is room for one
             trainer = self._trainer or self._nearest_checkpoint(iteration)
-            if self.asks_ranks and trainer.iteration < iteration:
-                trainer = self._trainer_of_ranks(iteration)
             while trainer.iteration < iteration:
                 self._replay_update(trainer)
             self._trainer = trainer
@@ -300,6 +299,8 @@ class Resources:
 
     def _nearest_checkpoint(self, iteration: int) -> Trainer:
         earlier = [i for i in self.run.checkpoints() if i <= iteration]
+        if self.asks_ranks and (earlier[-1] if earlier else 0) < iteration:
+            return self._trainer_of_ranks(iteration)
         if earlier:
             path = self.run.checkpoint_path(earlier[-1])
             trainer = load_checkpoint(path, self.run.config, self.device, identities=self.run.identities)[0]

@@ -40,7 +40,9 @@ def main() -> None:
         try:
             request = channel.receive_one()
         except EOFError:
-            os._exit(0)
+            os._exit(1)
+        if request["do"] == "end":
+            os._exit(0)  # without a word to the others, who are told as well
         try:
             channel.send({"done": me.obey(request)})
         except BaseException as error:  # whatever it is: it is told, not shown

@@ -6,7 +6,7 @@
     ├── DriftError             a resumed run would not be the run that was stopped
     ├── RunLockedError         another process is working on this run folder
     ├── StorageError           the disk did not take or give something; what was committed before is intact
-    ├── WorkerError            worker processes die, one after the other, of the same shard
+    ├── WorkerError            worker processes die, one after the other, of the same shard or update
     ├── NumericalError         a value that must not enter the computation (NaN score, ratio != 1, ...)
     └── GuardStopError         a guard rail has stopped the run; everything is on disk; exit code 3
 
@@ -89,7 +89,7 @@ _REMEDIES = {
 
 
 class WorkerError(RlhfError):
-    """One shard has ended several workers in a row."""
+    """One shard has ended several workers in a row, or one update all ranks several times."""
 
 
 class NumericalError(RlhfError):

@@ -30,6 +30,13 @@ class Ranks:
         """Which of so many rows are this rank's; shares differ by one row at most, and may be empty."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def passes(self, rows: int, size: int | None) -> Sequence[Tensor]:
+        """Row numbers of this rank's passes, of so many rows at most. All ranks have as many: the last may be empty."""
+        mine, largest = self.share(rows), -(-rows // self.size)
+        passes = torch.arange(mine.start, mine.stop).split(size or largest)
+        missing = -(-largest // (size or largest)) - len(passes)
+        return [*passes, *(torch.arange(0) for _ in range(missing))]
+
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over all ranks, each of which asks for the same names in the same order."""
         return dict(values)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from rlhf_core.batch_metrics import Record, epoch_kl, update_metrics
 from rlhf_core.contracts.batches import (
     Experience,
     Prompts,
@@ -40,8 +41,6 @@ from rlhf_core.ops.schedules import learning_rate_at
 
 RATIO_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 """Largest |log ρ| of a token on the first minibatch: decoding against a full pass, by compute type."""
-
-Record = dict[str, float | int | bool]
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,13 @@ def ppo_update(
                 )
             if on_step is not None:
                 on_step(len(steps), config.num_ppo_epochs * config.num_minibatches)
-        if config.target_kl is not None and _epoch_kl(steps, epoch) > config.target_kl:
+        if config.target_kl is not None and epoch_kl(steps, epoch) > config.target_kl:
             break
     trainer.iteration += 1
     trainer.check_finite()
-    return StageResult(UpdateStatistics(steps), _metrics(steps, config) | sampler)
+    return StageResult(
+        UpdateStatistics(steps), update_metrics(steps, planned=config.num_ppo_epochs * config.num_minibatches) | sampler
+    )
 
 
 def _as_of_now(
@@ -185,7 +186,7 @@ def _as_of_now(
     rows, mask_BR = len(batch.sequences), batch.sequences.response_mask_BR
     now_BR = torch.zeros_like(batch.old_logprobs_BR)
     with torch.no_grad():
-        for index in _micro_batches(rows, config.micro_batch_size or -(-rows // config.num_minibatches), trainer.ranks):
+        for index in trainer.ranks.passes(rows, config.micro_batch_size or -(-rows // config.num_minibatches)):
             part = batch.rows(index) if len(index) else batch.without_tokens()
             logprobs_BR = trainer.actor_critic.evaluate(part.sequences, temperature).logprobs_BR
             if len(index):
@@ -213,7 +214,7 @@ def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting:
     sums: dict[str, float] = {}
     max_log_ratio = 0.0
     trainer.optimizer.zero_grad(set_to_none=True)
-    for index in _micro_batches(rows, config.micro_batch_size, ranks):
+    for index in ranks.passes(rows, config.micro_batch_size):
         statistics = step.accumulate(batch.rows(index) if len(index) else batch.without_tokens())
         worst = ranks.largest(statistics.pop("max_abs_log_ratio"))
         if is_first:
@@ -228,14 +229,6 @@ def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting:
         trainer.optimizer.step()
     norms = {"grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm, "max_abs_log_ratio": max_log_ratio}
     return {"num_tokens": step.num_tokens, "skipped": skipped, **sums, **norms}
-
-
-def _micro_batches(rows: int, size: int | None, ranks: Ranks) -> Sequence[Tensor]:
-    """Row numbers of this rank's passes. All ranks have as many passes: where rows run out, the last ones are empty."""
-    mine, largest = ranks.share(rows), -(-rows // ranks.size)
-    passes = torch.arange(mine.start, mine.stop).split(size or largest)
-    missing = -(-largest // (size or largest)) - len(passes)
-    return [*passes, *(torch.arange(0) for _ in range(missing))]
 
 
 @dataclass(frozen=True)
@@ -408,34 +401,3 @@ def _set_learning_rate(trainer: Trainer, config: PPOConfig, iteration: int, num_
     for group in trainer.optimizer.param_groups:
         group["lr"] = peaks[group["name"]] * factor
     return config.learning_rate * factor
-
-
-def _epoch_kl(steps: list[Record], epoch: int) -> float:
-    """Mean approximate KL to the behaviour policy over an epoch's tokens."""
-    mine = [step for step in steps if step["epoch"] == epoch and not step["skipped"]]
-    num_tokens = sum(step["num_tokens"] for step in mine)
-    return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / max(num_tokens, 1)
-
-
-def _metrics(steps: list[Record], config: PPOConfig) -> dict[str, float]:
-    taken = [step for step in steps if not step["skipped"]]  # a skipped one has numbers that are not finite
-
-    def mean(name: str) -> float:
-        return sum(float(step[name]) for step in taken) / max(len(taken), 1)
-
-    return {
-        "loss/policy_avg": mean("policy_loss"),
-        "loss/value_avg": mean("value_loss"),
-        "loss/k3_avg": mean("ref_k3"),
-        "policy/approxkl_avg": mean("approx_kl"),
-        "policy/clipfrac_avg": mean("clip_fraction"),
-        "val/clipfrac_avg": mean("value_clip_fraction"),
-        "val/ratio": mean("ratio_mean"),
-        "policy/grad_norm": mean("grad_norm"),
-        "policy/last_approxkl": float(taken[-1]["approx_kl"]) if taken else 0.0,
-        "lr": float(steps[-1]["learning_rate"]),
-        "guard/skipped_steps": float(sum(bool(step["skipped"]) for step in steps)),
-        "guard/first_max_abs_log_ratio": float(steps[0]["max_abs_log_ratio"]),
-        "update/num_steps": float(len(steps)),
-        "update/early_stopped": float(len(steps) < config.num_ppo_epochs * config.num_minibatches),
-    }

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tolerances import RANKS_LOSS, RANKS_WEIGHT
+from tolerances import F32_SUM, RANKS_LOSS, RANKS_WEIGHT
 from torture.runs import battery_config, fingerprint, go_on, start
 
 from flows.ppo import train, train_iteration
@@ -38,7 +38,6 @@ LORA: dict[str, Any] = {"lora": {"rank": 2}, "critic": {"kind": "shared"}}
 PPO: dict[str, Any] = {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0}
 
 CASES: dict[str, dict[str, Any]] = {
-    "separate critic": {},
     "lora, shared critic, fewer rows than ranks": {"policy": LORA, "ppo": PPO | {"num_minibatches": 8}},
     # in bfloat16 the rows of a pass decide bits: a pass of two rows is what a rank has of a minibatch of four
     "bfloat16": {"policy": {"dtype": "bfloat16", "critic": {"init": "policy"}}, "ppo": PPO | {"micro_batch_size": 2}},
@@ -79,15 +78,20 @@ def nothing_is_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def _two_end() -> Iterator[None]:
-    yield
+def two() -> Iterator[None]:
+    """Two ranks for several runs: to start them takes longer than a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.ppo.ranks_end", contextlib.nullcontext)
+        yield
     rank_group.end_ranks()
 
 
-@pytest.fixture
-def two(_two_end: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks for several runs: to start them takes longer than a run."""
-    monkeypatch.setattr("flows.ppo.ranks_end", contextlib.nullcontext)
+@pytest.fixture(scope="module")
+def undisturbed(two: None, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by two ranks to which nothing happens."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(config(tiny, TWO), run_dir)
+    return run_dir
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +112,8 @@ def check_close(one: Path, two: Path) -> None:
         assert tables[0].num_rows == tables[1].num_rows
         for name in ("loss", "policy_loss", "value_loss"):
             torch.testing.assert_close(*(torch.tensor(t[name].to_pylist()) for t in tables), **RANKS_LOSS)
+        for name in ("grad_norm", "critic_grad_norm"):
+            torch.testing.assert_close(*(torch.tensor(t[name].to_pylist()) for t in tables), **F32_SUM)
         for name in ("num_tokens", "num_samples", "skipped"):
             assert tables[0][name] == tables[1][name]
     mine, theirs = final_tensors(one), final_tensors(two)
@@ -124,6 +130,14 @@ def compare(tiny: Any, tmp_path: Path, sections: Mapping[str, Any]) -> None:
     assert verify_run(tmp_path / "two").damage == []
 
 
+def test_two_ranks_compute_what_one_process_does_with_a_separate_critic(
+    undisturbed: Path, tiny: Any, tmp_path: Path
+) -> None:
+    start(config(tiny), tmp_path / "one")
+    check_close(tmp_path / "one", undisturbed)
+    assert verify_run(undisturbed).damage == []
+
+
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_what_one_process_does(case: str, tiny: Any, tmp_path: Path) -> None:
@@ -137,6 +151,7 @@ def test_two_ranks_compute_what_one_process_does_in_more_cases(case: str, tiny: 
     compare(tiny, tmp_path, MORE_CASES[case])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two")
 def test_a_run_moves_from_one_process_to_ranks_and_back(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,17 +193,15 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     monkeypatch.setattr("flows.ppo.train_iteration", stopping)
 
 
-@pytest.mark.usefixtures("two")
 def test_a_rank_that_dies_in_an_update_changes_nothing(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    undisturbed: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nor does it matter that the weights before it must be computed again: the newest checkpoint is older."""
-    start(config(tiny, TWO), tmp_path / "undisturbed")
     kill_in_update(monkeypatch, iteration=1, after_s=0.2)
     start(config(tiny, TWO), tmp_path / "killed")
     assert "rank 1 of 2" in caplog.text
-    assert "died in update of iteration 1; all ranks are started again" in caplog.text
-    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "undisturbed")
+    assert "died in ppo_update of iteration 1; all ranks are started again" in caplog.text
+    assert fingerprint(tmp_path / "killed") == fingerprint(undisturbed)
     replayed = replay_iteration(str(tmp_path / "killed"), 1)
     assert replayed.is_identical, "a replay asks the ranks, too"
     assert ask_what_if(str(tmp_path / "killed"), 1, ["ppo.clip_range=0.1"]).computed == ["ppo_update"]
@@ -222,7 +235,7 @@ def test_a_rank_that_stops_is_named(tiny: Any, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(RankGroup, "_ask", impatient)
     with pytest.raises(
-        WorkerError, match=r"rank 1 of 2 \(pid \d+ on .*\) has not answered for 4 s in update of iterat"
+        WorkerError, match=r"rank 1 of 2 \(pid \d+ on .*\) has not answered for 4 s in ppo_update of iter"
     ):
         start(start_run_until_update, tmp_path / "run")
     group = rank_group._current
@@ -246,21 +259,18 @@ def test_what_is_not_finite_is_skipped_by_all_ranks_and_raised_as_the_sentence_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.0, 0.1, 0.3, 0.5])
-@pytest.mark.usefixtures("two")
-def test_a_rank_may_die_at_any_time(after_s: float, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(config(tiny, TWO), tmp_path / "undisturbed")
+def test_a_rank_may_die_at_any_time(
+    after_s: float, undisturbed: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kill_in_update(monkeypatch, iteration=2, after_s=after_s)
     start(config(tiny, TWO), tmp_path / "killed")
-    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "undisturbed")
+    assert fingerprint(tmp_path / "killed") == fingerprint(undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two")
-def test_through_prefect_it_is_the_same_run(tiny: Any, tmp_path: Path, prefect_server: None) -> None:
-    start(config(tiny, TWO), tmp_path / "bare")
-    resources.cache_clear()
+def test_through_prefect_it_is_the_same_run(undisturbed: Path, tiny: Any, tmp_path: Path, prefect_server: None) -> None:
     train(config(tiny, TWO), str(tmp_path / "run"))
-    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "bare")
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
 
 
 @pytest.mark.slow
@@ -276,7 +286,7 @@ def test_two_nodes_meet(tiny: Any, tmp_path: Path) -> None:
         other = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         start(config(tiny, TWO | {"nnodes": 2, "nproc_per_node": 1, "endpoint": endpoint}), tmp_path / "two")
-        other.wait(30)
+        assert other.wait(30) == 0, "it ends with the run"
     finally:
         other.kill()
     check_close(tmp_path / "one", tmp_path / "two")

@@ -36,9 +36,6 @@ class Actors(RankGroup):
         super().__init__(update, "cpu", 1)
         self.answers, self.starts = answers, 0
 
-    def close(self) -> None:
-        self.end()
-
     def _start(self) -> None:
         self.starts += 1
         for rank, answer in enumerate(self.answers):
@@ -50,8 +47,8 @@ class Actors(RankGroup):
     @staticmethod
     def _act(channel: Channel, answer: Answer) -> None:
         with contextlib.suppress(EOFError, OSError), contextlib.closing(channel):
-            while True:
-                answer(channel, channel.receive_one())
+            while (request := channel.receive_one())["do"] != "end":
+                answer(channel, request)
 
 
 def says(**message: Any) -> Answer:
@@ -89,7 +86,7 @@ def test_all_are_asked_and_the_first_one_answers() -> None:
         assert group.call(REQUEST) == {"a": 1}
         assert group.starts == 1
     expected = REQUEST | {"device": "cpu", "num_threads": 1, "deadline_s": 30.0}
-    assert asked == [expected] * 4
+    assert asked.count(expected) == 4
 
 
 @pytest.mark.parametrize(
@@ -101,9 +98,9 @@ def test_all_are_asked_and_the_first_one_answers() -> None:
         (
             {"failed": "crash", "problems": ["RuntimeError: oh"]},
             WorkerError,
-            r"rank 0 of 2.*failed in update.*Error: oh",
+            r"rank 0 of 2.*failed in ppo_update.*Error: oh",
         ),
-        ({"failed": "RlhfError.__init__", "problems": ["x"]}, WorkerError, "failed in update of iteration 3: x"),
+        ({"failed": "RlhfError.__init__", "problems": ["x"]}, WorkerError, "failed in ppo_update of iteration 3: x"),
     ],
 )
 def test_what_a_rank_raises_is_raised_here(told: dict[str, Any], error: type[Exception], sentence: str) -> None:
@@ -119,7 +116,7 @@ def test_the_one_that_died_is_named_though_its_neighbour_fails_first() -> None:
         channel.close()
 
     group = Actors(says(failed="crash", problems=["RuntimeError: Connection closed by peer"]), dies_later)
-    with pytest.raises(WorkerError, match=r"^rank 1 of 2 \(pid 4712 on elsewhere\) died in update of iteration 3"):
+    with pytest.raises(WorkerError, match=r"^rank 1 of 2 \(pid 4712 on elsewhere\) died in ppo_update of iteration 3"):
         group.call(REQUEST)
 
 
@@ -130,7 +127,7 @@ def test_the_one_that_is_silent_is_named() -> None:
             time.sleep(0.1)
 
     group = Actors(is_alive, is_silent, deadline_s=0.6)
-    with pytest.raises(WorkerError, match=r"^rank 1 of 2 .* has not answered for 0.6 s in update of iteration 3"):
+    with pytest.raises(WorkerError, match=r"^rank 1 of 2 .* has not answered for 0.6 s in ppo_update of iteration 3"):
         group.call(REQUEST)
 
 
@@ -146,7 +143,7 @@ def test_lost_ranks_are_started_again_and_asked_again(
     with contextlib.closing(Actors(in_turn)) as group:
         assert group.call(REQUEST) == {"a": 1}
         assert group.starts == 3
-    assert "died in update of iteration 3; all ranks are started again, and do it again (2)" in caplog.text
+    assert "died in ppo_update of iteration 3; all ranks are started again, and do it again (2)" in caplog.text
 
 
 def test_who_does_not_know_the_key_is_no_rank() -> None:

@@ -11,6 +11,7 @@ from tolerances import F32_GRAD, F32_MODEL
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.models.ranks import ALONE, Ranks
 
 Configure = Callable[..., RunConfig]
 CRITICS = {
@@ -24,13 +25,14 @@ def weights(bench: Bench) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for _, p in bench.trainer.actor_critic.named_parameters()])
 
 
-def one_step(config: RunConfig) -> tuple[Bench, torch.Tensor, dict[str, float]]:
+def one_step(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Bench, torch.Tensor, dict[str, float]]:
     """A bench after a single optimiser step by plain gradient descent of rate 1, and how far it moved."""
     rate = config.ppo.model_copy(update={"learning_rate": 1.0, "critic_learning_rate": 1.0})
     bench = Bench.of(config.model_copy(update={"ppo": rate}))
     batch = bench.until_experience()
     parameters = [p for _, p in bench.trainer.actor_critic.named_parameters()]
     bench.trainer.optimizer = torch.optim.SGD([{"name": "policy", "params": parameters}], lr=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    bench.trainer.ranks = ranks
     before = weights(bench)
     result = bench.update(*batch)
     return bench, weights(bench) - before, dict(result.batch.steps[0])
@@ -49,6 +51,35 @@ def test_the_gradient_does_not_depend_on_micro_batches(critic: list[str], level:
     torch.testing.assert_close(parts, whole, **F32_MODEL)
     for name in ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "num_tokens"):
         assert parts_step[name] == pytest.approx(whole_step[name], rel=1e-4, abs=1e-6), name
+
+
+class OneOf(Ranks):
+    """A rank that has all weights, and whose neighbours are asked elsewhere."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(("critic", "size", "passes"), [("shared", 3, ["ppo.micro_batch_size=2"]), ("separate", 9, [])])
+def test_shares_of_ranks_add_up_to_the_step(critic: str, size: int, passes: list[str], tiny_config: Configure) -> None:
+    """Of 8 rows, also where a rank has none: gradients, and every statistic that is a mean."""
+    one = ["ppo.num_ppo_epochs=1", "ppo.num_minibatches=1", "ppo.max_grad_norm=null", "ppo.entropy_coef=0.01"]
+    one += CRITICS[critic]
+    _, whole, whole_step = one_step(tiny_config(one))
+    shares = [one_step(tiny_config([*one, *passes]), OneOf(rank, size)) for rank in range(size)]
+    torch.testing.assert_close(sum(moved for _, moved, _ in shares), whole, **F32_MODEL)
+    for name in ("loss", "policy_loss", "value_loss", "entropy", "ref_k3", "approx_kl", "ratio_mean"):
+        assert sum(step[name] for _, _, step in shares) == pytest.approx(whole_step[name], rel=1e-4, abs=1e-6), name
+    assert {step["num_tokens"] for _, _, step in shares} == {whole_step["num_tokens"]}, "means are over all of them"
+
+
+@pytest.mark.parametrize(("rows", "size", "micro"), [(8, 1, None), (8, 3, 2), (7, 2, 1), (1, 4, None), (5, 5, 3)])
+def test_all_ranks_have_as_many_passes_and_each_row_has_one(rows: int, size: int, micro: int | None) -> None:
+    """Else one would wait for a collective that another one never enters."""
+    passes = [OneOf(rank, size).passes(rows, micro) for rank in range(size)]
+    assert len({len(of_rank) for of_rank in passes}) == 1
+    assert [row for of_rank in passes for index in of_rank for row in index.tolist()] == list(range(rows))
+    assert all(len(index) <= (micro or rows) for of_rank in passes for index in of_rank)
 
 
 def test_the_first_policy_gradient_is_that_of_reinforce(tiny_config: Configure) -> None:
