@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from rlhf_core.contracts.batches import Rollouts, Scores
 from rlhf_core.ops.diversity import distinct, repetition
 from rlhf_core.ops.masking import masked_mean
@@ -26,6 +28,28 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "rollout/distinct_2": distinct(rollouts.tokens_BR, mask_BR, ngram=2),
         "objective/entropy": float(rollouts.entropies_BR.sum(dim=1).mean()),
         "policy/entropy_avg": float(masked_mean(rollouts.entropies_BR, mask_BR)),
+    }
+
+
+def sampler_metrics(
+    logprobs_BR: Tensor, sampler_logprobs_BR: Tensor, mask_BR: Tensor, weights: Tensor, *, cap: float
+) -> dict[str, float]:
+    """How far who has drawn the tokens is from the policy that learns from them.
+
+    Args:
+        logprobs_BR: of the policy.
+        sampler_logprobs_BR: of who has drawn.
+        mask_BR: True = generated token.
+        weights: importance weights, [B, R] or [B].
+        cap: of a weight.
+    """
+    gap_BR = (logprobs_BR - sampler_logprobs_BR).abs()
+    counted = weights[mask_BR] if weights.dim() > 1 else weights
+    return {
+        "sampler/logprob_gap_avg": float(masked_mean(gap_BR, mask_BR)),
+        "sampler/logprob_gap_max": float(gap_BR[mask_BR].max()),
+        "sampler/weight_avg": float(counted.mean()),
+        "sampler/capped_fraction": float((counted >= cap).float().mean()),
     }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlhf_core.batch_metrics import rollout_metrics
 from rlhf_core.contracts.batches import Prompts, Rollouts, StageResult, some_rows
-from rlhf_core.contracts.config import GenerationConfig
 from rlhf_core.contracts.errors import NumericalError
+from rlhf_core.contracts.generation_config import GenerationConfig
 from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.decoding import Decoded, DecodingRules, decode
 from rlhf_core.models.engines import Drawn, draw_with_transformers

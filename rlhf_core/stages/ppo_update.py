@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rlhf_core.batch_metrics import Record, epoch_kl, update_metrics
+from rlhf_core.batch_metrics import Record, epoch_kl, sampler_metrics, update_metrics
 from rlhf_core.contracts.batches import (
     Experience,
     Prompts,
@@ -192,19 +192,10 @@ def _as_of_now(
             if len(index):
                 now_BR[index[:, None], torch.arange(logprobs_BR.shape[1])] = logprobs_BR
         now_BR = trainer.ranks.filled(now_BR)
-        gap_BR = torch.where(mask_BR, now_BR - batch.old_logprobs_BR, 0.0).abs()
-        weights = importance_weights(now_BR, batch.old_logprobs_BR, mask_BR, level=config.level, cap=cap)
-        counted = mask_BR if config.level == "token" else torch.ones_like(weights, dtype=torch.bool)
-        metrics = {
-            "sampler/logprob_gap_avg": masked_sum(gap_BR, mask_BR) / mask_BR.sum(),
-            "sampler/logprob_gap_max": gap_BR.max(),
-            "sampler/weight_avg": masked_sum(weights, counted) / counted.sum(),
-            "sampler/capped_fraction": ((weights >= cap) & counted).sum() / counted.sum(),
-        }
-    numbers = _numbers(metrics)
-    if numbers["sampler/logprob_gap_avg"] <= config.importance_threshold:
-        weights = None
-    return replace(batch, old_logprobs_BR=now_BR, weights=weights), numbers
+    weights = importance_weights(now_BR, batch.old_logprobs_BR, mask_BR, level=config.level, cap=cap)
+    metrics = sampler_metrics(now_BR, batch.old_logprobs_BR, mask_BR, weights, cap=cap)
+    is_off = metrics["sampler/logprob_gap_avg"] > config.importance_threshold
+    return replace(batch, old_logprobs_BR=now_BR, weights=weights if is_off else None), metrics
 
 
 def _optimizer_step(trainer: Trainer, batch: _Batch, config: PPOConfig, setting: _Setting, *, is_first: bool) -> Record:
