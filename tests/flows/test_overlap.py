@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import flip
 from sharded_runs import SECTIONS, config
 from torture.runs import fingerprint, go_on, start
 
@@ -17,7 +19,10 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
 from tasks import shards, workers
+from tasks.repair import repair_run
+from tasks.replay import replay_iteration
 from tasks.resources import resources
+from tasks.what_if import ask_what_if
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +124,17 @@ def test_a_cap_of_one_cuts_weights(tiny: Any, tmp_path: Path, alone: Path) -> No
 def test_it_needs_shards(tiny: Any) -> None:
     with pytest.raises(UserError, match=r"execution\.overlap is true, but execution\.num_shards is 1"):
         build_config(config(tiny, None, num_shards=1).model_dump(), ["execution.overlap=true"])
+
+
+def test_it_is_replayed_and_repaired_like_any_other(alone: Path, tmp_path: Path) -> None:
+    for iteration in range(4):
+        assert replay_iteration(str(alone), iteration).is_identical
+    assert ask_what_if(str(alone), 2, ["ppo.importance_cap=1"]).computed == ["ppo_update"]
+    damaged = tmp_path / "run"
+    shutil.copytree(alone, damaged)
+    for artifact in ("iterations/000001/02_rollouts.arrow", "iterations/000002/02_rollouts.arrow"):
+        flip(damaged / artifact)
+    resources.cache_clear()
+    assert repair_run(str(damaged))
+    assert verify_run(damaged).damage == []
+    assert fingerprint(damaged) == fingerprint(alone)

@@ -1,6 +1,7 @@
 """Actors of a Ray cluster of two nodes: what they do, what happens when a node dies, and what a person is told.
 
-The cluster is real: each node is processes of its own on this machine. It is begun once, for all tests here.
+The cluster is real: each node is processes of its own on this machine. It is begun once, for all tests here, which are
+slow but for what needs none: in the test command the battery's row ``ray_nodes`` runs one.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def new_run(config: Any, path: Path) -> RunFolder:
     return RunFolder.create(path, config, run_identity(config, preflight(config).prompt_set))
 
 
+@pytest.mark.slow
 def test_calls_are_done_on_both_nodes_without_prefect(two: RayWorkers, tmp_path: Path) -> None:
     assert two.count == 2
     did: set[tuple[str, ...]] = set()
@@ -105,6 +107,7 @@ def test_calls_are_done_on_both_nodes_without_prefect(two: RayWorkers, tmp_path:
     assert {has_prefect for _, _, has_prefect in did} == {"False"}
 
 
+@pytest.mark.slow
 def test_what_a_call_raises_is_raised_here(two: RayWorkers) -> None:
     with pytest.raises(NumericalError, match="i000000-p000001-s0 is not finite"):
         two.call("score_rewards", "scores", fail, NumericalError("i000000-p000001-s0 is not finite"))
@@ -114,6 +117,7 @@ def test_what_a_call_raises_is_raised_here(two: RayWorkers) -> None:
         two.call("score_rewards", "scores", fail, OSError(28, "No space left on device"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_call_done_again(
     two: RayWorkers, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,7 +131,8 @@ def test_a_worker_that_dies_is_replaced_and_its_call_done_again(
 
 
 @pytest.mark.usefixtures("shared")
-@pytest.mark.parametrize("case", ["separate critic", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["separate critic", "lora"])
+@pytest.mark.slow
 def test_the_run_is_the_one_of_this_process_alone(case: str, nodes: RayNodes, tiny: Any, tmp_path: Path) -> None:
     alone, by_ray = config(tiny, 0, SECTIONS[case]), on_ray(tiny, nodes.address, case)
     assert config_digest(alone) == config_digest(by_ray), "the engine is no part of what a run is"
@@ -150,6 +155,7 @@ def test_a_node_that_would_compute_something_else_says_so(tiny: Any, tmp_path: P
         _Worker().ready(str(tmp_path / "gone"), here, run.config)
 
 
+@pytest.mark.slow
 def test_what_keeps_a_worker_from_its_work_is_for_who_waits(
     two: RayWorkers, nodes: RayNodes, tiny: Any, tmp_path: Path
 ) -> None:
@@ -161,6 +167,7 @@ def test_what_keeps_a_worker_from_its_work_is_for_who_waits(
             there.call("generate", "a note", note, tmp_path / "note")
 
 
+@pytest.mark.slow
 def test_needs_are_met_or_refused(two: RayWorkers, nodes: RayNodes, tiny: Any, tmp_path: Path) -> None:
     shelf = on_ray(tiny, nodes.address, generate={"custom": {"shelf": 1.0}, "num_cpus": 0.0})
     there = RayWorkers(new_run(shelf, tmp_path / "shelf"))
@@ -173,6 +180,7 @@ def test_needs_are_met_or_refused(two: RayWorkers, nodes: RayNodes, tiny: Any, t
         RayWorkers(new_run(a_gpu, tmp_path / "gpu"))
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_node_in_vain_is_told(two: RayWorkers, nodes: RayNodes, tiny: Any, tmp_path: Path) -> None:
     whole = on_ray(tiny, nodes.address, num_workers=1, generate={"labels": {"zone": "moon"}}, patience_s=2.0)
     told = pytest.raises(
