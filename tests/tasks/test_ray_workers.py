@@ -194,9 +194,8 @@ def test_a_cluster_that_is_not_there(tiny: Any, tmp_path: Path) -> None:
     """In a process that has joined none: who has joined one stays there."""
     script = (
         "from tasks.ray_workers import _connected\n"
-        "from rlhf_core.contracts.execution_config import RayConfig\n"
         "from rlhf_core.contracts.errors import UserError\n"
-        "try: _connected(RayConfig(address='127.0.0.1:9'))\n"
+        "try: _connected('127.0.0.1:9')\n"
         "except UserError as error: print(error)\n"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
