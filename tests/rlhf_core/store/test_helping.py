@@ -146,12 +146,14 @@ def test_a_worker_of_the_same_machine_uses_the_copy(
     with writing(url) as folder:
         write_file(folder / "run.json", b"{}")
         share(folder)
-        (folder / "of the process").touch()
+        of_the_process = folder / "shards" / "000007" / "just being written"
+        of_the_process.parent.mkdir(parents=True)
+        of_the_process.touch()
         assert joining(url) == folder
         with helping(url, "generate", 7, SHARD) as same:
             assert same == folder
             write_file(same / f"{PART}.arrow", b"a part")
-        assert (folder / "of the process").exists(), "nobody but the process brings its copy in line"
+        assert of_the_process.exists(), "nobody but the process brings its copy in line"
         fetch_parts(folder, 7)
         assert (folder / f"{PART}.arrow").read_bytes() == b"a part"
 
