@@ -123,6 +123,7 @@ def iterate(run_dir: str) -> str:
             Tracker(run, this_flow_run()) as tracker,
         ):
             page.tracker = tracker
+            drop_finished_shards(run)  # of a process that was killed before it did
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
                 call(save_due_checkpoint, run_dir, iteration)

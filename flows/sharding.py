@@ -16,6 +16,7 @@ from flows.calling import call_all
 from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.devices import usable_cores
+from rlhf_core.store.helping import fetch_parts
 from tasks.compute_shard import compute_shard
 from tasks.local_workers import LocalWorkers
 from tasks.shards import foresee_prompts, hand_out_weights
@@ -92,3 +93,4 @@ def _compute(run: RunFolder, iteration: int, stages: dict[str, list[ArtifactRef]
     except BaseException:
         there.close()  # or whoever waits for them would wait
         raise
+    fetch_parts(run.path, iteration)

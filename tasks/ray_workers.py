@@ -1,7 +1,8 @@
 """Actors of a Ray cluster that compute shards, each with models of its own, for as long as a run goes on.
 
 An actor finds models, prompts and artifacts by the run folder, as any process does: what crosses the network is a
-reference, and nothing comes back but an error. It needs neither Prefect nor the address of its API, since the task runs
+reference, and nothing comes back but an error. A run in an object store is found by its address, so that nodes need no
+disk in common. It needs neither Prefect nor the address of its API, since the task runs
 of Prefect stay in the process of the run. One that dies with its process or its node is replaced wherever there is
 room, and what it was doing is done again; the others do not notice.
 """
@@ -20,19 +21,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rlhf_core.contracts.errors import UserError, WorkerError
-from rlhf_core.contracts.execution_config import RayConfig, StageResources
+from rlhf_core.contracts.errors import StorageError, UserError, WorkerError
+from rlhf_core.contracts.execution_config import StageResources
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_drift, machine_identity
 from rlhf_core.models.devices import usable_cores
+from rlhf_core.store.helping import compute_at, joining, share
 from tasks.shards import SHARDED
 from tasks.workers import MAX_DEATHS
 
 logger = logging.getLogger(__name__)
 
+ALONE = "local"
+"""Address of a Ray that is begun here, for this run: its workers have the disk of the run's process."""
 OBJECT_STORE_BYTES = 100_000_000
 """Of a Ray that is begun here: nothing of size goes through it, and by default it takes a third of the memory."""
 LOOK_S = 1.0
@@ -76,14 +79,19 @@ class RayWorkers:
     """Workers of a run on a Ray cluster; stages of equal needs share theirs.
 
     Args:
-        run: the run folder, on storage that every node sees.
-    Raises: UserError if Ray is not installed, its cluster is not there, or has no room for what the config asks for.
+        run: the run folder, on storage that every node sees, or the copy of one in an object store.
+    Raises:
+        UserError: Ray is not installed, its cluster is not there, or has no room for what the config asks for.
+        StorageError: an object store does not give what an earlier process has left.
     """
 
     def __init__(self, run: RunFolder) -> None:
         execution, threads = run.config.execution, int(run.identity["num_threads"])
-        self._disconnect = _connected(execution.ray)
+        address = execution.ray.address or os.environ.get("RAY_ADDRESS") or ALONE
+        self._disconnect = _connected(address)
         try:
+            if address != ALONE:
+                share(run.path)
             has_gpu = run.config.device == "cuda" or "cuda" in str(run.identity["device"]).lower()
             self._pools: dict[str, _Pool] = {}
             by_needs: dict[Needs, _Pool] = {}
@@ -127,7 +135,7 @@ class _Pool:
         import ray
 
         self.count, self._needs, self._patience_s = count, needs, run.config.execution.ray.patience_s
-        self._expected = (str(run.path.resolve()), machine_identity(run.config), run.config)
+        self._expected = (compute_at(run.path), machine_identity(run.config), run.config)
         options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus, "resources": dict(needs.custom)}
         selector = {"label_selector": dict(needs.labels)} if needs.labels else {}
         self._class: Any = ray.remote(_Worker).options(**options, **selector, scheduling_strategy="SPREAD")
@@ -235,12 +243,16 @@ class _Pool:
 class _Worker:
     """What an actor is."""
 
-    def ready(self, run_dir: str, expected: Mapping[str, Any], config: Any) -> None:
+    def ready(self, place: str, expected: Mapping[str, Any], config: Any) -> None:
         """Raise WorkerError if this node would compute something else, or nothing."""
         here = f"the Ray node {_node()}"
-        if not (Path(run_dir) / "run.json").is_file():
+        try:
+            folder = joining(place)
+        except (UserError, StorageError) as error:
+            raise WorkerError(f"{here} does not reach the run: {error}") from None
+        if not (folder / "run.json").is_file():
             raise WorkerError(
-                f"{here} does not see the run folder {run_dir}: put it on storage that all nodes share, or under s3://"
+                f"{here} does not see the run folder {place}: put it on storage that all nodes share, or under s3://"
             )
         if drift := identity_drift(expected, machine_identity(config)):
             raise WorkerError(
@@ -253,13 +265,12 @@ class _Worker:
         function(*arguments)
 
 
-def _connected(config: RayConfig) -> Callable[[], None]:
+def _connected(address: str) -> Callable[[], None]:
     """Connect this process with Ray; returns what ends that."""
     if importlib.util.find_spec("ray") is None:
         raise UserError('execution.engine is ray, but Ray is not installed; pip install "rlhf-flow[ray]"')
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
-    if address == "local" and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if address == ALONE and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # a token for this process and its workers: Ray would write one into the home folder, and say so
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read as Ray is imported
     import ray
@@ -267,7 +278,7 @@ def _connected(config: RayConfig) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     of_own: dict[str, Any] = {}
-    if address == "local":
+    if address == ALONE:
         of_own = {"num_cpus": usable_cores(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     with _own_signals():
         try:

@@ -26,6 +26,7 @@ from rlhf_core.contracts.batches import (
     StageResult,
     check_vocabulary,
 )
+from rlhf_core.contracts.durable import adopt
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.run_folder import RunFolder
@@ -227,11 +228,13 @@ class Resources:
     def hand_out(self, iteration: int) -> None:
         """Write the weights that answer an iteration's prompts for other processes, which begin with the config's."""
         digest, handed = self.behaviour_digest(iteration), handed_weights(self.run.path, iteration)
-        if digest == "initial" or is_handed_out(handed, digest):
+        if digest == "initial":
             return
         if self.asks_ranks:
-            self.ask_ranks("hand_out", iteration)
-        else:
+            if not is_handed_out(handed, digest):
+                self.ask_ranks("hand_out", iteration)
+            adopt(handed)
+        elif not is_handed_out(handed, digest):
             with using_threads(self.num_threads):
                 trainer = self.trainer(iteration - self.run.updates_behind(iteration))
                 hand_out(handed, trainer.actor_critic, digest, trainer.ranks)
@@ -247,6 +250,7 @@ class Resources:
         """Commit the state before an iteration as a checkpoint folder."""
         if self.asks_ranks:
             self.ask_ranks("save", iteration, path=str(path))
+            adopt(path)
             return
         with using_threads(self.num_threads):
             save_checkpoint(

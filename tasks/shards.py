@@ -23,6 +23,7 @@ from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.reference_logprobs import reference_logprobs
 from rlhf_core.stages.score_rewards import score_rewards
+from rlhf_core.store.helping import helping
 from tasks.resources import Resources, resources
 
 Refs = Sequence[ArtifactRef]
@@ -37,14 +38,23 @@ def stage_inputs(kept: Resources, stage: str, iteration: int, refs: Refs) -> dic
     return {"prompts": refs[0].sha256, "rollouts": refs[1].sha256}
 
 
-def compute_part(stage: str, run_dir: str, iteration: int, shard: Shard, refs: Refs) -> None:
-    """Compute a shard and commit it, unless it is there. A worker's work; nothing but files comes back."""
-    kept = resources(run_dir)
-    key = _part_key(kept, stage, iteration, shard, refs)
-    if read_part(kept.run.path, stage, iteration, shard, key=key) is None:
-        began = time.time()
-        part = _compute(kept, stage, iteration, shard, refs)
-        commit_part(kept.run.path, stage, iteration, shard, replace(part, span_s=(began, time.time())), key=key)
+def compute_part(stage: str, place: str, iteration: int, shard: Shard, refs: Refs) -> None:
+    """Compute a shard and commit it, unless it is there. A worker's work; nothing but files comes back.
+
+    Args:
+        stage: that it is part of.
+        place: where the worker finds the run, as :func:`rlhf_core.store.helping.compute_at` says.
+        iteration: from 0.
+        shard: which one.
+        refs: the artifacts that the stage reads.
+    """
+    with helping(place, stage, iteration, shard) as folder:
+        kept = resources(str(folder))
+        key = _part_key(kept, stage, iteration, shard, refs)
+        if read_part(kept.run.path, stage, iteration, shard, key=key) is None:
+            began = time.time()
+            part = _compute(kept, stage, iteration, shard, refs)
+            commit_part(kept.run.path, stage, iteration, shard, replace(part, span_s=(began, time.time())), key=key)
 
 
 def generated(kept: Resources, iteration: int, prompts: ArtifactRef, batch: Prompts) -> StageResult[Rollouts]:

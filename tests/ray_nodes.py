@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +29,17 @@ class RayNodes:
         count: of nodes beside the head.
         folder: for what they have to say.
         head_cpus: what the head computes with.
+        environment: what the so-manieth node finds in its environment beside what is there; the head is the first.
     """
 
-    def __init__(self, count: int, folder: Path, head_cpus: int = 0) -> None:
-        self._folder, self._number = folder, 0
+    def __init__(
+        self,
+        count: int,
+        folder: Path,
+        head_cpus: int = 0,
+        environment: Callable[[int], Mapping[str, str]] = lambda _number: {},
+    ) -> None:
+        self._folder, self._number, self._environment = folder, 0, environment
         self.address = f"127.0.0.1:{_free_port()}"
         port = self.address.split(":")[1]
         self._head = self._start("--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={head_cpus}")
@@ -71,6 +79,7 @@ class RayNodes:
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
             **AUTHENTICATION,
             **SOON_MISSED,
+            **self._environment(self._number),
         }
         with self._log(self._number).open("wb") as said:
             return subprocess.Popen(

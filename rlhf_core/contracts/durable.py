@@ -65,6 +65,9 @@ class Disk:
         """A new folder."""
         path.mkdir(mode=0o755)
 
+    def adopt(self, path: Path) -> None:
+        """Take note of what another process has put there, by a disk of its own: nothing to do here."""
+
     def unlink(self, path: Path) -> None:
         """Remove a file or link."""
         path.unlink()
@@ -185,6 +188,12 @@ def move(path: Path, target: Path) -> None:
         _disk.rename(path, target)
         sync(target.parent)
         sync(path.parent)
+
+
+def adopt(path: Path) -> None:
+    """Take over a file or folder that another process of this run has just written, as if it were written here."""
+    with _told(path):
+        _disk.adopt(path)
 
 
 def remove_folder(path: Path) -> None:

@@ -52,7 +52,7 @@ def bring_in_line(
     for _ in range(TRIES):
         begun = time.time()
         try:
-            listing = _settled(objects, under)
+            listing = _settled(objects, under, local)
             files = files_of(listing.entries, objects.url)
             files = {name: entry for name, entry in files.items() if not local(name)}
             root.mkdir(parents=True, exist_ok=True)
@@ -67,19 +67,19 @@ def bring_in_line(
     )
 
 
-def _settled(objects: Objects, under: str) -> Listing:
+def _settled(objects: Objects, under: str, local: Callable[[str], bool]) -> Listing:
     """A list that held at one moment; after so many tries the newest one, whose objects are each checked."""
     before = objects.list(under)
     for _ in range(TRIES):
         listing = objects.list(under)
-        if _below_the_top(listing) == _below_the_top(before):
+        if _below_the_top(listing, local) == _below_the_top(before, local):
             return listing
         before = listing
     return before
 
 
-def _below_the_top(listing: Listing) -> dict[str, str]:
-    return {name: entry.etag for name, entry in listing.entries.items() if "/" in name}
+def _below_the_top(listing: Listing, local: Callable[[str], bool]) -> dict[str, str]:
+    return {name: entry.etag for name, entry in listing.entries.items() if "/" in name and not local(name)}
 
 
 def _fetch_missing(

@@ -24,7 +24,8 @@ LINK: Final = ".link"
 ABSENT: Final = ".absent"
 RECORD: Final = "run.json"
 LOCAL: Final = frozenset({"lock", SHARDS})
-"""Of a run folder, what stays on the machine that works on it: no result is in there."""
+"""Of a run folder, what stays on the machine that works on it: no result is in there. While other machines compute its
+shards, those are in the store as well (:mod:`rlhf_core.store.helping`)."""
 COMMITS: Final = "manifest.json"
 
 
@@ -32,6 +33,12 @@ def is_local(name: str) -> bool:
     """Whether a name below a run folder is of this machine alone: temporary, or in a local room."""
     parts = PurePosixPath(name).parts
     return not parts or parts[0] in LOCAL or any(is_leftover(Path(part)) for part in parts)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a name below a run folder is of what workers need or make, and not temporary."""
+    parts = PurePosixPath(name).parts
+    return len(parts) > 1 and parts[0] == SHARDS and not any(is_leftover(Path(part)) for part in parts)
 
 
 def files_of(entries: dict[str, Entry], url: Callable[[str], str]) -> dict[str, Entry]:

@@ -58,6 +58,17 @@ class Mirror(Disk):
         for name, etag in etags.items():
             self._known.note(name, etag, self._root / name)
 
+    def adopt(self, path: Path) -> None:
+        """Send what another process has written, unless the store has it."""
+        if (name := self._name(path)) is None:
+            return
+        files = [path] if not path.is_dir() else [p for p in path.rglob("*") if p.is_file()]
+        named = {file.relative_to(self._root).as_posix(): file for file in files}
+        there = self._objects.list(name).entries
+        if any(each not in there or not self._known.is_same(each, there[each], file) for each, file in named.items()):
+            for each, etag in self._send(path, name).items():
+                self._known.note(each, etag, self._root / each)
+
     def unlink(self, path: Path) -> None:
         """Remove a file or link, in the store first."""
         if (name := self._name(path)) is not None:

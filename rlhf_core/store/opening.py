@@ -6,91 +6,30 @@
 
 A folder of this machine is handed through as it is. Two locks stand beside a copy: ``writer`` is held by the process
 that works on the run here, ``copying`` by whoever brings the copy in line. While there is a writer here, it does that.
+Machines that compute for a run of another one have a door of their own (:mod:`rlhf_core.store.helping`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_core.contracts.durable import make_folder, using_disk
-from rlhf_core.contracts.errors import RlhfError, UserError
+from rlhf_core.contracts.durable import using_disk
+from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.locking import holding, is_held, note_elsewhere
 from rlhf_core.contracts.run_folder import check_vacant
-from rlhf_core.store import lease
-from rlhf_core.store.address import Address, is_url, known_as, shown
-from rlhf_core.store.copying import bring_in_line
-from rlhf_core.store.known import Known
+from rlhf_core.store import helping, lease
+from rlhf_core.store.address import is_url
 from rlhf_core.store.layout import RECORD, absent_folders, is_local
 from rlhf_core.store.mirror import Mirror, remove_absent
-from rlhf_core.store.objects import Listing, Objects
+from rlhf_core.store.objects import Objects
+from rlhf_core.store.place import Place, in_addresses
 
-FEW = 10
-"""Objects that tell whether there is anything."""
 logger = logging.getLogger(__name__)
 _open: dict[str, Path] = {}
 """Address -> copy, of what this process has open to write in."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A run in a store, and its copy here."""
-
-    address: Address
-    objects: Objects
-    copy: Path
-
-    @classmethod
-    def of(cls, text: str) -> _Place:
-        address = Address.of(text)
-        objects = Objects(address)
-        place = cls(address, objects, address.copy(objects.endpoint))
-        known_as(place.copy, address)
-        make_folder(place.state)
-        return place
-
-    @property
-    def state(self) -> Path:
-        """Folder of locks and of what is known of the copy."""
-        return self.copy.with_name(f".{self.copy.name}.copy")
-
-    @property
-    def writer(self) -> Path:
-        """Lock of the process that works on the run here."""
-        return self.state / "writer"
-
-    def known(self) -> Known:
-        """What is known of the copy."""
-        return Known(self.state / "known")
-
-    def refuse_foreign(self, *, new: bool = False) -> None:
-        """Raise UserError if there is something else than a run; or, unless it may be new, nothing."""
-        if self.objects.list(RECORD, at_most=1).entries.keys() == {RECORD}:
-            return
-        there = self.objects.list(at_most=FEW).entries.keys() - {lease.NAME}
-        if there and new:
-            raise UserError(
-                f"--run-dir {self.address} is neither empty nor a run: it holds {min(there)}; choose a new one"
-            )
-        if not new:
-            raise UserError(f"{self.address} is not a run: it has no {RECORD}")
-
-    def bring_in_line(self, *, weights: bool = True) -> Listing:
-        """Make the copy one."""
-        return bring_in_line(
-            self.objects, self.copy, self.known(), wanted=lambda name: weights or not _is_weights(name)
-        )
-
-    def digest(self) -> str:
-        """Of the writer's lock, the same for all who hold it and for nobody else."""
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        found = self.writer.stat()
-        where = [boot.read_text() if boot.is_file() else "", found.st_dev, found.st_ino, str(self.writer)]
-        return hashlib.sha256(repr(where).encode()).hexdigest()
 
 
 def check_new(place: str) -> None:
@@ -98,7 +37,7 @@ def check_new(place: str) -> None:
     if not is_url(place):
         check_vacant(Path(place))
         return
-    there = _Place.of(place)
+    there = Place.of(place)
     there.refuse_foreign(new=True)
     if there.objects.read(RECORD) is not None:
         raise UserError(f"--run-dir {place} already holds a run; continue it with `rlhf resume {place}`")
@@ -118,11 +57,11 @@ def reading(place: str | Path, *, weights: bool = True) -> Path:
         return Path(place)
     if (copy := _open.get(str(place).rstrip("/"))) is not None:
         return copy
-    there = _Place.of(str(place))
+    there = Place.of(str(place))
     there.refuse_foreign()
-    with _in_addresses(), holding(there.state / "copying", str(there.address), waits=True):
+    with in_addresses(), there.copying():
         if not is_held(there.writer):
-            found = there.bring_in_line(weights=weights)
+            found = there.bring_in_line(wanted=lambda name: weights or not _is_weights(name))
             held = found.entries.get(lease.NAME)
             note_elsewhere(
                 there.copy / "lock",
@@ -146,19 +85,19 @@ def writing(place: str | Path, *, new: bool = True) -> Iterator[Path]:
     if not is_url(place) or str(place).rstrip("/") in _open:
         yield _open.get(str(place).rstrip("/"), Path(place))
         return
-    there = _Place.of(str(place))
+    there = Place.of(str(place))
     there.refuse_foreign(new=new)
     renewing = Objects(there.address, tries=2, read_s=3.0)
     with (
-        _in_addresses(),
+        in_addresses(),
         holding(there.writer, str(there.address)),
         lease.taken(renewing, there.digest(), logger.warning, began=lambda: _has_begun(there)) as mine,
     ):
-        with holding(there.state / "copying", str(there.address), waits=True):
+        with there.copying():
             _finish(there, mine.check)
             etags = {name: entry.etag for name, entry in there.bring_in_line().entries.items()}
         note_elsewhere(there.copy / "lock", False)
-        with _mirrored(there, mine.check, is_local, etags):
+        with helping.open_to_helpers(there) as local, _mirrored(there, mine.check, local, etags):
             yield there.copy
 
 
@@ -175,9 +114,9 @@ def adding(place: str | Path, room: str) -> Iterator[Path]:
     if not is_url(place) or str(place).rstrip("/") in _open:
         yield copy
         return
-    there = _Place.of(str(place))
+    there = Place.of(str(place))
     with (
-        _in_addresses(),
+        in_addresses(),
         _mirrored(there, lambda: None, lambda name: is_local(name) or not name.startswith(f"{room}/")),
     ):
         yield copy
@@ -185,7 +124,7 @@ def adding(place: str | Path, room: str) -> Iterator[Path]:
 
 def copy_of(place: str | Path) -> Path:
     """The folder that a run is worked on in; of an address, that of its copy, whether it is there yet or not."""
-    return _Place.of(str(place)).copy if is_url(place) else Path(place)
+    return Place.of(str(place)).copy if is_url(place) else Path(place)
 
 
 def local(place: str) -> str:
@@ -195,7 +134,7 @@ def local(place: str) -> str:
 
 @contextlib.contextmanager
 def _mirrored(
-    there: _Place, check: Callable[[], None], local: Callable[[str], bool], etags: dict[str, str] | None = None
+    there: Place, check: Callable[[], None], local: Callable[[str], bool], etags: dict[str, str] | None = None
 ) -> Iterator[None]:
     _open[str(there.address)] = there.copy
     try:
@@ -205,7 +144,7 @@ def _mirrored(
         del _open[str(there.address)]
 
 
-def _finish(there: _Place, check: Callable[[], None]) -> None:
+def _finish(there: Place, check: Callable[[], None]) -> None:
     """Take away the folders that a killed process has left half sent or half removed."""
     entries = there.objects.list().entries
     for folder in absent_folders(entries):
@@ -214,21 +153,9 @@ def _finish(there: _Place, check: Callable[[], None]) -> None:
         remove_absent(folder, names, there.objects.delete)
 
 
-def _has_begun(there: _Place) -> bool:
+def _has_begun(there: Place) -> bool:
     return (there.copy / RECORD).is_file()
 
 
 def _is_weights(name: str) -> bool:
     return name.startswith("checkpoints/") and name.endswith(".safetensors")
-
-
-@contextlib.contextmanager
-def _in_addresses() -> Iterator[None]:
-    """What goes wrong is told by the address, not by the copy."""
-    try:
-        yield
-    except RlhfError as error:
-        error.args = tuple(shown(each) if isinstance(each, str) else each for each in error.args)
-        if isinstance(error, UserError):
-            error.problems = [shown(problem) for problem in error.problems]
-        raise

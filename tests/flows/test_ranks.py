@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from s3_server import S3Server
 from safetensors.torch import load_file
 from tolerances import F32_SUM, RANKS_LOSS, RANKS_WEIGHT
 from torture.runs import battery_config, fingerprint, go_on, start
@@ -24,6 +25,8 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config_io import build_config, config_digest
 from rlhf_core.contracts.errors import DriftError, NumericalError, UserError, WorkerError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.store.address import CACHE
+from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
 from tasks import rank_group
 from tasks.lifecycle import record_drift
@@ -149,6 +152,22 @@ def test_two_ranks_compute_what_one_process_does(case: str, tiny: Any, tmp_path:
 @pytest.mark.parametrize("case", MORE_CASES)
 def test_two_ranks_compute_what_one_process_does_in_more_cases(case: str, tiny: Any, tmp_path: Path) -> None:
     compare(tiny, tmp_path, MORE_CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two")
+def test_what_ranks_write_is_in_the_store(
+    tiny: Any, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They commit checkpoints by disks of their own, which know of no store."""
+    start(config(tiny, TWO), tmp_path / "disk")
+    for name, value in {**s3.environment, CACHE: str(tmp_path / "here")}.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3.new_bucket()}/run"
+    with writing(url) as folder:
+        start(config(tiny, TWO), folder)
+    monkeypatch.setenv(CACHE, str(tmp_path / "elsewhere"))
+    assert fingerprint(reading(url)) == fingerprint(tmp_path / "disk")
 
 
 @pytest.mark.slow

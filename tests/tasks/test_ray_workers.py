@@ -19,6 +19,7 @@ import pytest
 from chores import die, die_once, fail, note
 from processes import until
 from ray_nodes import AUTHENTICATION, RayNodes
+from s3_server import S3Server
 from sharded_runs import SECTIONS, config
 from torture.runs import fingerprint, start
 
@@ -28,6 +29,7 @@ from rlhf_core.contracts.errors import NumericalError, UserError, WorkerError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import machine_identity, run_identity
 from rlhf_core.preflight import preflight
+from rlhf_core.store.address import CACHE
 from rlhf_core.verification.run import verify_run
 from tasks.ray_workers import RayWorkers, _Worker
 from tasks.resources import resources
@@ -155,6 +157,23 @@ def test_a_node_that_would_compute_something_else_says_so(tiny: Any, tmp_path: P
         _Worker().ready(str(tmp_path / "gone"), here, run.config)
 
 
+def test_a_node_that_does_not_reach_a_run_in_a_store_says_so(
+    tiny: Any, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(on_ray(tiny, "auto"), tmp_path / "run")
+    here = machine_identity(run.config)
+    for name, value in {**s3.environment, CACHE: str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3.new_bucket()}/run"
+    with pytest.raises(WorkerError, match=f"the Ray node .* does not reach the run: {url} is not a run: it has no run"):
+        _Worker().ready(url, here, run.config)
+    s3.client().put_object(Bucket=url.split("/")[2], Key="run/run.json", Body=(run.path / "run.json").read_bytes())
+    _Worker().ready(url, here, run.config)
+    monkeypatch.setitem(sys.modules, "botocore.config", None)
+    with pytest.raises(WorkerError, match=r'does not reach the run: .* needs boto3, .* pip install "rlhf-flow\[s3\]"'):
+        _Worker().ready(url, here, run.config)
+
+
 @pytest.mark.slow
 def test_what_keeps_a_worker_from_its_work_is_for_who_waits(
     two: RayWorkers, nodes: RayNodes, tiny: Any, tmp_path: Path
@@ -184,7 +203,7 @@ def test_needs_are_met_or_refused(two: RayWorkers, nodes: RayNodes, tiny: Any, t
 def test_who_waits_for_a_node_in_vain_is_told(two: RayWorkers, nodes: RayNodes, tiny: Any, tmp_path: Path) -> None:
     whole = on_ray(tiny, nodes.address, num_workers=1, generate={"labels": {"zone": "moon"}}, patience_s=2.0)
     told = pytest.raises(
-        WorkerError, match=r"no node .* patience_s 2 s: it needs CPU 1, zone=moon, and the cluster has CPU 2"
+        WorkerError, match=r"no node .*patience_s 2 s: it needs CPU 1, zone=moon, and the cluster has CPU 2"
     )
     there = RayWorkers(new_run(whole, tmp_path / "run"))
     with told:
@@ -202,9 +221,8 @@ def test_a_cluster_that_is_not_there(tiny: Any, tmp_path: Path) -> None:
     """In a process that has joined none: who has joined one stays there."""
     script = (
         "from tasks.ray_workers import _connected\n"
-        "from rlhf_core.contracts.execution_config import RayConfig\n"
         "from rlhf_core.contracts.errors import UserError\n"
-        "try: _connected(RayConfig(address='127.0.0.1:9'))\n"
+        "try: _connected('127.0.0.1:9')\n"
         "except UserError as error: print(error)\n"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

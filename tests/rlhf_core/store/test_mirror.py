@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.contracts.durable import (
+    adopt,
     make_folder,
     move,
     remove_file,
@@ -186,3 +187,28 @@ def test_an_answer_that_was_lost_is_no_loss(root: Path, objects: Objects, monkey
     write_file(root / "run.json", b"one")
     write_file(root / "run.json", b"two")
     assert contents(objects) == {"run.json": b"two"}
+
+
+def test_what_another_process_wrote_is_taken_over(
+    root: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / "checkpoints" / "000002"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "manifest.json").write_bytes(b"all there")
+    fill_in = {"policy/weights": b"weights", "a_state": b"state"}
+    for name, content in fill_in.items():
+        (folder / name).write_bytes(content)
+    seen: list[tuple[str, str]] = []
+    on_requests(monkeypatch, lambda method, name: seen.append((method, name.removeprefix("checkpoints/000002/"))))
+    adopt(folder)
+    assert seen == [("put", ".absent"), ("put", "a_state"), ("put", "policy/weights"), ("put", "manifest.json"),
+                    ("delete", ".absent")]  # fmt: skip
+    assert contents(objects) == {
+        f"checkpoints/000002/{name}": content for name, content in {**fill_in, "manifest.json": b"all there"}.items()
+    }
+    seen.clear()
+    adopt(folder)
+    assert seen == [], "the store has it"
+    (folder / "a_state").write_bytes(b"another")
+    adopt(folder)
+    assert contents(objects)["checkpoints/000002/a_state"] == b"another"

@@ -188,6 +188,6 @@ def test_a_store_that_is_gone_is_told(url: str, monkeypatch: pytest.MonkeyPatch)
     begin(url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("rlhf_core.store.objects.TRIES", 1)
-    monkeypatch.setattr("rlhf_core.store.opening.Objects", lambda address: Objects(address, tries=1))
+    monkeypatch.setattr("rlhf_core.store.place.Objects", lambda address: Objects(address, tries=1))
     with pytest.raises(StorageError, match="look after that store, and whether this machine reaches it"):
         reading(url)
