@@ -210,7 +210,10 @@ class TestCommandLine:
         with pytest.raises(SystemExit) as mistake:
             main(["resume", str(run_dir), "--accept-drift", "--set", "ppo.learning_rate=1"])
         assert mistake.value.code == 2
-        assert "ppo.learning_rate cannot be changed on resume: only guards.* can" in capsys.readouterr().err
+        assert (
+            "ppo.learning_rate cannot be changed on resume: only guards.* and execution.update.* can"
+            in capsys.readouterr().err
+        )
         with pytest.raises(SystemExit) as done:
             main(["resume", str(run_dir), "--accept-drift", "--set", "guards.kl_ceiling.action=warn"])
         assert done.value.code == 0
