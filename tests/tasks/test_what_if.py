@@ -43,7 +43,7 @@ def stored(run_dir: Path, stage: str, iteration: int = 1) -> pa.Table:
 @pytest.fixture
 def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in ("sample_prompts", "generate", "reference_logprobs"):
-        where = "tasks.sample_prompts.core" if stage == "sample_prompts" else "tasks.shards"
+        where = "tasks.resources" if stage == "sample_prompts" else "tasks.shards"
         monkeypatch.setattr(f"{where}.{stage}", refuse)
 
 
