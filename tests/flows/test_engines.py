@@ -68,6 +68,7 @@ def test_responses_end_as_they_should(run_dir: Path, tiny: Any) -> None:
     assert reasons == {"eos", "length"}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_and_nothing_of_it_is_damaged(run_dir: Path, tiny: Any, tmp_path: Path) -> None:
     start(by_transformers(tiny), tmp_path / "again")
     assert fingerprint(tmp_path / "again") == fingerprint(run_dir)
@@ -107,6 +108,7 @@ def test_a_stop_sequence_ends_a_response_where_it_is_complete(run_dir: Path, tin
     assert all(text.count(letter) == 1 for text in texts)
 
 
+@pytest.mark.slow
 def test_it_works_by_shards_with_k_samples_and_no_critic(tiny: Any, tmp_path: Path) -> None:
     changes = ["prompts.samples_per_prompt=2", "shaping.estimator=rloo", "num_iterations=2"]
     start(by_transformers(tiny, *changes, shards=2), tmp_path / "run")

@@ -199,6 +199,7 @@ def test_a_mistake_is_told_in_one_sentence_and_nothing_is_written(
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_found_as_a_damaged_file_is(
     trained: str, rlhf: Callable[..., Answer], elsewhere: Path, s3: S3Server, tmp_path: Path, bucket: str
 ) -> None:

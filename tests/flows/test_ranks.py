@@ -41,11 +41,11 @@ LORA: dict[str, Any] = {"lora": {"rank": 2}, "critic": {"kind": "shared"}}
 PPO: dict[str, Any] = {"num_ppo_epochs": 2, "num_minibatches": 2, "learning_rate": 1e-3, "embedding_lr_factor": 1.0}
 
 CASES: dict[str, dict[str, Any]] = {
-    "lora, shared critic, fewer rows than ranks": {"policy": LORA, "ppo": PPO | {"num_minibatches": 8}},
     # in bfloat16 the rows of a pass decide bits: a pass of two rows is what a rank has of a minibatch of four
     "bfloat16": {"policy": {"dtype": "bfloat16", "critic": {"init": "policy"}}, "ppo": PPO | {"micro_batch_size": 2}},
 }
 MORE_CASES: dict[str, dict[str, Any]] = {
+    "lora, shared critic, fewer rows than ranks": {"policy": LORA, "ppo": PPO | {"num_minibatches": 8}},
     "shared critic": {"policy": {"critic": {"kind": "shared"}}},
     "lora in bfloat16": {"policy": LORA | {"dtype": "bfloat16"}, "ppo": PPO | {"micro_batch_size": 2}},
     "merged lora, separate critic": {"policy": {"lora": {"rank": 2, "save": "merged"}, "critic": {"init": "policy"}}},
