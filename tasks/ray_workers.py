@@ -27,7 +27,7 @@ from rlhf_core.contracts.errors import StorageError, UserError, WorkerError
 from rlhf_core.contracts.execution_config import StageResources
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_drift, machine_identity
-from rlhf_core.models.devices import usable_cores
+from rlhf_core.models.devices import resolve_device, usable_cores
 from rlhf_core.store.helping import compute_at, joining, share
 from tasks.shards import SHARDED
 from tasks.workers import MAX_DEATHS
@@ -92,7 +92,7 @@ class RayWorkers:
         try:
             if address != ALONE:
                 share(run.path)
-            has_gpu = run.config.device == "cuda" or "cuda" in str(run.identity["device"]).lower()
+            has_gpu = resolve_device(run.config.device).type == "cuda"
             self._pools: dict[str, _Pool] = {}
             by_needs: dict[Needs, _Pool] = {}
             for stage in SHARDED:
