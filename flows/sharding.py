@@ -68,10 +68,10 @@ def answering_ahead(run_dir: str, iteration: int) -> Iterator[None]:
         yield
         return
     hand_out_weights(run_dir, following)
-    prompts = foresee_prompts(run_dir, following)
     if workers() is None:
         yield
         return
+    prompts = foresee_prompts(run_dir, following)
     context = contextvars.copy_context()  # in which Prefect finds its flow run
     with ThreadPoolExecutor(1) as beside:
         answers = beside.submit(context.run, _compute, run, following, {"generate": [prompts]})

@@ -289,12 +289,10 @@ def _newcomer(server: socket.socket, key: str) -> _Member | None:
     except TimeoutError:
         return None
     channel = Channel(connection, END_S)
-    try:
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # whatever a stranger says
         hello = channel.receive_one()
         if hmac.compare_digest(str(hello["key"]), key):
             return _Member(int(hello["rank"]), int(hello["of"]), int(hello["pid"]), str(hello["host"]), channel)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        pass
     channel.close()
     return None
 
