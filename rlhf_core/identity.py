@@ -19,6 +19,7 @@ from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
+from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.rewards.loading import component_digest
 
@@ -59,11 +60,14 @@ def machine_identity(config: RunConfig) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     with_adapters = ("peft",) if config.policy.uses_lora or config.reference_adapter is not None else ()
+    versions = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *with_adapters)}
+    if config.generation.engine == "vllm":
+        versions["vllm"] = vllm_version(config.generation.vllm.interpreter)
     return {
         "source": source_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: importlib.metadata.version(name) for name in (*LIBRARIES, *with_adapters)},
+        "versions": versions,
     }
 
 

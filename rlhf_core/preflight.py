@@ -24,6 +24,7 @@ from rlhf_core.models.sizes import (
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer, vocabulary_digest
 from rlhf_core.models.untrusted import check_is_data, check_model_config
+from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
 from rlhf_core.rewards.function import load_function
@@ -71,6 +72,8 @@ def preflight(config: RunConfig) -> Plan:
 
     device = attempt(lambda: resolve_device(config.device))
     attempt(lambda: device and check_ranks(config.execution.update, device))
+    if config.generation.engine == "vllm":
+        attempt(lambda: vllm_version(config.generation.vllm.interpreter))
     policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
     tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
     if policy is not None:

@@ -22,9 +22,9 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 
+from rlhf_core.contracts import execution_config, generation_config
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.execution_config import NUMBERLESS
 from rlhf_core.contracts.reward_config import RewardConfig
 from rlhf_core.contracts.secrets import without_secrets
 
@@ -106,7 +106,8 @@ def parse_yaml(text: str, *, origin: str) -> Any:
 def config_digest(config: RunConfig) -> str:
     """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
     numberless: dict[str, Any] = dict.fromkeys(("tracking", "frozen_models", "guards", "artifacts"), True)
-    numberless["execution"] = set(NUMBERLESS)
+    numberless["execution"] = set(execution_config.NUMBERLESS)
+    numberless["generation"] = {"vllm": set(generation_config.NUMBERLESS)}
     return digest_json(config.model_dump(exclude=numberless))
 
 

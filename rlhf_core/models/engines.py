@@ -32,7 +32,6 @@ def draw_with_transformers(
     policy: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
-    samples_per_prompt: int,
     max_new_tokens: int,
     temperature: float,
     eos_ids: Sequence[int],
@@ -43,14 +42,13 @@ def draw_with_transformers(
 
     Args:
         policy: without adapters. Weights are taken as they are stored: a trained bfloat16 policy answers in float32.
-        prompts: Q token lists.
-        samples_per_prompt: k copies of each, after one another.
+        prompts: B token lists, k times the same for k responses.
         max_new_tokens: length limit of a response.
         temperature: divides the logits.
         eos_ids: tokens that end a response.
         pad_id: of the tokenizer.
         seed: of all draws together.
-    Returns: Q · k responses.
+    Returns: B responses.
     Raises:
         UserError: the policy's architecture has no paged attention.
         NumericalError: a request failed in the engine.
@@ -59,7 +57,7 @@ def draw_with_transformers(
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model: Any = policy.model
-    asked = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+    asked = [list(prompt) for prompt in prompts]
     longest = max(len(prompt) for prompt in asked) + max_new_tokens
     sizes: dict[str, Any] = {}
     if policy.device.type == "cpu":

@@ -17,6 +17,7 @@ from rlhf_core.models.decoding import Decoded, DecodingRules, decode
 from rlhf_core.models.engines import Drawn, draw_with_transformers
 from rlhf_core.models.sequences import Sequences, by_length
 from rlhf_core.models.tokenizers import PolicyTokenizer
+from rlhf_core.models.vllm_engine import draw_with_vllm
 from rlhf_core.ops.randomness import seeded_generator
 
 CRITIC_ROWS = 64
@@ -97,17 +98,22 @@ def _drawn_elsewhere(
     seeds: tuple[int, int],
 ) -> Decoded:
     """What another engine has drawn, cut where a stop sequence is complete; entropies and values are still missing."""
-    first = int(prompts.prompt_ids[0])
-    drawn = draw_with_transformers(
-        actor_critic.policy,
-        [t[m].tolist() for t, m in zip(prompts.tokens_QP, prompts.mask_QP, strict=True)],
-        samples_per_prompt=k,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        eos_ids=sorted(tokenizer.eos_ids),
-        pad_id=tokenizer.pad_id,
-        seed=int(seeded_generator(seeds[0], "generate", seeds[1], first).integers(2**32)),
-    )
+    asked = [t[m].tolist() for t, m in zip(prompts.tokens_QP, prompts.mask_QP, strict=True) for _ in range(k)]
+    seed_of = [
+        int(seeded_generator(seeds[0], "generate", seeds[1], prompt_id, sample).integers(2**32))
+        for prompt_id in prompts.prompt_ids
+        for sample in range(k)
+    ]
+    rules = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "eos_ids": sorted(tokenizer.eos_ids),
+    }
+    if config.engine == "vllm":
+        drawn = draw_with_vllm(actor_critic.policy, asked, config.vllm, seeds=seed_of, **rules)
+    else:
+        pad_id = tokenizer.pad_id
+        drawn = draw_with_transformers(actor_critic.policy, asked, seed=seed_of[0], pad_id=pad_id, **rules)
     has_stop = _stop_detector(tokenizer, config.stop) if config.stop else None
     rows: list[Drawn] = []
     reasons: list[str] = []

@@ -122,7 +122,6 @@ def test_it_works_by_shards_with_k_samples_and_no_critic(tiny: Any, tmp_path: Pa
     [
         (["generation.top_k=5"], "does not tell the support of a truncated draw"),
         (["policy.lora.rank=2"], "does not know the adapter"),
-        (["generation.engine=vllm"], "generation.engine"),
     ],
 )
 def test_what_it_does_not_do_is_refused(changes: list[str], told: str, tiny: Any) -> None:
