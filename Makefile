@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minut
 	$(BIN)/rlhf quickstart
 
 test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)

@@ -9,6 +9,7 @@ be_quiet_and_private()
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -25,6 +26,25 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+LONGEST = (
+    "torture/test_battery.py",
+    "flows/test_exact_resume.py",
+    "flows/test_sharding.py",
+    "flows/test_sweep_flow.py",
+    "flows/test_ranks.py",
+    "flows/test_ppo_flow.py",
+    "flows/test_without_prefect.py",
+    "flows/test_evaluate_flow.py",
+)
+"""Files that take the better part of a minute or more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no core waits for the last file of another."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

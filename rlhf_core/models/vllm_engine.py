@@ -47,8 +47,9 @@ def vllm_version(python: str) -> str:
     try:
         told = subprocess.run([python, "-I", "-c", ASK_VERSION], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"generation.vllm.python {python!r} is no Python that starts ({error}); give the interpreter of an "
+            f"generation.vllm.python {python!r} is no Python that starts ({reason}); give the interpreter of an "
             "environment with vLLM: python -m venv vllm && vllm/bin/pip install vllm"
         ) from None
     found = told.stdout.split("\n")[0].strip()
