@@ -42,6 +42,8 @@ BLAME_S = 2.0
 """A rank whose neighbour has died fails as well, and may be heard first: for so long the dead one is looked for."""
 END_S = 5.0
 """For processes to end by themselves."""
+MEET_S = 20.0
+"""For agents of several nodes to end, who wait for each other: one that is left alone does so for five minutes."""
 NAMES = {"update": "ppo_update", "hand_out": "the weights before generate", "save": "the checkpoint"}
 """What is asked of ranks, in words."""
 
@@ -119,7 +121,7 @@ class RankGroup:
                 member.channel.send({"do": "end"})
         if self._agent is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._agent.wait(END_S)
+                self._agent.wait(END_S if self.update.nnodes == 1 else MEET_S)
         self.end()
 
     def end(self) -> None:

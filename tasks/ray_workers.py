@@ -16,6 +16,7 @@ import os
 import queue
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,8 @@ ALONE = "local"
 OBJECT_STORE_BYTES = 100_000_000
 """Of a Ray that is begun here: nothing of size goes through it, and by default it takes a third of the memory."""
 LOOK_S = 1.0
+KNOCK_S = 10.0
+"""For a cluster's address to take a connection."""
 """How often who waits for a worker looks whether there is hope."""
 
 
@@ -280,18 +283,26 @@ def _connected(address: str) -> Callable[[], None]:
     of_own: dict[str, Any] = {}
     if address == ALONE:
         of_own = {"num_cpus": usable_cores(), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    with _own_signals():
-        try:
+    try:
+        _knock(address)
+        with _own_signals():
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **of_own
             )
-        except Exception as error:
-            raise UserError(
-                f"execution.ray.address {address!r} is no Ray cluster that this process can join: "
-                f"{_first_line(error)}; start one (`ray start --head`; RAY_AUTH_MODE and RAY_AUTH_TOKEN as there), or "
-                "leave the address out for a Ray of this machine alone"
-            ) from None
+    except Exception as error:
+        raise UserError(
+            f"execution.ray.address {address!r} is no Ray cluster that this process can join: "
+            f"{_first_line(error)}; start one (`ray start --head`; RAY_AUTH_MODE and RAY_AUTH_TOKEN as there), or "
+            "leave the address out for a Ray of this machine alone"
+        ) from None
     return ray.shutdown
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at host:port: Ray would ask again for minutes before it says so."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 @contextlib.contextmanager

@@ -225,5 +225,5 @@ def test_a_cluster_that_is_not_there(tiny: Any, tmp_path: Path) -> None:
         "try: _connected('127.0.0.1:9')\n"
         "except UserError as error: print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "execution.ray.address '127.0.0.1:9' is no Ray cluster that this process can join" in told.stdout
