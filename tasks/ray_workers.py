@@ -40,9 +40,9 @@ ALONE = "local"
 OBJECT_STORE_BYTES = 100_000_000
 """Of a Ray that is begun here: nothing of size goes through it, and by default it takes a third of the memory."""
 LOOK_S = 1.0
+"""How often who waits for a worker looks whether there is hope."""
 KNOCK_S = 10.0
 """For a cluster's address to take a connection."""
-"""How often who waits for a worker looks whether there is hope."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class VllmProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
-            [str(config.interpreter), "-I", str(PROGRAM)],
+            [config.interpreter, "-I", str(PROGRAM)],
             env={**os.environ, **hidden, "OMP_NUM_THREADS": str(num_threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

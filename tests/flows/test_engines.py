@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_runs import config
+from sharded_runs import config, rollouts_of
 from torture.runs import fingerprint, start
 from transformers import AutoModelForCausalLM
 
@@ -37,14 +37,6 @@ def run_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("engine") / "run"
     start(by_transformers(tiny), path)
     return path
-
-
-def rollouts_of(run_dir: Path, iteration: int = 0) -> tuple[list[list[int]], dict[str, list[Any]]]:
-    run = RunFolder.open(run_dir)
-    manifests = run.manifests(iteration)
-    prompts = read_artifact(run_dir, manifests["sample_prompts"].artifact)
-    table = read_artifact(run_dir, manifests["generate"].artifact)
-    return prompts["prompt_tokens"].to_pylist(), table.to_pydict()
 
 
 def test_its_log_probs_are_those_of_the_policy(run_dir: Path, tiny: Any) -> None:

@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 import torch
 from processes import lives, until
-from sharded_runs import config
+from sharded_runs import config, rollouts_of
 from tiny_world import Tiny
 from torture.runs import fingerprint, start
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 from vllm_python import GIVEN, vllm_python
 
-from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config_io import build_config, config_digest
 from rlhf_core.contracts.errors import UserError, WorkerError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -77,15 +76,9 @@ def run_dir(wide: Tiny, python: str, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def drawn(run_dir: Path, iteration: int) -> tuple[list[list[int]], dict[str, list[Any]]]:
-    manifests = RunFolder.open(run_dir).manifests(iteration)
-    prompts = read_artifact(run_dir, manifests["sample_prompts"].artifact)
-    return prompts["prompt_tokens"].to_pylist(), read_artifact(run_dir, manifests["generate"].artifact).to_pydict()
-
-
 def gap(model: Any, run_dir: Path, iteration: int) -> float:
     """Largest difference of a stored log-prob to a model's."""
-    prompts, rollouts = drawn(run_dir, iteration)
+    prompts, rollouts = rollouts_of(run_dir, iteration)
     largest = 0.0
     for prompt, response, logprobs in zip(prompts, rollouts["response_tokens"], rollouts["logprobs"], strict=True):
         with torch.no_grad():
@@ -105,7 +98,7 @@ def test_each_iteration_is_answered_with_the_weights_as_they_are_then(run_dir: P
 
 def test_responses_end_as_they_should_and_differ_from_each_other(run_dir: Path) -> None:
     limit = RunFolder.open(run_dir).config.generation.max_new_tokens
-    found = [drawn(run_dir, iteration)[1] for iteration in range(3)]
+    found = [rollouts_of(run_dir, iteration)[1] for iteration in range(3)]
     for rollouts in found:
         for response, reason in zip(rollouts["response_tokens"], rollouts["finish_reason"], strict=True):
             assert len(response) == limit if reason == "length" else len(response) <= limit
@@ -124,7 +117,7 @@ def test_shards_have_a_process_each_where_they_have_workers(wide: Tiny, python: 
     for workers in (0, 2):
         start(by_vllm(wide, python, *changes, f"execution.num_workers={workers}"), tmp_path / str(workers))
     assert fingerprint(tmp_path / "0") == fingerprint(tmp_path / "2")
-    _, rollouts = drawn(tmp_path / "0", 1)
+    _, rollouts = rollouts_of(tmp_path / "0", 1)
     pairs = list(zip(rollouts["response_tokens"][::2], rollouts["response_tokens"][1::2], strict=True))
     assert any(first != second for first, second in pairs), "two samples of a prompt are two draws"
 
