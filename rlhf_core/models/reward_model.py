@@ -21,11 +21,15 @@ from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 from rlhf_core.models.trunk import Trunk
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
+from rlhf_core.prompts.rendering import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE: Final = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+PROBE: Final[tuple[Message, ...]] = (
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+)
 """What a chat template must be able to render."""
 
 
@@ -133,10 +137,13 @@ class RewardModel:
         if self.reads_policy_tokens:
             return conversation.policy_tokens
         if self.chat_template or (conversation.messages and getattr(self.tokenizer, "chat_template", None)):
-            asked = conversation.messages or [{"role": "user", "content": conversation.prompt_text}]
-            reply = {"role": "assistant", "content": conversation.response_text}
-            text = self.tokenizer.apply_chat_template([*asked, reply], tokenize=False, chat_template=self.chat_template)
-            return cast("list[int]", self.tokenizer(cast("str", text), add_special_tokens=False)["input_ids"])
+            question: Message = {"role": "user", "content": conversation.prompt_text}
+            asked = conversation.messages or [question]
+            reply: Message = {"role": "assistant", "content": conversation.response_text}
+            text = render_chat(
+                self.tokenizer, [*asked, reply], add_generation_prompt=False, template=self.chat_template
+            )
+            return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
         text = conversation.prompt_text + conversation.response_text
         # truncated by the tokenizer, which keeps the tokens that frame a text: an encoder's score is read at [CLS]
         return cast("list[int]", self.tokenizer(text, truncation=True, max_length=self.max_len)["input_ids"])
@@ -185,8 +192,7 @@ def load_reward_tokenizer(config: ModelReward, *, field: str) -> tuple[PreTraine
     template = chat_template_text(config.chat_template, field=f"{field}.chat_template")
     check_template(template, PROBE, f"{field}.chat_template")
     try:
-        rendered = tokenizer.apply_chat_template([dict(m) for m in PROBE], tokenize=False, chat_template=template)
-        text = cast("str", rendered)
+        text = render_chat(tokenizer, PROBE, add_generation_prompt=False, template=template)
     except Exception as error:  # jinja2's, and whatever a template raises
         reason = " ".join(str(error).split())
         raise UserError(f"{field}.chat_template does not render a question and its answer: {reason}") from None
