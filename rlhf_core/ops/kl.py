@@ -19,17 +19,26 @@ KL_COEF_BOUNDS = (1e-30, 1e30)
 def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, estimator: str) -> Tensor:
     """Estimate KL(π ‖ π_ref) at each token, from the one token that π sampled.
 
-        d = log π - log π_ref;    k1 = d;    k2 = d² / 2;    k3 = e^(-d) - 1 + d
+        d = log π - log π_ref;    k1 = d;    k2 = d² / 2;    k3 = e^(-d) - 1 + d;    k3+ = k2 + stop_gradient(k3 - k2)
+
+    A good value does not make a good gradient. Differentiated as a term of the loss, at one position and with y ~ π:
+
+        E[∇k1] = 0      E[∇k2] = E[∇k3+] = ∇KL(π ‖ π_ref)      E[∇k3] = E[(1 - e^(-d)) ∇log π] = ∇KL(π_ref ‖ π)
+
+    Used as a number in the reward, E[k ∇log π] is ∇KL(π ‖ π_ref) for k1 alone. For k3 it is
+    ∇KL(π ‖ π_ref) - ∇KL(π_ref ‖ π), and for k2 E[d²/2 ∇log π]: both are of second order near the reference, where they
+    hold the policy with next to no force.
 
     Args:
         logprobs_BR: [B, R] float32, of the sampling policy.
         ref_logprobs_BR: [B, R] float32.
         mask_BR: [B, R] bool.
-        estimator: k1 (unbiased), k2 (low variance), k3 (unbiased, never negative).
+        estimator: k1 (unbiased), k2 (low variance), k3 (unbiased, never negative), or k3+ (the value of k3 with the
+            gradient of k2).
     Returns: [B, R] float32, nats, zero where masked.
     Raises: ValueError if shapes differ or the estimator is unknown.
     Source: Schulman 2020, "Approximating KL divergence". There the samples come from q and r = p/q, so
-        log r = -d here. Differs: in k3, d is clamped to ± 20.
+        log r = -d here. Differs: in k3, d is clamped to ± 20. k3+: verl 0.9.1, ``core_algos.kl_penalty``.
     """
     if logprobs_BR.shape != ref_logprobs_BR.shape or logprobs_BR.shape != mask_BR.shape:
         raise ValueError(
@@ -40,10 +49,14 @@ def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, e
         return d_BR
     if estimator == "k2":
         return 0.5 * d_BR**2
-    if estimator == "k3":
+    if estimator in ("k3", "k3+"):
         clamped = d_BR.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        return torch.expm1(-clamped) + clamped
-    raise ValueError(f"unknown KL estimator {estimator!r}; known: k1, k2, k3")
+        k3_BR = torch.expm1(-clamped) + clamped
+        if estimator == "k3":
+            return k3_BR
+        k2_BR = 0.5 * d_BR**2
+        return (k2_BR - k2_BR.detach()) + k3_BR.detach()
+    raise ValueError(f"unknown KL estimator {estimator!r}; known: k1, k2, k3, k3+")
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:

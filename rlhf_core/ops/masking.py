@@ -54,26 +54,27 @@ def masked_std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool) -> tuple[Tensor, bool]:
-    """Scale real entries to std 1, and shift them to mean 0 unless ``keep_mean``.
+    """Scale real entries to std 1 around their mean, and shift them to mean 0 unless ``keep_mean``.
 
-        centred:  (x - mean) / std          keep_mean:  x / std
+        centred:  (x - mean) / std          keep_mean:  (x - mean) / std + mean
 
     Args:
         values: any shape, float32.
         mask: bool, same shape.
-        keep_mean: divide only (for rewards, whose mean matters).
+        keep_mean: the mean of the result is that of the values (for rewards): [2, 6] becomes [3, 5].
     Returns: (whitened values, zero where masked; whether the division was left out because the std is
         below MIN_STD or only one entry is real).
     Raises: ValueError if shapes differ or the mask is not bool.
-    Source: Ziegler et al. 2019, code (``whiten``). Differs: means are over real tokens only, and a constant
-        batch is centred instead of being divided by ~0.
+    Source: Ziegler et al. 2019, code (``whiten``, whose ``shift_mean`` is ``not keep_mean``). Differs: means are over
+        real tokens only, and a constant batch is centred instead of being divided by ~0.
     """
     exact = values.double()  # in float32, the rounding of a large constant looks like a spread
     mean, std = masked_mean(exact, mask), masked_std(exact, mask)
     flat = bool(std < MIN_STD) or int(mask.sum()) < 2
-    shift = torch.zeros_like(mean) if keep_mean else mean
-    scale = torch.ones_like(std) if flat else std
-    return torch.where(mask, (exact - shift) / scale, 0.0).to(values.dtype), flat
+    whitened = (exact - mean) / (torch.ones_like(std) if flat else std)
+    if keep_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0.0).to(values.dtype), flat
 
 
 def last_real(mask_BR: Tensor) -> Tensor:

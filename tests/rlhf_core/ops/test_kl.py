@@ -137,6 +137,64 @@ def test_k3_of_an_impossible_token_stays_finite() -> None:
     assert_close(k1_BR, torch.tensor([[-200.0, 200.0]]), **EXACT)
 
 
+POLICY, REFERENCE = [0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]
+
+
+def exact_gradient(of: str) -> list[float]:
+    """By hand, with respect to the logits z of π = softmax(z).
+
+    KL(π ‖ ref) = Σ π_v d_v, d = log π - log ref:   ∂/∂z_v = π_v (d_v - KL)
+    KL(ref ‖ π) = -Σ ref_v log π_v + constant:      ∂/∂z_v = π_v - ref_v
+    """
+    if of == "nothing":
+        return [0.0] * 4
+    if of == "KL(ref ‖ π)":
+        return [p - r for p, r in zip(POLICY, REFERENCE, strict=True)]
+    d = [math.log(p / r) for p, r in zip(POLICY, REFERENCE, strict=True)]
+    kl = math.fsum(p * x for p, x in zip(POLICY, d, strict=True))
+    return [p * (x - kl) for p, x in zip(POLICY, d, strict=True)]
+
+
+def every_token(estimator: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, log π of each token, its estimate): one row that samples every token once."""
+    logits_V = torch.tensor(POLICY, dtype=torch.float64).log().requires_grad_()
+    logprobs_1V = logits_V.log_softmax(dim=0)[None]
+    ref_1V = torch.tensor([REFERENCE], dtype=torch.float64).log()
+    return logits_V, logprobs_1V, token_kl(logprobs_1V, ref_1V, right_padded([4], 4), estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "of"),
+    [("k1", "nothing"), ("k2", "KL(π ‖ ref)"), ("k3", "KL(ref ‖ π)"), ("k3+", "KL(π ‖ ref)")],
+)
+def test_the_expected_gradient_in_the_loss(estimator: str, of: str) -> None:
+    """Samples of π are weighted by their probabilities, which are no part of the loss."""
+    logits_V, _, kl_1V = every_token(estimator)
+    (kl_1V[0] * torch.tensor(POLICY, dtype=torch.float64)).sum().backward()
+    assert logits_V.grad is not None
+    assert_close(logits_V.grad, torch.tensor(exact_gradient(of), dtype=torch.float64), **F64_OP)
+
+
+def test_the_expected_gradient_in_the_reward() -> None:
+    """As a number that weighs ∇log π: that of the KL for k1; for k3 the other direction's is subtracted."""
+    found: dict[str, Tensor] = {}
+    for estimator in ESTIMATORS:
+        logits_V, logprobs_1V, kl_1V = every_token(estimator)
+        (logprobs_1V[0] * kl_1V[0].detach() * torch.tensor(POLICY, dtype=torch.float64)).sum().backward()
+        assert logits_V.grad is not None
+        found[estimator] = logits_V.grad
+    right, other = (torch.tensor(exact_gradient(f), dtype=torch.float64) for f in ("KL(π ‖ ref)", "KL(ref ‖ π)"))
+    assert_close(found["k1"], right, **F64_OP)
+    assert_close(found["k3"], right - other, **F64_OP)
+    assert (found["k2"] - right).abs().max() > 0.01
+
+
+def test_k3_plus_has_the_value_of_k3() -> None:
+    logprobs_BR, ref_logprobs_BR = draw_logprobs(1, torch.Size([3, 6])), draw_logprobs(2, torch.Size([3, 6]))
+    values = [token_kl(logprobs_BR, ref_logprobs_BR, right_padded([6, 2, 4]), estimator=e) for e in ("k3", "k3+")]
+    assert_close(values[1], values[0], **EXACT)
+
+
 def test_bad_arguments_are_refused() -> None:
     zeros, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="k4"):

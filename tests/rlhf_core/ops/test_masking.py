@@ -51,10 +51,16 @@ def test_by_hand() -> None:
     expected_BR = torch.tensor([[-1.5, -0.5, 0.5], [1.5, 0.0, 0.0]]) / std
     assert not flat
     assert_close(whitened_BR, expected_BR, **F32_OP)
-    divided_BR, flat = whiten(values_BR, mask_BR, keep_mean=True)
-    expected_BR = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]) / std
+    kept_BR, flat = whiten(values_BR, mask_BR, keep_mean=True)
     assert not flat
-    assert_close(divided_BR, expected_BR, **F32_OP)
+    assert_close(kept_BR, torch.where(mask_BR, expected_BR + 2.5, 0.0), **F32_OP)
+
+
+def test_keeping_the_mean_by_hand() -> None:
+    """Mean 4, std 2: (2 - 4) / 2 + 4 = 3 and (6 - 4) / 2 + 4 = 5, as Ziegler's ``whiten(shift_mean=False)``."""
+    whitened_BR, flat = whiten(torch.tensor([[2.0, 6.0, 99.0]]), right_padded([2], 3), keep_mean=True)
+    assert not flat
+    assert_close(whitened_BR, torch.tensor([[3.0, 5.0, 0.0]]), **EXACT)
 
 
 def test_nothing_real_is_zero() -> None:
@@ -116,7 +122,7 @@ def test_agrees_with_a_loop(seed: int, dtype: torch.dtype) -> None:
     assert_close(masked_std(values_BR, mask_BR).item(), std, **tolerance)
     for keep_mean in (False, True):
         whitened_BR, _ = whiten(values_BR, mask_BR, keep_mean=keep_mean)
-        expected = [(value - (0.0 if keep_mean else mean)) / std for value in real]
+        expected = [(value - mean) / std + (mean if keep_mean else 0.0) for value in real]
         assert_close(whitened_BR[mask_BR].double(), torch.tensor(expected, dtype=torch.float64), **tolerance)
 
 
@@ -126,11 +132,11 @@ def test_golden_trl() -> None:
     mean, variance = masked_mean(values_BR, mask_BR).item(), masked_std(values_BR, mask_BR).item() ** 2
     assert_close(mean, case["masked_mean"], **F64_OP)
     assert_close(variance, case["masked_var_population"], **F64_OP)
-    # TRL divides by sqrt(Bessel variance + 1e-8) and, keeping the mean, adds it back after the division
+    # TRL divides by sqrt(Bessel variance + 1e-8)
     to_population = math.sqrt((case["masked_var_bessel"] + 1e-8) / case["masked_var_population"])
     centred_BR = torch.tensor(case["masked_whiten"], dtype=torch.float64) * to_population
     kept_BR = torch.tensor(case["masked_whiten_keep_mean"], dtype=torch.float64) - case["masked_mean"]
-    kept_BR = kept_BR * to_population + case["masked_mean"] / math.sqrt(case["masked_var_population"])
+    kept_BR = kept_BR * to_population + case["masked_mean"]
     assert_close(whiten(values_BR, mask_BR, keep_mean=False)[0][mask_BR], centred_BR[mask_BR], **F64_OP)
     assert_close(whiten(values_BR, mask_BR, keep_mean=True)[0][mask_BR], kept_BR[mask_BR], **F64_OP)
 
@@ -172,11 +178,9 @@ def test_whitened_values_have_mean_0_and_std_1(lengths: list[int], seed: int, me
     assert not flat
     assert_close(masked_mean(whitened_BR, mask_BR).item(), 0.0, **F64_OP)
     assert_close(masked_std(whitened_BR, mask_BR).item(), 1.0, **F64_OP)
-    # the mean that is kept is the mean in units of the std
-    divided_BR, _ = whiten(values_BR, mask_BR, keep_mean=True)
-    expected = (masked_mean(values_BR, mask_BR) / masked_std(values_BR, mask_BR)).item()
-    assert_close(masked_mean(divided_BR, mask_BR).item(), expected, **F64_OP)
-    assert_close(masked_std(divided_BR, mask_BR).item(), 1.0, **F64_OP)
+    kept_BR, _ = whiten(values_BR, mask_BR, keep_mean=True)
+    assert_close(masked_mean(kept_BR, mask_BR).item(), masked_mean(values_BR, mask_BR).item(), **F64_OP)
+    assert_close(masked_std(kept_BR, mask_BR).item(), 1.0, **F64_OP)
 
 
 @EXAMPLES
