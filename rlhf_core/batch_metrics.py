@@ -75,7 +75,7 @@ def failures(names: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> di
 
 
 def epoch_kl(steps: Sequence[Record], epoch: int) -> float:
-    """Mean approximate KL to the behaviour policy over an epoch's tokens."""
+    """Mean approximate KL to the behaviour policy over an epoch's tokens, nats a token at either level."""
     mine = [step for step in steps if step["epoch"] == epoch and not step["skipped"]]
     num_tokens = sum(step["num_tokens"] for step in mine)
     return sum(step["approx_kl"] * step["num_tokens"] for step in mine) / max(num_tokens, 1)

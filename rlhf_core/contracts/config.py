@@ -85,7 +85,11 @@ class KLConfig(Section):
     integral_gain: Annotated[float, Field(ge=0)] = Field(
         default=0.25, description="log_pi: change of log β an iteration for each unit of log(KL / target), at most 0.2"
     )
-    estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="form of the penalty; k1 and k3 are logged")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1",
+        description="form of the penalty; only k1 has the gradient of the KL there, k2 and k3 hold with next to no "
+        "force near the reference; k1 and k3 are logged",
+    )
 
     @property
     def held_at(self) -> float | None:
@@ -127,7 +131,11 @@ class ShapingConfig(Section):
         default="subtract", description="subtract the penalty from the score, or set the score to -penalty"
     )
     length_penalty: Annotated[float, Field(ge=0)] = Field(default=0.0, description="subtracted per response token")
-    whiten_rewards: bool = Field(default=False, description="divide rewards by their std, keeping the mean")
+    whiten_rewards: bool = Field(
+        default=False,
+        description="rewards to std 1 around their mean, which stays: (x - mean) / std + mean, over tokens (level "
+        "sequence: over responses)",
+    )
     whiten_advantages: bool = Field(default=True, description="mean 0, std 1 over the whole batch")
 
 
@@ -151,7 +159,11 @@ class PPOConfig(Section):
     micro_batch_size: Positive | None = Field(
         default=None, description="responses per forward pass (gradient accumulation); null: the whole minibatch"
     )
-    level: Literal["token", "sequence"] = Field(default="token", description="one ratio per token, or per response")
+    level: Literal["token", "sequence"] = Field(
+        default="token",
+        description="one ratio per token, or per response: then the surrogate, clip fraction and ratio are means over "
+        "responses, everything else stays a mean over tokens",
+    )
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="ε (below 1)")
     clip_range_high: PositiveFloat | None = Field(default=None, description="ε above 1; null: clip_range")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
@@ -161,7 +173,12 @@ class PPOConfig(Section):
     vf_coef: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the value loss")
     entropy_coef: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the entropy bonus")
     kl_loss_coef: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="weight of k3 to the reference in the loss, beside the KL in the reward"
+        default=0.0, description="weight of the KL to the reference in the loss, beside the KL in the reward"
+    )
+    kl_loss_estimator: Literal["k3", "k2", "k3+"] = Field(
+        default="k3",
+        description="of that KL; k3 has the gradient of KL(reference ‖ policy), k2 that of KL(policy ‖ reference), k3+ "
+        "the value of k3 with the gradient of k2",
     )
     loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
         default="token_mean",
@@ -169,7 +186,9 @@ class PPOConfig(Section):
     )
     max_grad_norm: PositiveFloat | None = Field(default=1.0, description="gradient clipping; null: off")
     target_kl: PositiveFloat | None = Field(
-        default=None, description="skip the remaining epochs once KL to the behaviour policy (per token) exceeds this"
+        default=None,
+        description="skip the remaining epochs once KL to the behaviour policy over an epoch exceeds this: nats a token, "
+        "at either level",
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -103,7 +103,7 @@ PPO_UPDATE: Final[pa.Schema] = pa.schema(
         _required("value_loss", pa.float32()),
         _required("entropy", pa.float32()),
         _required("ref_k3", pa.float32()),  # k3 of the updated policy to the reference, per token
-        _required("approx_kl", pa.float32()),  # to the behaviour policy, per token
+        _required("approx_kl", pa.float32()),  # to the behaviour policy, per token at either level
         _required("clip_fraction", pa.float32()),
         _required("value_clip_fraction", pa.float32()),
         _required("ratio_mean", pa.float32()),

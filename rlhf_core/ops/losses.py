@@ -172,7 +172,8 @@ def approx_kl(log_ratios: Tensor) -> Tensor:
     """KL(π_old ‖ π) estimated from samples of π_old: ρ - 1 - log ρ, never negative.
 
     Args:
-        log_ratios: any shape, float32.
+        log_ratios: any shape, float32, of single tokens: the mean is then nats a token. (Of whole responses, whose
+            log-ratios are sums, ρ - 1 - log ρ grows exponentially with the length, and is no use.)
     Returns: same shape, nats.
     Raises: nothing.
     Source: Schulman 2020, "Approximating KL divergence" (k3). TRL logs ½ (log ρ)², equal to second order.

@@ -111,9 +111,12 @@ def ppo_update(
 ) -> StageResult[UpdateStatistics]:
     """Move policy and critic: ``num_ppo_epochs`` passes in ``num_minibatches`` steps each.
 
-        loss = -L_clip + c_v · L_value - c_H · H + c_KL · k3, each a mean over the real tokens (or the responses,
-        at sequence level) of the optimiser step, whatever the micro-batches. While the critic warms up, the
-        policy stays where it is and L_value is all of it.
+        loss = -L_clip + c_v · L_value - c_H · H + c_KL · KL, each a mean over the real tokens of the optimiser step,
+        whatever the micro-batches; at sequence level L_clip alone is a mean over its responses. While the critic warms
+        up, the policy stays where it is and L_value is all of it.
+
+    At either level ``approx_kl`` and ``target_kl`` are KL(π_old ‖ π) per token, a mean over all tokens of a step (of an
+    epoch, for ``target_kl``); ``clip_fraction`` and ``ratio_mean`` are over what has a ratio: tokens or responses.
 
     Args:
         trainer: **mutated**: weights, optimizer moments, number of updates done. Where it is in parts on the ranks of
@@ -288,20 +291,22 @@ class _Step:
         if batch.weights is not None:
             surrogate = batch.weights * surrogate
         policy_loss = self._mean(surrogate, mask_BR) if by_token else surrogate.sum() / self.num_samples
-        k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
         loss = policy_loss
         if config.entropy_coef:
             loss = loss - config.entropy_coef * self._mean(now.entropies_BR, mask_BR)
         if config.kl_loss_coef:
-            loss = loss + config.kl_loss_coef * self._mean(k3_BR, mask_BR)
+            kl_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator=config.kl_loss_estimator)
+            loss = loss + config.kl_loss_coef * self._mean(kl_BR, mask_BR)
         with torch.no_grad():
             worst = torch.where(mask_BR, now.logprobs_BR - batch.old_logprobs_BR, 0.0).abs().max()
+            by_token_BR = log_ratio(now.logprobs_BR, batch.old_logprobs_BR, mask_BR, level="token")
+            k3_BR = token_kl(now.logprobs_BR, batch.ref_logprobs_BR, mask_BR, estimator="k3")
             statistics = {
                 "loss": torch.zeros_like(loss) if self.setting.warming_up else loss,
                 "policy_loss": policy_loss,
                 "entropy": masked_sum(now.entropies_BR, mask_BR) / self.num_tokens,
                 "ref_k3": masked_sum(k3_BR, mask_BR) / self.num_tokens,
-                "approx_kl": masked_sum(approx_kl(ratios), mask) / count,
+                "approx_kl": masked_sum(approx_kl(by_token_BR), mask_BR) / self.num_tokens,
                 "clip_fraction": (is_clipped & mask).sum() / count,
                 "ratio_mean": masked_sum(ratios.exp(), mask) / count,
                 "max_abs_log_ratio": worst,

@@ -31,7 +31,7 @@ from rlhf_core.ops.advantages import (
 from rlhf_core.ops.correlation import pearson
 from rlhf_core.ops.kl import token_kl
 from rlhf_core.ops.losses import explained_variance
-from rlhf_core.ops.masking import masked_std, whiten
+from rlhf_core.ops.masking import last_real, masked_std, whiten
 from rlhf_core.ops.rewards import normalize_scores, penalize_missing_eos, shaped_rewards, update_moments
 
 _CAUSES = {
@@ -92,9 +92,10 @@ def shape_rewards(
     rewards_BR = shaped_rewards(shaped_B, penalty_BR, mask_BR, kl_coef=kl_coef, level=config.level)
     flat = False
     if config.whiten_rewards:
-        rewards_BR, flat = whiten(rewards_BR, mask_BR, keep_mean=True)
+        given_BR = mask_BR if config.level == "token" else last_real(mask_BR)  # a response has one reward, or a token
+        rewards_BR, flat = whiten(rewards_BR, given_BR, keep_mean=True)
     advantages_BR, returns_BR = _advantages(rewards_BR, rollouts, config)
-    raw_advantages_BR = advantages_BR
+    before_whitening = advantages_BR[mask_BR] if _one_a_token(config.estimator) else advantages_BR[:, 0]
     if config.whiten_advantages:
         advantages_BR, flat_advantages = _whiten_advantages(advantages_BR, mask_BR, config.estimator)
         flat = flat or flat_advantages
@@ -114,7 +115,7 @@ def shape_rewards(
         response_mask_BR=mask_BR,
     )
     _check_finite(experience, kl_coef)
-    metrics = _metrics(experience, rollouts, raw_advantages_BR, kl_coef, kl_config) | {"guard/flat_batch": float(flat)}
+    metrics = _metrics(experience, rollouts, before_whitening, kl_coef, kl_config) | {"guard/flat_batch": float(flat)}
     metrics |= _spreads(scores)
     return StageResult(experience, metrics, state={"moments": asdict(moments_now)})
 
@@ -160,9 +161,14 @@ def _advantages(rewards_BR: Tensor, rollouts: Rollouts, config: ShapingConfig) -
     return gae(rewards_BR, rollouts.values_BR, mask_BR, gamma=config.gamma, gae_lambda=config.gae_lambda)
 
 
+def _one_a_token(estimator: str) -> bool:
+    """Whether each token has an advantage of its own, or a response's tokens share one."""
+    return estimator in ("gae", "reinforce++")
+
+
 def _whiten_advantages(advantages_BR: Tensor, mask_BR: Tensor, estimator: str) -> tuple[Tensor, bool]:
     """Over real tokens where each has its own advantage, over responses where they share one."""
-    if estimator in ("gae", "reinforce++"):
+    if _one_a_token(estimator):
         return whiten(advantages_BR, mask_BR, keep_mean=False)
     whitened_B1, flat = whiten(advantages_BR[:, :1], mask_BR[:, :1], keep_mean=False)
     return torch.where(mask_BR, whitened_B1, 0.0), flat
@@ -191,8 +197,9 @@ def _check_finite(experience: Experience, kl_coef: float) -> None:
 
 
 def _metrics(
-    experience: Experience, rollouts: Rollouts, advantages_BR: Tensor, kl_coef: float, kl_config: KLConfig
+    experience: Experience, rollouts: Rollouts, advantages: Tensor, kl_coef: float, kl_config: KLConfig
 ) -> dict[str, float]:
+    """Numbers for the tracker; ``advantages`` before whitening: one a token, or one a response where they share it."""
     mask_BR = experience.response_mask_BR
     metrics = {
         "objective/kl": float(experience.kl_B.mean()),
@@ -204,8 +211,8 @@ def _metrics(
         "objective/rlhf_reward": float(experience.rlhf_reward_B.mean()),
         "objective/non_score_reward": float((experience.rlhf_reward_B - experience.score_shaped_B).mean()),
         "rollout/score_length_corr": float(pearson(experience.score_B, mask_BR.sum(dim=1))),
-        "advantages/mean": float(advantages_BR[mask_BR].mean()),
-        "advantages/std": float(advantages_BR[mask_BR].std(correction=0)),
+        "advantages/mean": float(advantages.mean()),
+        "advantages/std": float(advantages.std(correction=0)),
     }
     if rollouts.values_BR is not None and experience.returns_BR is not None:
         metrics["val/explained_variance"] = float(

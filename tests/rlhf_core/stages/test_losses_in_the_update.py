@@ -60,6 +60,23 @@ def test_k3_in_the_loss_pulls_towards_the_reference(tiny_config: Configure) -> N
     assert at_rest.abs().max() < 1e-5, "the policy is the reference: nothing pulls"
 
 
+@pytest.mark.parametrize(("estimator", "value"), [("k2", 0.5 * 0.6931472**2), ("k3+", 0.5 - 1 + 0.6931472)])
+def test_other_estimators_in_the_loss_pull_by_the_log_ratio(
+    estimator: str, value: float, tiny_config: Configure
+) -> None:
+    """The gradient of c · d² / 2 is c d ∇log π, with d = log 2; the logged k3 stays k3."""
+    with_kl = tiny_config([*ONE_STEP, "ppo.kl_loss_coef=0.1", f"ppo.kl_loss_estimator={estimator}"])
+    found, step = gradient(with_kl, advantages_BR=no_advantage, token_kl_BR=nearer_reference)
+    pull, _ = gradient(
+        tiny_config(ONE_STEP),
+        advantages_BR=lambda e: torch.where(e.response_mask_BR, -0.06931472, 0.0),
+        token_kl_BR=nearer_reference,
+    )
+    torch.testing.assert_close(found, pull, **F32_MODEL)
+    assert step["loss"] == pytest.approx(0.1 * value, rel=1e-4)
+    assert step["ref_k3"] == pytest.approx(0.5 - 1 + 0.6931472, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("aggregation", "factor"),
     [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,41 @@ def test_target_kl_skips_the_remaining_epochs(tiny_config: Configure) -> None:
     result = bench.update(*bench.until_experience())
     assert len(result.batch.steps) == 2
     assert result.metrics["update/early_stopped"] == 1.0
+
+
+def plain_logprobs(bench: Bench, prompts: Any, rollouts: Any) -> list[list[float]]:
+    """log π of each response token from the model's plain logits, one response at a time, in float64."""
+    found: list[list[float]] = []
+    for row in range(len(rollouts.texts)):
+        prompt = prompts.tokens_QP[row][prompts.mask_QP[row]]
+        response = rollouts.tokens_BR[row][rollouts.response_mask_BR[row]]
+        with torch.no_grad():
+            logits = bench.trainer.actor_critic.policy.model(torch.cat([prompt, response])[None]).logits[0].double()
+        logprobs = logits.log_softmax(dim=1)[len(prompt) - 1 : -1]
+        found.append([float(logprobs[t, token]) for t, token in enumerate(response.tolist())])
+    return found
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_approx_kl_is_a_mean_over_tokens_at_either_level(level: str, tiny_config: Configure) -> None:
+    """Σ_bt (ρ_bt - 1 - log ρ_bt) / Σ_b len_b in a loop; and target_kl is compared with that."""
+    settings = ["ppo.num_ppo_epochs=2", "ppo.num_minibatches=1", "shaping.estimator=reward", f"ppo.level={level}"]
+    settings += ["ppo.learning_rate=0.003", "generation.max_new_tokens=12"]
+    once, twice = Bench.of(tiny_config([*settings, "ppo.num_ppo_epochs=1"])), Bench.of(tiny_config(settings))
+    prompts, rollouts, experience = once.until_experience()
+    old = plain_logprobs(once, prompts, rollouts)
+    once.update(prompts, rollouts, experience)
+    now = plain_logprobs(once, prompts, rollouts)
+    ratios = [[a - b for a, b in zip(new_row, old_row, strict=True)] for new_row, old_row in zip(now, old, strict=True)]
+    terms = [math.expm1(x) - x for row in ratios for x in row]
+    expected = math.fsum(terms) / len(terms)
+    second = twice.update(prompts, rollouts, experience).batch.steps[1]
+    assert len({len(row) for row in ratios}) > 1, "responses of one length would not tell"
+    assert expected > 1e-3
+    assert second["approx_kl"] == pytest.approx(expected, rel=1e-3)
+    for factor, steps in ((1.1, 3), (0.9, 2)):  # it is looked at after each epoch
+        three = Bench.of(tiny_config([*settings, "ppo.num_ppo_epochs=3", f"ppo.target_kl={factor * expected}"]))
+        assert len(three.update(prompts, rollouts, experience).batch.steps) == steps
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny_config: Configure) -> None:

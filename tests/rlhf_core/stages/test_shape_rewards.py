@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -157,9 +158,38 @@ def test_whitening(tiny_config: Configure) -> None:
     torch.testing.assert_close(gae.std(correction=0), torch.tensor(1.0), **F32_OP)
     one = shape(tiny_config, ["shaping.whiten_advantages=true", "shaping.estimator=reward"]).batch.advantages_BR
     torch.testing.assert_close(one[:, 0].std(correction=0), torch.tensor(1.0), **F32_OP)
-    rewards = shape(tiny_config, ["shaping.whiten_rewards=true"]).batch.rewards_BR[MASK]
-    torch.testing.assert_close(rewards.std(correction=0), torch.tensor(1.0), **F32_OP)
-    assert abs(float(rewards.mean())) > 0.1, "the mean of rewards is kept"
+
+
+@pytest.mark.parametrize(
+    ("level", "before"),
+    [
+        ("token", [-0.25, 0.0, 1.75, -0.125, -0.75, 1.0]),  # of test_token_form_by_hand
+        ("sequence", [1.5, -0.875, 1.0]),  # a response has one reward, and zeros before it that are none
+    ],
+)
+def test_whitened_rewards_keep_their_mean(level: str, before: list[float], tiny_config: Configure) -> None:
+    """Against Python's own statistics: std 1 around the mean, over what is a reward at that level."""
+    mean, std = statistics.fmean(before), statistics.pstdev(before)
+    rewards_BR = shape(tiny_config, ["shaping.whiten_rewards=true", f"shaping.level={level}"]).batch.rewards_BR
+    found = rewards_BR[MASK] if level == "token" else rewards_BR[MASK][[2, 4, 5]]
+    torch.testing.assert_close(found, torch.tensor([(x - mean) / std + mean for x in before]), **F32_OP)
+    if level == "sequence":
+        assert rewards_BR.count_nonzero() == len(before)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "values"),
+    [
+        ("reward", [1.5, -0.875, 1.0]),  # R, one a response, whatever their lengths 3, 2 and 1
+        ("gae", [1.0, 1.5, 0.75, -0.875, -1.25, 0.0]),  # returns less values, one a token
+    ],
+)
+def test_the_spread_of_advantages_is_over_what_has_one(
+    estimator: str, values: list[float], tiny_config: Configure
+) -> None:
+    metrics = shape(tiny_config, [f"shaping.estimator={estimator}", "shaping.whiten_advantages=true"]).metrics
+    assert metrics["advantages/mean"] == pytest.approx(statistics.fmean(values), rel=1e-6)
+    assert metrics["advantages/std"] == pytest.approx(statistics.pstdev(values), rel=1e-6)
 
 
 def test_a_constant_batch_is_centred_and_counted(tiny_config: Configure) -> None:
