@@ -33,6 +33,9 @@ HAND: Final = Tolerance(rtol=0.0, atol=1e-8)
 F32_CANCELLED: Final = Tolerance(rtol=1e-3, atol=0.0)
 """A float32 result in which three digits of the inputs cancel, as they do in expm1(x) - x at x = 1e-3."""
 
+F32_EXP: Final = Tolerance(rtol=1e-5, atol=0.0)
+"""exp of a float32 log-prob of -15: that carries 1e-6, and so does the probability relative to itself."""
+
 F32_GRAD: Final = Tolerance(rtol=1e-5, atol=2e-6)
 """A float32 gradient against float64 autograd: a sum over positions or over the vocabulary of products that have
 been rounded already, some of which cancel."""

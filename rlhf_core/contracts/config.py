@@ -187,8 +187,8 @@ class PPOConfig(Section):
     max_grad_norm: PositiveFloat | None = Field(default=1.0, description="gradient clipping; null: off")
     target_kl: PositiveFloat | None = Field(
         default=None,
-        description="skip the remaining epochs once KL to the behaviour policy over an epoch exceeds this: nats a token, "
-        "at either level",
+        description="skip the remaining epochs once an epoch's KL to the behaviour policy exceeds this: nats per "
+        "token, at either level",
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -87,7 +87,7 @@ def decode(
     Args:
         policy: the behaviour policy.
         prompts: Q token lists.
-        uniforms_BR: [B, max_new_tokens] float32 in [0, 1): the draw of each token, B = Q · k.
+        uniforms_BR: [B, max_new_tokens] float64 in [0, 1): the draw of each token, B = Q · k.
         samples_per_prompt: k.
         rules: sampling and stopping.
         pad_id: fills prompts on the left.
@@ -99,7 +99,7 @@ def decode(
     prefix = policy.prefix(prompts, samples_per_prompt, rules.max_new_tokens, pad_id=pad_id)
     rows_b = torch.arange(num_rows, device=device)
     going_b = torch.ones(num_rows, dtype=torch.bool, device=device)
-    uniforms_BR = uniforms_BR.to(device)
+    uniforms_BR = (uniforms_BR.float() if device.type == "mps" else uniforms_BR).to(device)  # mps has no float64
     projection = policy.projection().prepared()
     eos = torch.tensor(sorted(rules.eos_ids), device=device)
     for step in range(rules.max_new_tokens):

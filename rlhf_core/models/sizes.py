@@ -142,6 +142,8 @@ def notes(config: RunConfig, device: str, parameters: dict[str, int]) -> list[st
         adapter = config.reference_adapter
         off = "its adapter switched off" if adapter is None else f"the adapter {adapter!r} in place of its own"
         said.append(f"the reference is the policy's trunk with {off}: no memory of its own")
+    if device == "mps":
+        said.append("mps has no float64: tokens are drawn by numbers of 24 bits, a few percent off for rare ones")
     if config.frozen_models == "cpu" and device == "cpu":
         said.append("frozen_models cpu changes nothing on a CPU; disk frees the memory of frozen models between stages")
     elif config.frozen_models != "keep":

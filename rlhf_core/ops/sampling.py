@@ -9,8 +9,8 @@ from torch import Tensor
 
 BLOCK = 128
 """Tokens that are summed together before one of them is looked for."""
-MAX_UNIFORM = 1.0 - 2.0**-22
-"""Keeps u · total strictly below the total in float32, so that no token of probability 0 is ever drawn."""
+MAX_UNIFORM = {torch.float64: 1.0 - 2.0**-52, torch.float32: 1.0 - 2.0**-22}
+"""Keeps u · total strictly below the total in that type, so that no token of probability 0 is ever drawn."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
 
     Args:
         logits_BV: [B, V] float32, already divided by the temperature.
-        uniforms_B: [B] float32 in [0, 1).
+        uniforms_B: [B] float64 in [0, 1). A number of 24 bits, as float32 has, would give a token of a vocabulary of
+            150,000 up to 11 % more or less than its probability. mps has no float64: there the number is rounded to 24
+            bits, and so is the cumulative distribution.
         top_k: see :func:`truncated_support`.
         top_p: see :func:`truncated_support`.
     Returns: a Draw; log-probs and entropies are those of the (truncated) distribution: NaN where a logit is.
@@ -73,7 +75,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, top_k: int | None = None, t
         logits_BV = logits_BV.masked_fill(~support_BV, -torch.inf)
     logprobs_BV = logits_BV.log_softmax(dim=1)
     probs_BV = logprobs_BV.exp()
-    tokens_B = _inverted(probs_BV, uniforms_B.clamp(max=MAX_UNIFORM))
+    tokens_B = _inverted(probs_BV, uniforms_B)
     picked_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
     surprise_BV = logprobs_BV.clamp_(min=torch.finfo(logprobs_BV.dtype).min)  # 0 · -inf is NaN
     return Draw(tokens_B, picked_B, -surprise_BV.mul_(probs_BV).sum(dim=1), support_BV)
@@ -92,7 +94,7 @@ def _inverted(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     if whole < size:
         blocks_Bn = torch.cat([blocks_Bn, probs_BV[:, whole:].sum(dim=1, keepdim=True, dtype=wide)], dim=1)
     ends_Bn = blocks_Bn.cumsum(dim=1)
-    targets_B1 = uniforms_B[:, None] * ends_Bn[:, -1:]
+    targets_B1 = uniforms_B.to(wide).clamp(max=MAX_UNIFORM[wide])[:, None] * ends_Bn[:, -1:]
     block_B1 = torch.searchsorted(ends_Bn, targets_B1, right=True).clamp_(max=ends_Bn.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, ends_Bn.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
     tokens_Bk = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)

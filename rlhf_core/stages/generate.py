@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from rlhf_core.models.engines import Drawn, draw_with_transformers
 from rlhf_core.models.sequences import Sequences, by_length
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.models.vllm_engine import draw_with_vllm
-from rlhf_core.ops.randomness import seeded_generator
+from rlhf_core.ops.randomness import seeded_generator, uniforms
 
 CRITIC_ROWS = 64
 """Rows a separate critic reads at a time."""
@@ -149,10 +149,11 @@ def _evaluated(rollouts: Rollouts, prompts: Prompts, actor_critic: ActorCritic, 
     return Rollouts(**{**vars(rollouts), "entropies_BR": entropies_BR, "values_BR": values_BR})
 
 
-def _uniforms(seed: int, iteration: int, prompt_ids: list[int] | object, k: int, length: int) -> Tensor:
+def _uniforms(seed: int, iteration: int, prompt_ids: Sequence[int], k: int, length: int) -> Tensor:
+    """[Q · k, length] float64: the draw of each token, from what each response is."""
     rows = [
-        seeded_generator(seed, "generate", iteration, prompt_id, sample).random(length, dtype=np.float32)
-        for prompt_id in prompt_ids  # pyright: ignore[reportGeneralTypeIssues]
+        uniforms(length, seed, "generate", iteration, prompt_id, sample)
+        for prompt_id in prompt_ids
         for sample in range(k)
     ]
     return torch.from_numpy(np.stack(rows))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SIGMAS
 
-from rlhf_core.ops.randomness import seeded_generator
+from rlhf_core.ops.randomness import seeded_generator, uniforms
 
 EXAMPLES = settings(max_examples=30)
 PURPOSES = st.lists(st.one_of(st.integers(0, 10**9), st.text("abc/-:", max_size=5)), max_size=4)
@@ -100,3 +100,26 @@ def test_first_draws_of_many_purposes_are_uniform() -> None:
     counts = np.histogram(draws, bins=10, range=(0, 1))[0]
     assert (abs(counts / n - 0.1) < SIGMAS * (0.1 * 0.9 / n) ** 0.5).all()
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < SIGMAS / n**0.5
+
+
+def test_uniforms_have_53_bits_of_which_the_first_24_are_the_float32_stream() -> None:
+    found = uniforms(1000, 3, "generate", 7, 11, 0)
+    assert found.dtype == np.float64
+    whole = found * 2.0**53
+    assert (whole == np.floor(whole)).all()
+    assert ((found >= 0) & (found < 1)).all()
+    stream = seeded_generator(3, "generate", 7, 11, 0).random(1000, dtype=np.float32)
+    assert (np.floor(found * 2.0**24) == stream.astype(np.float64) * 2.0**24).all()
+    assert uniforms(9, 3, "generate", 7, 11, 0).tolist() == found[:9].tolist(), "a longer response begins alike"
+
+
+@pytest.mark.parametrize("bits", [24, 30, 47])
+def test_the_further_bits_are_uniform_and_their_own(bits: int) -> None:
+    """χ² of the six bits after the first ``bits``, and no correlation with the leading ones."""
+    found = np.concatenate([uniforms(64, 0, "generate", 0, prompt, 0) for prompt in range(200)])
+    rest = found * 2.0**bits % 1.0
+    counts = np.histogram(rest, bins=64, range=(0, 1))[0]
+    expected = len(found) / 64
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_squared - 63) < SIGMAS * (2 * 63) ** 0.5
+    assert abs(np.corrcoef(found, rest)[0, 1]) < SIGMAS / len(found) ** 0.5

@@ -6,11 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import EXACT, F32_OP, F64_OP, SIGMAS
+from tolerances import EXACT, F32_EXP, F32_OP, F64_OP, SIGMAS
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -272,6 +273,38 @@ def test_an_even_grid_of_uniforms_gives_the_probabilities(top_k: int | None, top
         assert abs(n - prob * count) <= 1.01
         assert n == 0 or prob > 0
     assert_close(tokens_B.sort().values, tokens_B, **EXACT)  # the cumulative distribution is inverted in order
+
+
+def flat_distribution(size: int) -> tuple[Tensor, np.ndarray]:
+    """(float32 logits of a flat-ish distribution, its cumulative distribution by NumPy in float64)."""
+    logits = np.random.default_rng(5).normal(0, 0.7, size).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64))
+    return torch.from_numpy(logits), np.cumsum(weights) / weights.sum()
+
+
+def share_that_is_off(dtype: torch.dtype) -> float:
+    """Of some tokens out of 150,000, the rarest among them: how far the numbers that draw it are from its probability."""
+    logits_V, ends = flat_distribution(150_000)
+    probs = np.diff(ends, prepend=0.0)
+    tokens = np.concatenate([np.argsort(probs)[:12], np.arange(999, 150_000, 12_500)])
+    edges = np.stack([tokens - 1, tokens], axis=1).ravel()  # a token begins where the one before it ends
+    low, high = np.clip(ends[edges] - 1e-6, 0, 1), np.clip(ends[edges] + 1e-6, 0, 1)
+    for _ in range(24):  # 2e-6 / 2^24 = 1e-13
+        middle = (low + high) / 2
+        numbers = torch.from_numpy(middle).to(dtype)
+        drawn = sample(logits_V.expand(len(edges), len(logits_V)), numbers).tokens_B.numpy()
+        low, high = np.where(drawn <= edges, middle, low), np.where(drawn <= edges, high, middle)
+    lengths = np.diff(high.reshape(-1, 2), axis=1)[:, 0]
+    return float(np.abs(lengths / probs[tokens] - 1).max())
+
+
+def test_every_token_of_a_large_vocabulary_has_its_probability() -> None:
+    """The interval of numbers that draw a token is as long as its probability, found by bisection.
+
+    Numbers of 24 bits fall on a grid of 6e-8, where a token of 6e-7 has ten places, or nine, or eleven.
+    """
+    assert share_that_is_off(torch.float64) < F32_EXP["rtol"]
+    assert share_that_is_off(torch.float32) > 0.02, "the test can tell"
 
 
 def test_seeded_draws_have_the_frequencies_of_the_policy() -> None:
