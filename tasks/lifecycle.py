@@ -119,7 +119,7 @@ def record_drift(run_dir: str, set_update: Sequence[str] = (), *, accepted: bool
 
 def _drift(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     """The identity that the run would have here, and how it differs from the recorded one."""
-    identity = run_identity(run.config, preflight(run.config).prompt_set)
+    identity = run_identity(run.config, preflight(run.config, begun=True).prompt_set)
     return identity, identity_drift(run.identity, identity)
 
 

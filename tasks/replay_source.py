@@ -71,7 +71,7 @@ class Source:
     def plan_of(self, config: RunConfig) -> Plan:
         """The plan of a located config."""
         if self.bundle is None:
-            return preflight(config)
+            return preflight(config, begun=True)
         return bundle_plan(config, self.bundle) if self.bundle.with_models else _of_arithmetic(self.bundle.vocab_size)
 
     def decode(self, token: int) -> str:

@@ -78,12 +78,15 @@ class KLConfig(Section):
         default="adaptive", description="adaptive: Ziegler et al. 2019; log_pi: holds the target more tightly"
     )
     target: PositiveFloat = Field(default=6.0, description="nats per response, summed over its tokens")
-    horizon: PositiveFloat = Field(default=10_000.0, description="adaptive: episodes; smaller moves β faster")
+    horizon: PositiveFloat = Field(
+        default=10_000.0, description="adaptive: episodes, at least batch_size; smaller moves β faster"
+    )
     proportional_gain: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="log_pi: β moves against the climb of log KL, this much"
     )
     integral_gain: Annotated[float, Field(ge=0)] = Field(
-        default=0.25, description="log_pi: change of log β an iteration for each unit of log(KL / target), at most 0.2"
+        default=0.25,
+        description="log_pi: log β moves by this x log(KL / target), bounded by ± 0.2, an iteration; at most 1",
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
         default="k1",
@@ -329,7 +332,7 @@ class RunConfig(Section):
         if self.kl.controller == "adaptive" and self.kl.horizon < 0.2 * batch:
             problems.append(
                 f"kl.horizon {self.kl.horizon:g} is below 0.2 x prompts.batch_size = {0.2 * batch:g}: "
-                "β could turn negative; raise kl.horizon"
+                f"β could turn negative; use kl.horizon {batch} or more"
             )
         if self.execution.num_shards > self.prompts.num_prompts:
             problems.append(

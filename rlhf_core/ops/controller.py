@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_core.contracts.config import KLConfig
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
-from rlhf_core.ops.kl import adaptive_kl_coef, kl_error, log_pi_kl_coef
+from rlhf_core.ops.kl import MIN_KL_COEF_SHARE, adaptive_kl_coef, kl_error, log_pi_kl_coef
 
 
 def next_state(
@@ -12,9 +12,11 @@ def next_state(
 ) -> LoopState:
     """The loop state after an iteration: β moved by its controller, everything else carried on.
 
+    A controller never takes β below MIN_KL_COEF_SHARE of ``config.coef``, the first one.
+
     Args:
         state: before the iteration.
-        config: which controller, its target, and its horizon or gains.
+        config: which controller, its first β, its target, and its horizon or gains.
         kl: mean KL of the iteration's responses, nats.
         num_samples: responses of the iteration.
         cursor: where the prompts stand now.
@@ -36,6 +38,8 @@ def next_state(
             proportional_gain=config.proportional_gain,
             integral_gain=config.integral_gain,
         )
+    if config.controller != "fixed":
+        kl_coef = max(kl_coef, MIN_KL_COEF_SHARE * config.coef)
     return LoopState(
         iteration=state.iteration + 1,
         kl_coef=kl_coef,

@@ -14,6 +14,9 @@ MAX_LOG_RATIO = 20.0
 """A log-ratio is clamped to ± this before exp: e^20 is still a float32."""
 KL_COEF_BOUNDS = (1e-30, 1e30)
 """A controller keeps β within: far beyond anything of use, but never 0 for good, and never infinite."""
+MIN_KL_COEF_SHARE = 1e-3
+"""Of the first β: no controller goes below. That is no penalty any more, but 38 iterations of + 20 % lead back; from 1e-30
+none do, and a KL that is still near 0 in the first iterations would switch the penalty off for good."""
 
 
 def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, estimator: str) -> Tensor:
@@ -68,7 +71,7 @@ def adaptive_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float
         kl_coef: β of this iteration.
         kl: mean KL of this iteration's responses, each summed over its tokens; nats.
         target: nats, positive.
-        horizon: episodes, at least 0.2 · num_samples (else β could turn negative).
+        horizon: episodes, at least 0.2 · num_samples (else β could turn negative); a new run needs num_samples.
         num_samples: episodes in this iteration.
     Returns: β of the next iteration, always positive.
     Raises: ValueError if target or horizon is out of range, or the KL is not finite.

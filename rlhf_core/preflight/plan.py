@@ -13,6 +13,7 @@ from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_m
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.preflight.folders import model_config
+from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.policies import (
     check_critic,
     check_reference,
@@ -46,11 +47,12 @@ class Plan:
     notes: list[str]
 
 
-def preflight(config: RunConfig) -> Plan:
+def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     """Check a config against its files and models; load no weights.
 
     Args:
         config: already valid in itself.
+        begun: the run exists, and may have settings that a new one is refused.
     Returns: the plan of the run.
     Raises: UserError with every problem found.
     """
@@ -65,6 +67,7 @@ def preflight(config: RunConfig) -> Plan:
             problems.extend(error.problems)
             return None
 
+    attempt(lambda: check_mathematics(config, begun=begun, notes=found))
     device = attempt(lambda: resolve_device(config.device))
     attempt(lambda: device and check_ranks(config.execution.update, device))
     if config.generation.engine == "vllm":

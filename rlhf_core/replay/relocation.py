@@ -113,7 +113,7 @@ def bundle_plan(config: RunConfig, record: BundleRecord) -> Plan:
 
     Raises: UserError with every problem of its models; IntegrityError if its prompts are not those it lists.
     """
-    plan = preflight(config)
+    plan = preflight(config, begun=True)
     some = plan.prompt_set
     if len(some.entries) != len(record.prompt_rows):
         raise IntegrityError(f"the bundle holds {len(some.entries)} prompts and lists {len(record.prompt_rows)}")

@@ -146,7 +146,7 @@ class TestConfig:
             ("num_iterations=many", Mistake("num_iterations", "'many'", "valid integer")),
             ("device=tpu", Mistake("device", "'tpu'", "'auto', 'cpu', 'cuda' or 'mps'")),
             ("kl.coef=.nan", Mistake("kl.coef", "nan", "finite number")),
-            ("kl.horizon=1", Mistake("kl.horizon 1", "prompts.batch_size = 1.6", "raise kl.horizon")),
+            ("kl.horizon=1", Mistake("kl.horizon 1", "prompts.batch_size = 1.6", "use kl.horizon 8 or more")),
             ("ppo.num_minibatches=3", Mistake("prompts.batch_size 8", "ppo.num_minibatches 3", "not a multiple of")),
             ("prompts.batch_size", Mistake("--set", "'prompts.batch_size'", "section.key=value")),
             ("=8", Mistake("--set", "'=8'", "section.key=value")),

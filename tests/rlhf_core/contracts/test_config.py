@@ -80,7 +80,7 @@ def test_defaults_are_valid_together() -> None:
         ),
         (
             {"prompts": {"batch_size": 100}, "kl": {"horizon": 19.9}},
-            "kl.horizon 19.9 is below 0.2 x prompts.batch_size = 20: β could turn negative; raise kl.horizon",
+            "kl.horizon 19.9 is below 0.2 x prompts.batch_size = 20: β could turn negative; use kl.horizon 100 or more",
         ),
         (
             {"ppo": {"level": "sequence"}},

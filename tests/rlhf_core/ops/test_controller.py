@@ -52,6 +52,25 @@ def test_log_pi_by_hand() -> None:
     assert pi(6.0, 0.0).kl_coef == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        KLConfig(controller="adaptive", coef=0.15, target=6.0, horizon=50.0),  # - 20 % an iteration
+        KLConfig(controller="adaptive", coef=0.15, target=6.0, horizon=10.0),  # - 100 %, as old runs may have it
+        KLConfig(controller="log_pi", coef=0.15, target=6.0, integral_gain=1.0),
+    ],
+    ids=["a fifth", "all of it", "log_pi"],
+)
+def test_a_controller_that_waits_for_the_kl_leaves_a_thousandth_of_beta(config: KLConfig) -> None:
+    """A hundred iterations without KL, then it is ten times the target: β is back before another 50 are over."""
+    state, path = replace(BEFORE, kl_coef=0.15), list[float]()
+    for kl in [0.0] * 100 + [60.0] * 50:
+        state = next_state(state, config, kl=kl, num_samples=50, cursor=AFTER_PROMPTS, moments=AFTER_SCORES)
+        path.append(state.kl_coef)
+    assert min(path) == path[99] == pytest.approx(0.15e-3)
+    assert path[-1] > 0.15
+
+
 def test_log_pi_bounds_what_it_integrates_and_a_kl_below_zero() -> None:
     far = pi(600.0, 1.0)
     assert far.kl_error == 1.0

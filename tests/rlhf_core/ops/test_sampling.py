@@ -283,7 +283,7 @@ def flat_distribution(size: int) -> tuple[Tensor, np.ndarray]:
 
 
 def share_that_is_off(dtype: torch.dtype) -> float:
-    """Of some tokens out of 150,000, the rarest among them: how far the numbers that draw it are from its probability."""
+    """Of some tokens out of 150,000, the rarest among them: the worst one's share of the numbers, against its π."""
     logits_V, ends = flat_distribution(150_000)
     probs = np.diff(ends, prepend=0.0)
     tokens = np.concatenate([np.argsort(probs)[:12], np.arange(999, 150_000, 12_500)])
