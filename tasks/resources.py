@@ -71,6 +71,8 @@ class Resources:
         self._trainer: Trainer | None = None
         self._behaviour: tuple[str, ActorCritic] | None = None
         self._num_threads: int | None = None
+        self.has_given_rewards = False
+        """Whether other components score than those of the config: workers have none of them."""
 
     @property
     def num_threads(self) -> int:
@@ -115,7 +117,7 @@ class Resources:
     @property
     def plan(self) -> Plan:
         """The run's plan, with its prompts and tokenizer."""
-        return self._once("plan", lambda: preflight(self.run.config))
+        return self._once("plan", lambda: preflight(self.run.config, begun=True))
 
     def keep_plan(self, plan: Plan) -> None:
         """Take over the plan of whoever has just checked this run, instead of making it again."""
@@ -128,6 +130,7 @@ class Resources:
     def keep_rewards(self, components: Sequence[Component]) -> None:
         """Let these score, instead of those that the config names."""
         self._kept["reward_components"] = list(components)
+        self.has_given_rewards = True
 
     def keep_trainer(self, trainer: Trainer) -> None:
         """Take over a trainer, instead of finding it again from checkpoint and updates."""

@@ -68,7 +68,7 @@ def generated(kept: Resources, iteration: int, prompts: ArtifactRef, batch: Prom
 
 def scored(kept: Resources, iteration: int, refs: Refs) -> StageResult[Scores]:
     """The scores of all responses; ``refs``: prompts and rollouts."""
-    if not kept.is_sharded:
+    if not kept.is_sharded or kept.has_given_rewards:
         return _score(kept, refs, None)
     parts = _parts(kept, "score_rewards", iteration, refs)
     names = kept.run.config.reward.names

@@ -12,7 +12,6 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import flat_params
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import LoopState
-from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.update_config import UpdateConfig
 from rlhf_core.models.checkpoints import Trainer
@@ -24,7 +23,8 @@ from rlhf_core.replay.what_if import WhatIf, advantages_of, quantities_of, with_
 from tasks.replay import Progress
 from tasks.replay_source import Source, load_weights, opened
 from tasks.resources import Resources, resources
-from tasks.shadow import compute_stage, manifest_path, remove_stage, shadow_of
+from tasks.shadow import compute_stage, remove_stage, shadow_of
+from tasks.what_if_state import set_state
 
 
 def ask_what_if(
@@ -65,6 +65,7 @@ def ask_what_if(
             if trainer is not None:
                 kept.keep_trainer(trainer)
             stages = [stage for stage in changes.stages if stage not in skipped]
+            set_state(source, changes, shadow, kept, progress)
             what_if = _compute(source, changes, shadow, kept, stages, progress)
             update = shadow.manifest("ppo_update", source.iteration) if "ppo_update" in what_if else None
         return WhatIf(
@@ -73,13 +74,14 @@ def ask_what_if(
             changes=_told(source.run.config, changes, state),
             computed=stages,
             skipped=skipped,
+            notes=changes.notes,
             quantities=quantities_of(
                 stored,
                 what_if,
                 kl_coef=(state.kl_coef, state.kl_coef if changes.kl_coef is None else changes.kl_coef),
                 next_kl_coef=(
                     float(source.manifests["ppo_update"].state["kl_coef"]),
-                    None if update is None else float(update.state["kl_coef"]),
+                    None if update is None or not changes.has_next_kl_coef else float(update.state["kl_coef"]),
                 ),
             ),
             advantages=advantages_of(stored, what_if),
@@ -101,8 +103,6 @@ def _compute(
     if changes.scores_are_stored:
         scores = kept.scores(source.manifests["score_rewards"].artifact)
         kept.keep_rewards(stored_components(scores, changes.config.reward.names))
-    if changes.kl_coef is not None and iteration > 0:
-        _set_beta(shadow, iteration - 1, changes.kl_coef)
     for stage in stages:
         remove_stage(stage, iteration, shadow.path)
     refs = {stage: manifest.artifact for stage, manifest in source.manifests.items()}
@@ -147,13 +147,6 @@ def _here(config: RunConfig) -> RunConfig:
     """This process makes the update in question, whoever made the run's: ranks differ in last bits."""
     execution = config.execution.model_copy(update={"update": UpdateConfig()})
     return config.model_copy(update={"execution": execution})
-
-
-def _set_beta(shadow: RunFolder, iteration: int, kl_coef: float) -> None:
-    """Let the loop state after an iteration have another β."""
-    path = shadow.path / manifest_path(iteration, "ppo_update")
-    record = read_record(path)
-    write_record(path, record | {"state": {**record["state"], "kl_coef": kl_coef}})
 
 
 def _told(config: RunConfig, changes: Changes, state: LoopState) -> list[str]:

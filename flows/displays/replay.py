@@ -135,6 +135,8 @@ def show_what_if(console: Console, answer: WhatIf) -> None:
     _line(console, f"computed again on the same responses: {', '.join(answer.computed)}")
     for stage, reason in answer.skipped.items():
         _line(console, f"{stage} was not: {reason}", style="yellow")
+    for note in answer.notes:
+        _line(console, f"note: {note}", style="yellow")
     console.print(_table_of_quantities(answer.quantities))
     if answer.sample is not None:
         _line(console, f"{answer.sample}: stored → what if", style="bold")

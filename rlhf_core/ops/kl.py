@@ -15,8 +15,8 @@ MAX_LOG_RATIO = 20.0
 KL_COEF_BOUNDS = (1e-30, 1e30)
 """A controller keeps β within: far beyond anything of use, but never 0 for good, and never infinite."""
 MIN_KL_COEF_SHARE = 1e-3
-"""Of the first β: no controller goes below. That is no penalty any more, but 38 iterations of + 20 % lead back; from 1e-30
-none do, and a KL that is still near 0 in the first iterations would switch the penalty off for good."""
+"""Of the first β: no controller goes below. That is no penalty any more, but 38 iterations of + 20 % lead back; from
+1e-30 none do, and a KL that is still near 0 in the first iterations would switch the penalty off for good."""
 
 
 def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, estimator: str) -> Tensor:

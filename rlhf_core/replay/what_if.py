@@ -65,6 +65,8 @@ class WhatIf:
     """Stages that were computed again."""
     skipped: Mapping[str, str]
     """Stage -> why it was not."""
+    notes: Sequence[str]
+    """What stays as the run had it, though the changes might have made another one of it."""
     quantities: Sequence[Quantity]
     advantages: Advantages
     sample: str | None = None
@@ -140,12 +142,21 @@ def advantages_of(stored: Tables, what_if: Tables) -> Advantages:
 def with_optimizer_of(trainer: Trainer, config: RunConfig) -> Trainer:
     """The same weights and moments, moved by an optimizer of another config.
 
+    AdamW divides a moment by 1 - beta^steps before it is used: under another beta, moments are scaled so that this
+    gives what it gave in the run. (A beta1 of 0.999 in the place of 0.9 would make it 71 times as large after 8 steps.)
+
     Args:
         trainer: whose parameters are shared, not copied.
         config: its `ppo` section says betas, eps and weight decay.
     """
     optimizer = new_optimizer(trainer.actor_critic, config)
     optimizer.state.update(trainer.optimizer.state)
+    then, now = (each.param_groups[0]["betas"] for each in (trainer.optimizer, optimizer))
+    for state in optimizer.state.values():
+        for name, before, after in zip(("exp_avg", "exp_avg_sq"), then, now, strict=True):
+            if before != after:
+                steps = float(state["step"])
+                state[name] = state[name] * ((1.0 - after**steps) / (1.0 - before**steps))
     return Trainer(trainer.actor_critic, optimizer, trainer.iteration)
 
 

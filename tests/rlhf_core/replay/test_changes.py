@@ -43,6 +43,17 @@ def test_another_reward_model_is_asked_again(tiny_config: Make) -> None:
     assert not asked(tiny_config, "reward.components.0.max_len=5").scores_are_stored
 
 
+def test_a_component_as_a_whole_may_have_another_name(tiny_config: Make) -> None:
+    found = asked(tiny_config, "reward.components=[{kind: function, function: length, name: len}]")
+    assert "reward.components.0.name" not in found.keys
+    assert not found.scores_are_stored
+    component = tiny_config([]).reward.components[0]
+    same = f"{{kind: model, model: {component.model}, weight: 2.0, name: other}}"  # pyright: ignore[reportAttributeAccessIssue]
+    found = asked(tiny_config, f"reward.components=[{same}]")
+    assert found.keys == ["reward.components.0.weight"]
+    assert not found.scores_are_stored, "what is stored stands under the other name"
+
+
 def test_several_keys_begin_with_the_first_stage(tiny_config: Make) -> None:
     found = asked(tiny_config, "ppo.clip_range=0.1", "reward.combine=min")
     assert found.stages == [SCORE, SHAPE, UPDATE]
@@ -69,6 +80,11 @@ def test_no_penalty_at_all_may_be_asked_whatever_the_controller(tiny_config: Mak
         ("policy.dtype=bfloat16", "--set policy.dtype would need new responses"),
         ("seed=3", "--set seed would need new responses"),
         ("num_threads=3", "--set num_threads is where the run is computed"),
+        ("execution.num_shards=2", "--set execution.num_shards is where the run is computed"),
+        (
+            "ppo.critic_warmup_iterations=1",
+            "decides the first 1 iterations, and of iteration 1 the weights alone",
+        ),
         ("kl.target=9.0", "--set kl.target decides β of later iterations and changes nothing in iteration 1"),
         ("checkpoint.every=3", "--set checkpoint.every changes no number"),
         ("tracking.experiment=x", "--set tracking.experiment changes no number"),
@@ -84,6 +100,36 @@ def test_what_cannot_be_asked(tiny_config: Make, override: str, said: str) -> No
     with pytest.raises(UserError) as refused:
         asked(tiny_config, override)
     assert said in str(refused.value)
+
+
+def test_the_policy_of_an_overlapped_run_answered_otherwise(tiny_config: Make) -> None:
+    with pytest.raises(UserError, match=r"--set execution\.overlap would need new responses"):
+        changes_of(tiny_config(["execution={num_shards: 2}"]), ["execution.overlap=true"], iteration=1, kl_coef=0.15)
+
+
+def test_a_warm_up_that_this_iteration_is_in(tiny_config: Make) -> None:
+    assert asked(tiny_config, "ppo.critic_warmup_iterations=2").stages == [UPDATE]
+
+
+@pytest.mark.parametrize(
+    ("run", "override", "moments_of"),
+    [
+        ("none", "shaping.score_normalization=running", [0, 1, 2, 3, 4]),
+        ("none", "shaping.score_normalization=reference", [0]),
+        ("running", "shaping.score_normalization=reference", [0]),
+        ("reference", "shaping.score_normalization=running", [0, 1, 2, 3, 4]),
+        ("running", "shaping.score_normalization=none", []),
+        ("running", "reward.components.0.weight=2.0", [0, 1, 2, 3, 4]),
+        ("reference", "reward.components.0.model=elsewhere", [0]),
+        ("running", "shaping.score_clip=1.0", []),
+        ("none", "reward.components.0.weight=2.0", []),
+    ],
+)
+def test_whose_scores_make_the_moments(run: str, override: str, moments_of: list[int], tiny_config: Make) -> None:
+    config = tiny_config([*ADAPTIVE, f"shaping.score_normalization={run}", "num_iterations=9"])
+    found = changes_of(config, [override], iteration=5, kl_coef=0.15)
+    assert list(found.moments_of) == moments_of
+    assert found.is_scored_again == override.startswith("reward.")
 
 
 def test_every_problem_is_told(tiny_config: Make) -> None:
