@@ -127,7 +127,8 @@ def group_relative(rewards_BR: Tensor, response_mask_BR: Tensor, group_B: Tensor
     Returns: [B, R] float32, zero where masked.
     Raises: ValueError if shapes differ, or a prompt has a single response.
     Source: Shao et al. 2024, GRPO (arXiv 2402.03300), section 4.1.2; without the std: Liu et al. 2025, Dr. GRPO
-        (arXiv 2503.20783). Differs: TRL and verl add 1e-4 or 1e-6 to the std instead.
+        (arXiv 2503.20783). Differs: TRL 1.12 (grpo_trainer.py:2809) adds 1e-4 to the std instead, verl 0.9.1
+        (core_algos.py:326) 1e-6, OpenRLHF 0.11.2 (experience_maker.py:274) 1e-9.
     """
     total_B, dense_B, size_B = _groups(rewards_BR, response_mask_BR, group_B)
     advantage_B = total_B - _group_sum(total_B, dense_B) / size_B

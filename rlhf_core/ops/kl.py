@@ -41,7 +41,8 @@ def token_kl(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, *, e
     Returns: [B, R] float32, nats, zero where masked.
     Raises: ValueError if shapes differ or the estimator is unknown.
     Source: Schulman 2020, "Approximating KL divergence". There the samples come from q and r = p/q, so
-        log r = -d here. Differs: in k3, d is clamped to ± 20. k3+: verl 0.9.1, ``core_algos.kl_penalty``.
+        log r = -d here. Differs: in k3, d is clamped to ± 20. k3+: verl 0.9.1
+        (core_algos.py:2213).
     """
     if logprobs_BR.shape != ref_logprobs_BR.shape or logprobs_BR.shape != mask_BR.shape:
         raise ValueError(

@@ -176,7 +176,8 @@ def approx_kl(log_ratios: Tensor) -> Tensor:
             log-ratios are sums, ρ - 1 - log ρ grows exponentially with the length, and is no use.)
     Returns: same shape, nats.
     Raises: nothing.
-    Source: Schulman 2020, "Approximating KL divergence" (k3). TRL logs ½ (log ρ)², equal to second order.
+    Source: Schulman 2020, "Approximating KL divergence" (k3). TRL 1.12 (ppo_trainer.py:857) logs ½ (log ρ)²,
+        equal to second order, as a mean over padding as well.
     """
     return torch.expm1(log_ratios) - log_ratios
 

@@ -65,8 +65,9 @@ def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool) -> tuple[Tensor, bo
     Returns: (whitened values, zero where masked; whether the division was left out because the std is
         below MIN_STD or only one entry is real).
     Raises: ValueError if shapes differ or the mask is not bool.
-    Source: Ziegler et al. 2019, code (``whiten``, whose ``shift_mean`` is ``not keep_mean``). Differs: means are over
-        real tokens only, and a constant batch is centred instead of being divided by ~0.
+    Source: Ziegler et al. 2019, code (core.py:336 ``whiten``, whose ``shift_mean`` is ``not keep_mean``). Differs: a
+        mask, the population std as there (TRL 1.12 and verl 0.9.1 have the sample's), and a constant batch is centred
+        instead of being divided by sqrt(0 + 1e-8).
     """
     exact = values.double()  # in float32, the rounding of a large constant looks like a spread
     mean, std = masked_mean(exact, mask), masked_std(exact, mask)

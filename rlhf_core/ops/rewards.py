@@ -106,7 +106,7 @@ def penalize_missing_eos(score_B: Tensor, ended_B: Tensor, *, penalty: float, mo
     Returns: [B] float32.
     Raises: ValueError if the mode is unknown.
     Source: TRL ``missing_eos_penalty`` (subtract); Stiennon et al. 2020 / N+ details (set to -1). Differs:
-        a user's stop sequence counts as an end (TRL looks for EOS even then).
+        a user's stop sequence counts as an end (TRL 1.12, ppo_trainer.py:757, looks for EOS even then).
     """
     if mode not in ("subtract", "set"):
         raise ValueError(f"unknown missing-EOS mode {mode!r}; known: subtract, set")
@@ -128,8 +128,8 @@ def shaped_rewards(score_B: Tensor, penalty_BR: Tensor, mask_BR: Tensor, *, kl_c
         level: token or sequence.
     Returns: [B, R] float32, zero where masked.
     Raises: ValueError if shapes differ or the level is unknown.
-    Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2. Differs: TRL and N+ add the score one
-        position past the EOS.
+    Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2. Differs: TRL 1.12 (ppo_trainer.py:778) and N+
+        (ppo.py:684) add the score one position past the EOS.
     """
     if penalty_BR.shape != mask_BR.shape or score_B.shape != mask_BR.shape[:1]:
         raise ValueError(f"shapes differ: {tuple(score_B.shape)}, {tuple(penalty_BR.shape)}, {tuple(mask_BR.shape)}")
