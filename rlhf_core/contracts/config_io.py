@@ -24,6 +24,7 @@ from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 
 from rlhf_core.contracts import execution_config, generation_config
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_places import functions_located, located, lookup_folders
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RewardConfig
 from rlhf_core.contracts.secrets import without_secrets
@@ -42,10 +43,12 @@ for _kind in ("binary", "set", "omap", "pairs"):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML config and apply ``a.b=c`` overrides.
+    """Read a YAML config, apply ``a.b=c`` overrides, and make relative paths absolute.
+
+    Paths in the file are looked up in its folder, then in the working folder; those of overrides the other way round.
 
     Args:
-        path: YAML file; an empty file gives all defaults.
+        path: YAML (or JSON) file; an empty file gives all defaults.
         overrides: ``dotted.key=value``, later ones win; numbers in the key reach into lists.
     Raises:
         UserError: the file or an override is unreadable, or the values are refused; all problems at once.
@@ -55,14 +58,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {path} holds a {type(tree).__name__}; a mapping of sections is needed")
-    return build_config(cast("dict[str, Any]", tree), overrides)
+    folders = lookup_folders(path)
+    values = _with_overrides(located(cast("dict[str, Any]", tree), folders), overrides)
+    return _validated(functions_located(located(values, folders[::-1]), folders))
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Validate a plain tree, with overrides applied. Raises UserError with every problem."""
+    return _validated(_with_overrides(tree, overrides))
+
+
+def _with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     values = cast("dict[str, Any]", copy.deepcopy(tree))
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def _validated(values: dict[str, Any]) -> RunConfig:
     try:
         values = cast("dict[str, Any]", json.loads(json.dumps(values)))  # joins the surrogate pairs that YAML leaves
         json.dumps(values, ensure_ascii=False).encode()
@@ -107,6 +120,7 @@ def config_digest(config: RunConfig) -> str:
     """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
     numberless: dict[str, Any] = dict.fromkeys(("tracking", "frozen_models", "guards", "artifacts"), True)
     numberless["execution"] = set(execution_config.NUMBERLESS)
+    numberless["reward"] = {"components": {"__all__": {"folder"}}}  # a function's files have an entry of their own
     numberless["generation"] = {"vllm": set(generation_config.NUMBERLESS)}
     return digest_json(config.model_dump(exclude=numberless))
 

@@ -73,7 +73,19 @@ class FunctionReward(ComponentSection):
         default="",
         description="module:callable, or length, regex, format, exact_match, numeric_match, sentiment, repetition",
     )
+    folder: str | None = Field(
+        default=None,
+        description="absolute path of the folder that holds the module; null: the config's own folder where the "
+        "module is in it, then the working folder, then Python's path",
+    )
     params: dict[str, Any] = Field(default={}, description="more keyword arguments")
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith("/"):
+            raise ValueError(f"the folder {folder!r} is no absolute path; give one that begins with /")
+        return folder
 
     @field_validator("params")
     @classmethod
