@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 
@@ -180,7 +180,7 @@ class RewardConfig(Section):
         if not isinstance(components, list):
             return components
         items = cast("list[object]", components)
-        return [{"kind": "model", **cast("dict[str, Any]", c)} if isinstance(c, dict) else c for c in items]
+        return [{"kind": _kind_of(c), **cast("dict[str, Any]", c)} if isinstance(c, dict) else c for c in items]
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -225,6 +225,12 @@ class RewardConfig(Section):
     def first_model(self) -> ModelReward | None:
         """The component that a critic may start from."""
         return next((c for c in self.components if isinstance(c, ModelReward)), None)
+
+
+def _kind_of(component: Mapping[str, Any]) -> str:
+    """The kind of a component that does not say it, by the one key that names what scores."""
+    named = [kind for key, kind in (("function", "function"), ("url", "http")) if component.get(key)]
+    return named[0] if len(named) == 1 and not component.get("model") else "model"
 
 
 def _listed(hosts: Sequence[str]) -> str:
