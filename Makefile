@@ -6,7 +6,29 @@ JOBS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test torture bench lint format clean
+# Which Python: one that is too old is refused before anything is made, and an environment of one is made anew.
+OLDEST := 11
+VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+IS_NEW = $(shell echo $(1) | { IFS=. read major minor; test "$$major" = 3 && test "$$minor" -ge $(OLDEST) && echo yes; })
+IS_ASKED := $(filter command environment,$(firstword $(origin PYTHON)))
+HAS := $(call VERSION_OF,$(BIN)/python)
+FOUND := $(call VERSION_OF,$(PYTHON))
+OTHER = $(shell for p in python3.11 python3.12 python3.13 python3.14; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+ifneq ($(call IS_NEW,$(HAS)),)
+ifneq ($(IS_ASKED),)
+ifneq ($(FOUND),$(HAS))
+REFUSED = $(VENV) is of Python $(HAS), and PYTHON=$(PYTHON) is $(or $(FOUND:%=Python %),not there): \
+	run 'make clean' first, or leave PYTHON out
+endif
+endif
+else ifneq ($(call IS_NEW,$(FOUND)),)
+ANEW := anew
+else
+REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDEST) or newer is needed: \
+	$(if $(OTHER),run 'make $(MAKECMDGOALS) PYTHON=$(OTHER)',install it and run 'make $(MAKECMDGOALS) PYTHON=python3.$(OLDEST)')
+endif
+
+.PHONY: quickstart test torture bench lint format clean anew refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -34,8 +56,14 @@ format: $(VENV)/.installed-dev
 clean:  ## forget the environment and the quickstart's world
 	rm -rf $(VENV) .quickstart
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+refused:
+	@echo "$(strip $(REFUSED))" >&2; exit 1
+
+anew:  ## an environment that is not there, or whose Python is too old or gone
+	@test ! -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is of $(or $(HAS:%=Python %),a Python that is gone), and is made anew"; rm -rf $(VENV); }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(if $(REFUSED),refused,$(ANEW))
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) -e .

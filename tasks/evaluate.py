@@ -18,6 +18,7 @@ from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.run_places import runs_near
 from rlhf_core.evaluation import summary
 from rlhf_core.evaluation.folder import (
     BLENDED,
@@ -234,9 +235,14 @@ def _bare_model(request: Request, config: RunConfig | None) -> dict[str, str]:
     if target.exists() and not is_model:
         raise UserError(
             f"{request.target} is neither a run folder (it has no run.json) nor a model folder (no config.json)"
+            f"{runs_near(target)}"
         )
-    if not target.exists() and (request.target.startswith((".", "/", "~")) or request.target.count("/") > 1):
-        raise UserError(f"{request.target} does not exist; give a run folder, a model folder or a hub id")
+    if not target.exists() and (config is None or _looks_local(request.target)):
+        needs = "" if _looks_local(request.target) else "; a model of the hub needs --config"
+        raise UserError(
+            f"{request.target} does not exist: there is no such run and no such model folder here"
+            f"{runs_near(target)}{needs}"
+        )
     if config is None:
         raise UserError(
             f"{request.target} is no run folder, so --config is needed: reward, reference and generation come from it"
@@ -244,3 +250,9 @@ def _bare_model(request: Request, config: RunConfig | None) -> dict[str, str]:
     if request.checkpoint != "newest":
         raise UserError(f"--checkpoint is {request.checkpoint}, but {request.target} is no run folder: leave it out")
     return {MODEL: ""}
+
+
+def _looks_local(target: str) -> bool:
+    """Whether a target that does not exist names a place of this machine, and no model of the hub: ``runs/typo``."""
+    slashes = target.count("/")
+    return target.startswith((".", "/", "~")) or slashes > 1 or (slashes == 1 and Path(target).parent.is_dir())

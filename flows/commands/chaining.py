@@ -9,6 +9,7 @@ import typer
 
 from flows import stopping
 from flows.commands.options import ConfigOption, SetOption, console, local_only, prepare_environment
+from rlhf_core.contracts.config_places import naming_places
 
 
 def chain(
@@ -52,6 +53,7 @@ def chain(
     from flows.displays.terminal import TerminalWatcher
     from flows.progress import watched_by
 
-    with TerminalWatcher(console, run_config.num_iterations) as terminal, watched_by(terminal):
+    watching = TerminalWatcher(console, run_config.num_iterations)
+    with naming_places(config), watching as terminal, watched_by(terminal):
         outcome = run_flow(chain_flow, run_config, str(runs), gate, reward_model)
     console.print(outcome, markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 
 from flows import stopping
 from flows.commands.options import JsonOption, RunArgument, SetOption, console, local_only, prepare_environment
+from rlhf_core.contracts.config_places import naming_places
 
 
 def evaluate(
@@ -48,7 +49,7 @@ def evaluate(
         parse_shares(blend),
     )  # fmt: skip
     stopping.on_stop(lambda: "stopped; the same command goes on from the samples that are there")
-    with adding(target, EVALUATIONS):
+    with naming_places(config), adding(target, EVALUATIONS):
         evaluate_and_show(console, request, request_config(local(target), config, set_ or []), as_json=as_json)
 
 

@@ -18,6 +18,7 @@ from flows.commands.options import (
     local_only,
     prepare_environment,
 )
+from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import UserError
 
 Found = TypeVar("Found")
@@ -74,5 +75,7 @@ def sweep(
     out = out or Path("runs") / f"{config.stem}-sweep"
     stopping.on_stop(lambda: f"stopped; the same command goes on: what is finished stays, in {out}")
     request = SweepRequest(str(out), axes, numbers, jobs, at_kl, price, max_runs or MAX_RUNS)
-    if not sweep_and_show(console, request, run_config, as_json=as_json):
+    with naming_places(config):
+        is_complete = sweep_and_show(console, request, run_config, as_json=as_json)
+    if not is_complete:
         raise typer.Exit(EXIT_INCOMPLETE)

@@ -12,6 +12,7 @@ import typer
 
 from flows import stopping
 from flows.commands.options import A_RUN, ConfigOption, SetOption, console, prepare_environment
+from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.store.address import shown
 
@@ -41,13 +42,14 @@ def train(
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.store.opening import check_new, writing
 
-    run_config = load_config(config, set_ or [])
-    run_dir = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    check_new(run_dir)
-    with console.status("checking the config, models and prompts"):
-        from rlhf_core.preflight import preflight
+    with naming_places(config):
+        run_config = load_config(config, set_ or [])
+        run_dir = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        check_new(run_dir)
+        with console.status("checking the config, models and prompts"):
+            from rlhf_core.preflight import preflight
 
-        preflight(run_config)
+            preflight(run_config)
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
@@ -117,9 +119,10 @@ def check(
     from rlhf_core.preflight import preflight
     from rlhf_core.store.opening import copy_of
 
-    run_config = load_config(config, set_ or [])
-    with console.status("checking the config, models and prompts"):
-        plan = preflight(run_config)
+    with naming_places(config):
+        run_config = load_config(config, set_ or [])
+        with console.status("checking the config, models and prompts"):
+            plan = preflight(run_config)
     show_plan(console, run_config, plan, copy_of(run_dir))
 
 
@@ -130,8 +133,8 @@ def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> N
     from rlhf_core.costs.forecast import forecast
     from rlhf_core.costs.hardware import parse_hardware
 
-    run_config, asked = load_config(config, set_ or []), [parse_hardware(name) for name in names]
-    with console.status("reading the models' shapes"):
+    with naming_places(config), console.status("reading the models' shapes"):
+        run_config, asked = load_config(config, set_ or []), [parse_hardware(name) for name in names]
         found = [forecast(run_config, hardware) for hardware in asked]
     for each in found:
         show_forecast(console, each)

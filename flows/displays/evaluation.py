@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +40,12 @@ ROWS = {
 }
 """Number -> what it is called, and its digits."""
 NUM_SAMPLES = 3
+LINE_EVERY_S = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+FOUND_S = 0.1
+"""A part that took less was there already, and says nothing about those that have to be drawn."""
+NEWEST = 5
+"""Parts whose mean time is taken for that of the remaining ones."""
 
 
 def evaluate_and_show(console: Console, request: Request, config: RunConfig | None, *, as_json: bool) -> None:
@@ -55,7 +63,8 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
     from flows.evaluate import evaluate
     from rlhf_core.evaluation.folder import EvaluationFolder
 
-    with PartsWatcher(progress, len(planned.parts)) as parts, watched_by(parts):
+    watched_on = progress if progress.is_terminal else Console(stderr=True)  # a pipe gets the results alone
+    with PartsWatcher(watched_on, len(planned.parts)) as parts, watched_by(parts):
         folder = run_flow(evaluate, **asdict(request), config=config)
     there = EvaluationFolder.open(Path(cast("str", folder)))
     if as_json:
@@ -67,19 +76,33 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
 
 
 class PartsWatcher(Silent):
-    """Shows which part of which policy's samples is drawn."""
+    """Shows which part of which policy's samples is drawn and the time left; plain lines where there is no terminal.
 
-    def __init__(self, console: Console, num_parts: int) -> None:
+    Args:
+        console: on which progress is shown.
+        num_parts: of all policies together.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, console: Console, num_parts: int, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (TextColumn("[bold]samples"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("[cyan]{task.fields[what]}"), console=console, transient=True)
-        self._task = self._bar.add_task("samples", total=num_parts, what="starting")
+        left, what = TextColumn("{task.fields[left]}"), TextColumn("[cyan]{task.fields[what]}")
+        self._bar = Progress(*columns, left, what, console=console, transient=True)
+        self._task = self._bar.add_task("samples", total=num_parts, what="starting", left="")
+        self._num_parts, self._clock = num_parts, clock
+        self._part_began = clock()
+        self._line_printed = -LINE_EVERY_S
+        self._drawn_s: list[float] = []
+        """Seconds that each part took which was not there already."""
 
     def __enter__(self) -> PartsWatcher:
-        self._bar.start()
+        if self._bar.console.is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.console.is_terminal:
+            self._bar.stop()
 
     def warned(self, sentence: str) -> None:
         """Print it above the bar."""
@@ -87,7 +110,27 @@ class PartsWatcher(Silent):
 
     def stage_started(self, iteration: int, stage: str) -> None:
         """``iteration`` parts are done; a part of the policy ``stage`` begins."""
-        self._bar.update(self._task, completed=iteration, what=stage)
+        now = self._clock()
+        if iteration and (took := now - self._part_began) > FOUND_S:
+            self._drawn_s.append(took)
+        self._part_began = now
+        left = self._time_left(self._num_parts - iteration)
+        self._bar.update(self._task, completed=iteration, what=stage, left=left)
+        is_due = now - self._line_printed >= LINE_EVERY_S or iteration in (1, self._num_parts)
+        if is_due and not self._bar.console.is_terminal:
+            self._line_printed = now
+            self._bar.console.print(
+                f"samples: {iteration} of {self._num_parts} parts done{f', {left}' if left else ''}; now {stage}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+
+    def _time_left(self, num_parts: int) -> str:
+        """From the newest parts; nothing before the first one is drawn."""
+        newest = self._drawn_s[-NEWEST:]
+        if not newest or not num_parts:
+            return ""
+        seconds = math.ceil(num_parts * sum(newest) / len(newest))
+        return f"about {seconds} s left" if seconds < 100 else f"about {math.ceil(seconds / 60)} min left"
 
 
 def notes(planned: PlannedEvaluation) -> list[str]:

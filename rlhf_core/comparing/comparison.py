@@ -115,8 +115,6 @@ def _opened(paths: Sequence[Path]) -> list[RunFolder]:
 
 def _open(path: Path) -> RunFolder:
     """A run with at least one finished iteration. Raises RlhfError."""
-    if not path.is_dir():
-        raise UserError(f"{path} is not a run folder: there is no such folder")
     try:
         run = RunFolder.open(path)
     except UserError as error:

@@ -8,6 +8,8 @@ model stand in :mod:`rlhf_core.preflight`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -59,15 +61,6 @@ class PromptsConfig(Section):
             if columns.count(name) > 1:
                 raise ValueError(f"the column {name!r} is named twice")
         return columns
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> Self:
-        if self.batch_size % self.samples_per_prompt:
-            raise ValueError(
-                f"prompts.batch_size {self.batch_size} is not a multiple of "
-                f"prompts.samples_per_prompt {self.samples_per_prompt}"
-            )
-        return self
 
 
 class KLConfig(Section):
@@ -325,10 +318,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems: list[str] = []
-        batch, minibatches = self.prompts.batch_size, self.ppo.num_minibatches
-        if batch % minibatches:
-            problems.append(f"prompts.batch_size {batch} is not a multiple of ppo.num_minibatches {minibatches}")
+        problems, batch = self._batch_problems(), self.prompts.batch_size
         if self.kl.controller == "adaptive" and self.kl.horizon < 0.2 * batch:
             problems.append(
                 f"kl.horizon {self.kl.horizon:g} is below 0.2 x prompts.batch_size = {0.2 * batch:g}: "
@@ -354,6 +344,24 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _batch_problems(self) -> list[str]:
+        """A batch that is no whole number of minibatches or of prompts' groups, with the numbers that would do."""
+        batch, step = self.prompts.batch_size, math.lcm(self.prompts.samples_per_prompt, self.ppo.num_minibatches)
+        parts = {
+            "prompts.samples_per_prompt": self.prompts.samples_per_prompt,
+            "ppo.num_minibatches": self.ppo.num_minibatches,
+        }
+        wrong = {name: count for name, count in parts.items() if batch % count}
+        if not wrong:
+            return []
+        sizes = [size for size in (batch // step * step, batch // step * step + step) if size]
+        others = [f"{name} {_or(_nearest_divisors(batch, count))}" for name, count in wrong.items()]
+        return [
+            f"prompts.batch_size {batch} is not a multiple of "
+            + " nor of ".join(f"{name} {count}" for name, count in wrong.items())
+            + f"; use prompts.batch_size {_or(sizes)}, or {' and '.join(others)}"
+        ]
 
     def _estimator_problems(self) -> list[str]:
         problems: list[str] = []
@@ -389,6 +397,17 @@ class RunConfig(Section):
                 f"{self.num_iterations} to the policy; use fewer"
             )
         return problems
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The largest divisor below what is wanted and the smallest one above."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below, above = [n for n in divisors if n < wanted], [n for n in divisors if n > wanted]
+    return [*below[-1:], *above[:1]]
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _with(adapter: str | None) -> str:

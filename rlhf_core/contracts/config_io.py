@@ -11,12 +11,12 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -24,12 +24,22 @@ from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 
 from rlhf_core.contracts import execution_config, generation_config
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_mistakes import sentences
+from rlhf_core.contracts.config_places import functions_located, located, lookup_folders
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RewardConfig
-from rlhf_core.contracts.secrets import without_secrets
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20
+_REMEDIES = {
+    r"found character '\t'": "; indent with spaces, not with tabs",
+    "mapping values are not allowed": "; put a value that holds a colon and a space in quotes, and a key on a line of "
+    "its own",
+    "expected <block end>": "; look at how far that line and those above it are indented",
+    "found undefined": "; put text that holds a backslash in single quotes",
+    "unknown escape": "; put text that holds a backslash in single quotes",
+}
+"""Part of what the YAML reader says -> what to do about it."""
 
 
 class _PlainConstructor(SafeConstructor):
@@ -42,10 +52,12 @@ for _kind in ("binary", "set", "omap", "pairs"):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML config and apply ``a.b=c`` overrides.
+    """Read a YAML config, apply ``a.b=c`` overrides, and make relative paths absolute.
+
+    Paths in the file are looked up in its folder, then in the working folder; those of overrides the other way round.
 
     Args:
-        path: YAML file; an empty file gives all defaults.
+        path: YAML (or JSON) file; an empty file gives all defaults.
         overrides: ``dotted.key=value``, later ones win; numbers in the key reach into lists.
     Raises:
         UserError: the file or an override is unreadable, or the values are refused; all problems at once.
@@ -55,14 +67,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {path} holds a {type(tree).__name__}; a mapping of sections is needed")
-    return build_config(cast("dict[str, Any]", tree), overrides)
+    folders = lookup_folders(path)
+    values = _with_overrides(located(cast("dict[str, Any]", tree), folders), overrides)
+    return _validated(functions_located(located(values, folders[::-1]), folders))
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Validate a plain tree, with overrides applied. Raises UserError with every problem."""
+    return _validated(_with_overrides(tree, overrides))
+
+
+def _with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     values = cast("dict[str, Any]", copy.deepcopy(tree))
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def _validated(values: dict[str, Any]) -> RunConfig:
     try:
         values = cast("dict[str, Any]", json.loads(json.dumps(values)))  # joins the surrogate pairs that YAML leaves
         json.dumps(values, ensure_ascii=False).encode()
@@ -71,7 +93,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunC
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(*_sentences(error)) from None
+        raise UserError(*sentences(error)) from None
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:
@@ -98,7 +120,8 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = (error.problem or "not valid YAML").split("\n")[0].strip()
-        raise UserError(f"{origin} is not valid YAML{place}: {problem}") from None
+        remedy = next((remedy for part, remedy in _REMEDIES.items() if part in problem), "")
+        raise UserError(f"{origin} is not valid YAML{place}: {problem}{remedy}") from None
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{origin} is not valid YAML: {str(error).splitlines()[0]}") from None
 
@@ -107,6 +130,7 @@ def config_digest(config: RunConfig) -> str:
     """Identity of a config: sha256 of its canonical JSON, but for the knobs that change no number."""
     numberless: dict[str, Any] = dict.fromkeys(("tracking", "frozen_models", "guards", "artifacts"), True)
     numberless["execution"] = set(execution_config.NUMBERLESS)
+    numberless["reward"] = {"components": {"__all__": {"folder"}}}  # a function's files have an entry of their own
     numberless["generation"] = {"vllm": set(generation_config.NUMBERLESS)}
     return digest_json(config.model_dump(exclude=numberless))
 
@@ -147,14 +171,28 @@ def flat_params(config: RunConfig) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise UserError(f"--config {path} is a folder; {_files_in(path)}")
     if not path.is_file():
-        raise UserError(f"--config {path} is not a file; `rlhf config > {path}` writes a template")
+        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {path.parent / close[0]}?" if close else f"`rlhf config > {path}` writes a template"
+        raise UserError(f"--config {path} is not a file; {hint}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"--config {path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _files_in(folder: Path) -> str:
+    if (folder / "run.json").is_file():
+        return f"it holds a run, which goes on by `rlhf resume {folder}`; give a YAML file to start another one"
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml", ".json") and p.is_file())
+    if files:
+        return f"name a file in it: {', '.join(map(str, files[:5]))}{', …' if len(files) > 5 else ''}"
+    return f"`rlhf config > {folder / 'config.yaml'}` writes a template"
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -186,69 +224,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             node = table[part]
         else:
             raise UserError(f"--set {key}: {'.'.join(parts[:depth])} is {node!r}, which has no keys")
-
-
-def _sentences(error: ValidationError) -> list[str]:
-    sentences: list[str] = []
-    for detail in error.errors(include_url=False):
-        sentences += _sentence(detail)
-    return sentences
-
-
-def _sentence(detail: ErrorDetails) -> list[str]:
-    where = ".".join(str(part) for i, part in enumerate(detail["loc"]) if not _is_kind(detail["loc"], i))
-    kind, value = detail["type"], detail["input"]
-    if kind == "value_error":  # our own validators already name field, value and remedy
-        return [
-            s if "." in s.split(" ")[0] else f"{where}: {s}"
-            for s in str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n")
-        ]
-    if kind == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-        return [f"{where} is not a known key; {hint}"]
-    if kind == "union_tag_invalid":
-        given = "null" if value["kind"] is None else repr(value["kind"])
-        close = difflib.get_close_matches(str(value["kind"]), RewardConfig.KINDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return [f"{where}.kind is {given}, which is no kind of component; known are {_and(RewardConfig.KINDS)}{hint}"]
-    if kind == "string_pattern_mismatch" and where.endswith("token_env"):
-        return [
-            f"{where} is not the name of an environment variable (and is not shown: it may be the token itself); "
-            "put the token into a variable, and name that here"
-        ]
-    shown = "missing" if kind == "missing" else "null" if value is None else without_secrets(repr(value))
-    if kind in ("model_type", "model_attributes_type"):
-        return [f"{where} is {shown}: it is a section, so a mapping of keys is needed"]
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return [f"{where} is {shown}: {message}"]
-
-
-def _is_kind(loc: Sequence[int | str], index: int) -> bool:
-    """Whether pydantic has put the component's kind there: ("reward", "components", 0, "http", "url")."""
-    return index == 3 and tuple(loc[:2]) == ("reward", "components")
-
-
-def _known_keys(loc: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for index, part in enumerate(loc):
-        if isinstance(part, int):
-            continue
-        if _is_kind(loc, index):
-            model = RewardConfig.KINDS[part]
-            continue
-        field = model.model_fields.get(part)
-        if field is None:
-            break
-        annotation = field.annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
-    return list(model.model_fields)
-
-
-def _and(names: Iterable[str]) -> str:
-    *some, last = names
-    return f"{', '.join(some)} and {last}"
 
 
 def _write_section(

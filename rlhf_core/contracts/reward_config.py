@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 
@@ -73,7 +73,19 @@ class FunctionReward(ComponentSection):
         default="",
         description="module:callable, or length, regex, format, exact_match, numeric_match, sentiment, repetition",
     )
+    folder: str | None = Field(
+        default=None,
+        description="absolute path of the folder that holds the module; null: the config's own folder where the "
+        "module is in it, then the working folder, then Python's path",
+    )
     params: dict[str, Any] = Field(default={}, description="more keyword arguments")
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith("/"):
+            raise ValueError(f"the folder {folder!r} is no absolute path; give one that begins with /")
+        return folder
 
     @field_validator("params")
     @classmethod
@@ -168,7 +180,7 @@ class RewardConfig(Section):
         if not isinstance(components, list):
             return components
         items = cast("list[object]", components)
-        return [{"kind": "model", **cast("dict[str, Any]", c)} if isinstance(c, dict) else c for c in items]
+        return [{"kind": _kind_of(c), **cast("dict[str, Any]", c)} if isinstance(c, dict) else c for c in items]
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -213,6 +225,12 @@ class RewardConfig(Section):
     def first_model(self) -> ModelReward | None:
         """The component that a critic may start from."""
         return next((c for c in self.components if isinstance(c, ModelReward)), None)
+
+
+def _kind_of(component: Mapping[str, Any]) -> str:
+    """The kind of a component that does not say it, by the one key that names what scores."""
+    named = [kind for key, kind in (("function", "function"), ("url", "http")) if component.get(key)]
+    return named[0] if len(named) == 1 and not component.get("model") else "model"
 
 
 def _listed(hosts: Sequence[str]) -> str:

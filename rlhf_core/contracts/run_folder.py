@@ -29,6 +29,7 @@ from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.locking import holding, is_held
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import read_record, write_record
+from rlhf_core.contracts.run_places import why_no_run
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.contracts.typed import typed
 from rlhf_core.contracts.update_config import UpdateConfig
@@ -81,7 +82,7 @@ class RunFolder:
         """An existing run. Raises UserError if the folder holds none, IntegrityError if its record is damaged."""
         record = path / "run.json"
         if not record.is_file():
-            raise UserError(f"{path} is not a run folder: it has no run.json")
+            raise UserError(why_no_run(path))
         try:
             values = read_record(record)
         except IntegrityError as error:

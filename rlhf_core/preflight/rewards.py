@@ -11,15 +11,20 @@ from rlhf_core.models.reward_model import load_reward_tokenizer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.policies import critic_starts_from_reward
-from rlhf_core.rewards.function import load_function
+from rlhf_core.rewards.function import load_function, unseen_modules
 from rlhf_core.rewards.http import load_http
 
 
-def check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | None, notes: list[str]) -> Any:  # noqa: ARG001
+def check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | None, notes: list[str]) -> Any:
     """Check one component; return its model's config, None for a function or a service; ``notes`` may grow."""
     component, field = config.reward.components[index], f"reward.components.{index}"
     if isinstance(component, FunctionReward):
         load_function(component, field=field, columns=config.prompts.columns)
+        if unseen := unseen_modules(component):
+            notes.append(
+                f"{field}.function {component.function!r} has loaded {', '.join(map(str, unseen))}, which no import of "
+                "its source names: the run's identity does not cover it; import it by its name"
+            )
         return None
     if isinstance(component, HttpReward):
         load_http(component, field=field)

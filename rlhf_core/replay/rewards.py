@@ -75,7 +75,7 @@ def unavailable_rewards(
             lines.append(f"{name} is a service, and a bundle's responses are sent to nobody")
         if isinstance(component, FunctionReward) and component.function not in READY_MADE:
             module = component.function.partition(":")[0]
-            if module_file(module) is None:
+            if module_file(module, component.folder) is None:
                 lines.append(f"{name} is the function {component.function}, and there is no module {module} here")
     return lines
 

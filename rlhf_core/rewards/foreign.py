@@ -1,24 +1,29 @@
 """Functions that a run names, looked at before they are imported: a run folder may come from somebody else.
 
-A function runs with the rights of whoever resumes or evaluates the run. So its file must be the one that the run
-was started with, which is found and compared without running a line of it; and it is never taken from the run
-folder itself, which holds data.
+A function runs with the rights of whoever resumes or evaluates the run. So its files must be those that the run was
+started with, which are found and compared without running a line of them; they are never taken from the run folder
+itself, which holds data; and a folder that only the run's record names is used where its files belong to this user.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import DriftError, UserError
 from rlhf_core.contracts.reward_config import FunctionReward
+from rlhf_core.rewards.imports import find_module, imported_modules
 from rlhf_core.rewards.ready_made import READY_MADE
+
+DEFINES = " (defines it)"
+"""End of the label of a file that is found after the import alone."""
+_on_path = frozenset(sys.path)
+"""Folders of Python's path before a run's own folder was added to it."""
 
 
 def changed_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: Path) -> list[str]:
@@ -28,26 +33,27 @@ def changed_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: P
         config: of the run.
         identity: as the run recorded it.
         run_dir: its folder.
-    Returns: one line for each function whose file is another one: ``rewards.mine: 9f2c… -> 51d3…``.
-    Raises: UserError if a function would be imported from the run folder.
+    Returns: one line for each file that is another one: ``rewards.mine (…/lexicon.py): 9f2c… -> 51d3…``.
+    Raises: UserError if a function would be imported from the run folder, or from a folder of another user that
+        neither this command nor Python's path names.
     """
     recorded: Any = identity.get("rewards")
     changed: list[str] = []
     for index, (name, component) in enumerate(zip(config.reward.names, config.reward.components, strict=True)):
         if not isinstance(component, FunctionReward) or component.function in READY_MADE:
             continue
-        file = module_file(component.function.partition(":")[0])
-        if file is None:  # told when it is imported
+        module, field = component.function.partition(":")[0], f"reward.components.{index}.function"
+        files = imported_modules(module, component.folder)
+        for file in files.values():
+            _check_place(file, run_dir, component, f"{field} {component.function!r}")
+        then: Any = recorded.get(name, "") if isinstance(recorded, Mapping) else ""
+        main = module_file(module, component.folder)
+        if main is None:  # told when it is imported
             continue
-        if file.resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(
-                f"reward.components.{index}.function {component.function!r} would be imported from {file}, inside the "
-                "run folder, which holds data and no code; if you trust it, put the file elsewhere and start from there"
-            )
-        then = str(recorded.get(name, "")) if isinstance(recorded, Mapping) else ""
-        now = hash_file(file)
-        if now not in then.split():
-            changed.append(f"rewards.{name} ({file}): {then[:12] or 'unknown'} -> {now[:12]}")
+        if isinstance(then, Mapping):
+            changed += _changes(name, cast("Mapping[str, Any]", then), files)
+        elif (now := hash_file(main)) not in str(then).split():
+            changed.append(f"rewards.{name} ({main}): {str(then)[:12] or 'unknown'} -> {now[:12]}")
     return changed
 
 
@@ -61,22 +67,41 @@ def check_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: Pat
         )
 
 
-def module_file(name: str) -> Path | None:
-    """The file that ``import name`` would run, without running it or its packages; None if there is none."""
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # as the import does: last
-    importlib.invalidate_caches()
-    top, *inner = name.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    found = top
-    for part in inner:
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        found = f"{found}.{part}"
-        spec = importlib.machinery.PathFinder.find_spec(found, spec.submodule_search_locations)
-    origin = None if spec is None else spec.origin
-    return Path(origin) if origin is not None and Path(origin).is_file() else None
+def module_file(name: str, folder: str | None = None) -> Path | None:
+    """The file that ``import name`` would run, without running it or its packages; None if there is none.
+
+    Args:
+        name: of a module.
+        folder: of the config, in which it is looked up before the working folder.
+    """
+    module = find_module(name, folder)
+    return None if module is None else module.file
+
+
+def _changes(name: str, then: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
+    """One line for each file that a function imports and that was another one, was not there, or is gone."""
+    now = {label: hash_file(file) for label, file in files.items()}
+    labels = sorted(now.keys() | {label for label in then if not label.endswith(DEFINES)})
+    return [
+        f"rewards.{name} ({files.get(label, label)}): {str(then.get(label, 'absent'))[:12]} -> "
+        f"{now.get(label, 'absent')[:12]}"
+        for label in labels
+        if then.get(label) != now.get(label)
+    ]
+
+
+def _check_place(file: Path, run_dir: Path, component: FunctionReward, named: str) -> None:
+    """Raise UserError for code in the run folder, and for code of another user where only the run names its folder."""
+    if file.resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"{named} would be imported from {file}, inside the run folder, which holds data and no code; if you trust "
+            "it, put the file elsewhere and start from there"
+        )
+    folder = component.folder
+    if folder is None or folder in _on_path or Path.cwd() == Path(folder) or not file.is_relative_to(folder):
+        return
+    if file.stat().st_uid not in (0, os.geteuid()):
+        raise UserError(
+            f"{named} would be imported from {file}, which belongs to another user, and only the record of the run "
+            f"names that folder; if you trust it, run this command in {folder}"
+        )

@@ -42,7 +42,7 @@ def load_component(
     return RewardModel.load(config, field=field, policy_vocabulary=policy_vocabulary, device=device, frozen=frozen)
 
 
-def component_digest(config: ComponentReward) -> str:
+def component_digest(config: ComponentReward) -> str | dict[str, str]:
     """Identity of what decides a component's scores beside its section and its model's files."""
     if isinstance(config, FunctionReward):
         return function_digest(config)

@@ -355,11 +355,11 @@ class TestRunFolder:
         assert shell.content() == before
 
     @pytest.mark.parametrize("command", ["resume", "inspect"])
-    @pytest.mark.parametrize("folder", ["empty", "none"])
-    def test_no_run(self, shell: Shell, command: str, folder: str) -> None:
+    @pytest.mark.parametrize(("folder", "why"), [("empty", "it has no run.json"), ("none", "there is no such folder")])
+    def test_no_run(self, shell: Shell, command: str, folder: str, why: str) -> None:
         (shell.folder / "empty").mkdir()
         before = shell.content()
-        says(shell.refused(command, folder), Mistake(folder, "is not a run folder", "it has no run.json"))
+        says(shell.refused(command, folder), Mistake(folder, "is not a run folder", why))
         assert shell.content() == before
 
     @pytest.mark.parametrize("command", ["resume", "inspect"])

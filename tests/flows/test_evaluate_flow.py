@@ -299,8 +299,9 @@ def test_what_lies_between_is_a_table_and_no_metric_of_its_own(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gone"], "gone is no run folder, so --config is needed: reward, reference and generation come from it"),
-        (["./gone"], "./gone does not exist; give a run folder, a model folder or a hub id"),
+        (["gone"], "gone does not exist: there is no such run and no such model folder here; a model of the hub needs"),
+        (["./gone"], "./gone does not exist: there is no such run and no such model folder here"),
+        (["full/gone", "--config", "own.yaml"], "full/gone does not exist: there is no such run and no such model"),
         (["empty"], "empty is neither a run folder (it has no run.json) nor a model folder (no config.json)"),
         (["{run}", "--samples", "0"], "--samples is 0; at least 1 response a prompt is needed"),
         (["{run}", "--frontier-samples", "5"], "--frontier-samples is 5; a frontier needs at least 20"),

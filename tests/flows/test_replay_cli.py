@@ -121,7 +121,7 @@ def test_bundle_verify_replay(rlhf: Rlhf, place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["replay", "nowhere", "--iteration", "1"], "nowhere is not a run folder: it has no run.json"),
+        (["replay", "nowhere", "--iteration", "1"], "nowhere is not a run folder: there is no such folder"),
         (["replay", "run"], "--iteration is missing: finished are 0 to 1"),
         (["replay", "run", "--iteration", "7"], "--iteration 7 is not in run: finished are 0 to 1"),
         (["replay", "run", "--iteration", "1", "--from", "x"], "--from x is not a stage; stages: sample_prompts, "),

@@ -74,7 +74,7 @@ def test_it_works_while_the_run_is_going(rlhf: Callable[..., Answer], run_dir: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere",), "nowhere is not a run folder: it has no run.json"),
+        (("nowhere",), "nowhere is not a run folder: there is no such folder"),
         (("run", "--iterations", "3"), "--iterations '3' names iteration 3, which is not finished; the newest is 2"),
         (("run", "--iterations", "ten"), "--iterations 'ten' has 'ten', which is no iteration; write numbers"),
         (("run", "--iterations", "2-1"), "--iterations '2-1' has the range 2-1, which runs backwards"),

@@ -168,8 +168,8 @@ def _older_config(runs: Path) -> list[Path]:
     [
         (_one, r"^compare takes two runs or more, and was given one; `rlhf inspect .*/a` looks into one run$"),
         (_same, r"^.*/b/\.\./a is the same run as .*/a: name each run once$"),
-        (_nothing_there, r"^.*/nowhere is not a run folder: there is no such folder$"),
-        (_no_run, r"^.*/empty is not a run folder: it has no run\.json$"),
+        (_nothing_there, r"^.*/nowhere is not a run folder: there is no such folder"),
+        (_no_run, r"^.*/empty is not a run folder: it has no run\.json"),
         (_unfinished, r"^.*/new has not finished its first iteration, so .*: `rlhf resume .*/new` goes on with it$"),
         (_older_schema, r"^.*/old cannot be compared: .* has schema version 0, this release reads \d+$"),
         (_older_config, r"^.*/older was written by another version of rlhf-flow, whose config differs: kl\.goal "),

@@ -68,11 +68,13 @@ def test_defaults_are_valid_together() -> None:
     [
         (
             {"prompts": {"batch_size": 10, "samples_per_prompt": 4}},
-            "prompts.batch_size 10 is not a multiple of prompts.samples_per_prompt 4",
+            "prompts.batch_size 10 is not a multiple of prompts.samples_per_prompt 4 nor of ppo.num_minibatches 4; use "
+            "prompts.batch_size 8 or 12, or prompts.samples_per_prompt 2 or 5 and ppo.num_minibatches 2 or 5",
         ),
         (
             {"prompts": {"batch_size": 10}},
-            "prompts.batch_size 10 is not a multiple of ppo.num_minibatches 4",
+            "prompts.batch_size 10 is not a multiple of ppo.num_minibatches 4; use prompts.batch_size 8 or 12, or "
+            "ppo.num_minibatches 2 or 5",
         ),
         (
             {"kl": {"coef": 0.0}},
@@ -104,7 +106,8 @@ def test_defaults_are_valid_together() -> None:
         ),
         (
             {"prompts": {"batch_size": 64, "samples_per_prompt": 3}, "ppo": {"num_minibatches": 1}},
-            "prompts.batch_size 64 is not a multiple of prompts.samples_per_prompt 3",
+            "prompts.batch_size 64 is not a multiple of prompts.samples_per_prompt 3; use prompts.batch_size 63 or 66, "
+            "or prompts.samples_per_prompt 2 or 4",
         ),
         (
             {"shaping": {"estimator": "reinforce++", "whiten_advantages": False}},
@@ -237,14 +240,22 @@ def test_wrong_value(knob: str, value: Any, reason: str) -> None:
     assert reason in sentence
 
 
-@pytest.mark.parametrize(("value", "shown"), [(None, "null"), (5, "5"), (["a"], "['a']")])
-def test_a_section_that_is_no_mapping(value: Any, shown: str) -> None:
-    assert list(problems_of({"kl": value})) == [f"kl is {shown}: it is a section, so a mapping of keys is needed"]
+@pytest.mark.parametrize(
+    ("value", "shown", "remedy"),
+    [
+        (None, "null", "; indent its keys below it, or leave it out"),
+        (5, "5", ": {coef: 5}"),
+        (["a"], "['a']", ""),
+    ],
+)
+def test_a_section_that_is_no_mapping(value: Any, shown: str, remedy: str) -> None:
+    said = f"kl is {shown}: it is a section, so a mapping of keys is needed{remedy}"
+    assert list(problems_of({"kl": value})) == [said]
 
 
 def test_values_inside_lists() -> None:
     assert problems_of({"generation": {"stop": ["a", 3]}}) == (
-        "generation.stop.1 is 3: input should be a valid string",
+        "generation.stop.1 is 3: input should be a valid string; write it in quotes: '3'",
     )
     assert problems_of({"reward": {"components": [{"weight": float("nan")}]}}) == (
         "reward.components.0.weight is nan: input should be a finite number",

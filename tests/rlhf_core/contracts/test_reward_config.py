@@ -35,6 +35,20 @@ def test_a_component_without_kind_is_a_model() -> None:
     assert build_config({"reward": {"components": [{"model": "m"}]}}).reward.components == [ModelReward(model="m")]
 
 
+@pytest.mark.parametrize(
+    ("component", "kind"),
+    [
+        ({"function": "a:b"}, "function"),
+        ({"function": "length", "params": {"target": 3}}, "function"),
+        ({"url": "http://localhost:8000/score"}, "http"),
+        ({"weight": 2.0}, "model"),
+    ],
+)
+def test_the_kind_may_be_told_by_what_scores(component: Any, kind: str) -> None:
+    reward = build_config({"reward": {"components": [component], "allowed_hosts": ["localhost"]}}).reward
+    assert [c.kind for c in reward.components] == [kind]
+
+
 def test_set_reaches_into_any_kind() -> None:
     overrides = ["reward.components.1.params.target=7", "reward.components.2.retries=0", "reward.components.0.weight=2"]
     first, second, third = build_config(HTTP_TREE, overrides).reward.components
@@ -72,8 +86,8 @@ def test_set_reaches_into_any_kind() -> None:
         ),
         (
             {"kind": "function", "model": "m"},
-            "reward.components.1.model is not a known key; known keys: kind, name, weight, on_error, substitute, "
-            "function, params",
+            "reward.components.1.model is a key of the kind model, and reward.components.1.kind is function; set "
+            "reward.components.1.kind: model",
         ),
         (
             {"kind": "http", "timeout_s": 0.0},

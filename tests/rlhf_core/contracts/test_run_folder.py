@@ -89,8 +89,8 @@ class TestCreateAndOpen:
         assert RunFolder.open(tmp_path / "run").config == winner.config
 
     def test_no_run(self, tmp_path: Path) -> None:
-        for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(UserError, match=r"is not a run folder: it has no run\.json"):
+        for path, why in ((tmp_path, r"it has no run\.json"), (tmp_path / "none", "there is no such folder")):
+            with pytest.raises(UserError, match=f"is not a run folder: {why}"):
                 RunFolder.open(path)
 
     @pytest.mark.parametrize(

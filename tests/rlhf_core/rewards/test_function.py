@@ -214,6 +214,7 @@ def test_the_identity_of_a_function_is_its_file(tmp_path: Path) -> None:
     (tmp_path / "other_rewards.py").write_text("from my_rewards import everything\n")
     other = hashlib.sha256(b"from my_rewards import everything\n").hexdigest()
     mine = hashlib.sha256((MODULE + "\n").encode()).hexdigest()
-    assert function_digest(FunctionReward(function="other_rewards:everything")) == f"{other} {mine}"
+    both = {"my_rewards.py": mine, "other_rewards.py": other}
+    assert function_digest(FunctionReward(function="other_rewards:everything")) == both
     assert function_digest(FunctionReward(function="length")) == "length"
     assert function_digest(FunctionReward(function="sentiment")) == "sentiment 3.3.2"
