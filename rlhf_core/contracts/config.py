@@ -28,11 +28,17 @@ class PromptsConfig(Section):
 
     source: str = Field(
         default="",
-        description="JSONL, CSV, Parquet or Arrow file; or a `datasets` folder or hub id",
+        description="JSONL, JSON, CSV, TSV, text, Parquet or Arrow file; or a `datasets` folder or hub id",
     )
     column: str = Field(default="prompt", description="column of texts, or of chat messages [{role, content}, ...]")
     from_preferences: bool = Field(
         default=False, description="take the prompt as the shared beginning of `chosen` and `rejected`"
+    )
+    bad_pairs: Literal["drop", "refuse"] = Field(
+        default="drop", description="what happens to preference pairs that show no prompt: equal, or nothing shared"
+    )
+    last_answer: Literal["refuse", "cut"] = Field(
+        default="refuse", description="what happens to a chat that ends with the assistant's answer"
     )
     columns: list[str] = Field(default=[], description="more columns, which reward functions get by their names")
     subset: str | None = Field(default=None, description="configuration name of a hub dataset")

@@ -14,6 +14,7 @@ from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
+from rlhf_core.preflight.message_keys import check_message_keys
 from rlhf_core.preflight.policies import (
     check_critic,
     check_reference,
@@ -91,6 +92,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     limits = policy and attempt(lambda: prompt_and_context_limits(config, policy))
     if prompt_set is not None and tokenizer is not None and limits is not None:
         attempt(lambda: check_prompts(config, prompt_set, tokenizer, limits[0], found))
+        attempt(lambda: check_message_keys(config, prompt_set, tokenizer))
     if limits is not None:
         attempt(lambda: check_critic(config, rewards, limits[0] + config.generation.max_new_tokens, found))
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
@@ -108,5 +110,5 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         parameters=parameters,
         memory_bytes=memory,
         peak_bytes=peak_memory(config, memory, device.type),
-        notes=[*notes(config, device.type, parameters), *found],
+        notes=[*notes(config, device.type, parameters), *prompt_set.notes, *found],
     )

@@ -6,6 +6,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import PolicyTokenizer
+from rlhf_core.preflight.batch_sizes import batch_sizes_that_work
 from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import PromptSet
 
@@ -22,7 +23,7 @@ def check_prompts(
     if len(entries) < wanted:
         raise UserError(
             f"prompts.source {config.prompts.source!r} has {len(entries)} prompts, but an iteration takes {wanted} "
-            "different ones; lower prompts.batch_size or raise prompts.samples_per_prompt"
+            f"different ones; {batch_sizes_that_work(config, len(entries))}"
         )
     if not isinstance(entries[0], str):
         check_template(tokenizer.tokenizer.chat_template, entries[0], f"policy.model {config.policy.model!r}")

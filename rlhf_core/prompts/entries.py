@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import cast
 
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config_io import canonical_json
+from rlhf_core.prompts.messages import as_message, shown, unicode_text, unwrapped
+from rlhf_core.prompts.remarks import Remarks
 
 PromptEntry = str | list[Message]
 """Plain text, or chat messages."""
 
-MAX_SHOWN = 60
 _KINDS = "a text or a list of {role, content} messages"
+_INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+"""Unicode categories of what leaves no mark: control and format characters, and blanks."""
 
 
-def as_entry(column: str, value: object) -> PromptEntry:
+def as_entry(column: str, value: object, remarks: Remarks | None = None) -> PromptEntry:
     """A cell as text or chat; of each message only role and content are kept.
 
     Args:
         column: for the message.
         value: what the source holds, in plain Python types.
+        remarks: counts what is read in another way than it stands.
     Returns: the entry; it may still be empty.
     Raises:
         ValueError: neither a text nor a chat.
     """
     if value is None:
         raise ValueError(f"{column} is null or missing; {_KINDS} is needed")
+    value = unwrapped(value)
     if not isinstance(value, str | list):
-        raise ValueError(f"{column} is {shown(value)}, a {type(value).__name__}; {_KINDS} is needed")
-    if isinstance(value, list):
-        return [_as_message(f"{column}[{i}]", message) for i, message in enumerate(cast("list[object]", value))]
-    return _unicode(column, value)
+        raise ValueError(f"{column} is {shown(value)}, a {type(value).__name__}; {_KINDS} is needed{_remedy(value)}")
+    if isinstance(value, str):
+        return unicode_text(column, value)
+    cells = cast("list[object]", value)
+    if cells and all(type(cell) is int for cell in cells):
+        raise ValueError(
+            f"{column} is {shown(value)}, a list of token ids; {_KINDS} is needed: decode the tokens first"
+        )
+    remarks = Remarks() if remarks is None else remarks
+    chat = [as_message(f"{column}[{i}]", message, remarks) for i, message in enumerate(cells)]
+    for key, example in remarks.unused.items():
+        if not example and any(key in cast("dict[str, object]", cell) for cell in cells):
+            example.extend(cast("list[dict[str, object]]", cells))
+    return chat
 
 
 def check_prompt(column: str, entry: PromptEntry) -> None:
@@ -41,20 +57,32 @@ def check_prompt(column: str, entry: PromptEntry) -> None:
         column: for the message.
         entry: what :func:`as_entry` returned.
     Raises:
-        ValueError: white space only, no message, or a chat that ends with the assistant or without text.
+        ValueError: nothing that can be seen, no message, or a chat that ends with the assistant or without text.
     """
     if not entry:
         raise ValueError(f"{column} is {entry!r}; a prompt must not be empty")
     if isinstance(entry, str):
         if entry.isspace():
             raise ValueError(f"{column} is {shown(entry)}; a prompt must not be white space only")
+        if _is_invisible(entry):
+            raise ValueError(f"{column} is {shown(entry)}; a prompt must have a character that can be seen")
     elif entry[-1]["role"] == "assistant":
         raise ValueError(
             f"{column} ends with the assistant message {shown(entry[-1]['content'])}; the policy writes the "
-            "answer, so leave it out"
+            "answer, so leave it out, or set prompts.last_answer: cut"
         )
-    elif not entry[-1]["content"].strip():
+    elif _is_invisible(entry[-1]["content"]):
         raise ValueError(f"{column} ends with a message whose content is {shown(entry[-1]['content'])}; it needs text")
+
+
+def without_last_answer(entry: PromptEntry) -> PromptEntry:
+    """A chat without the assistant messages at its end; a text as it is."""
+    if isinstance(entry, str):
+        return entry
+    length = len(entry)
+    while length and entry[length - 1]["role"] == "assistant":
+        length -= 1
+    return entry[:length]
 
 
 def as_json(column: str, value: object) -> object:
@@ -79,24 +107,11 @@ def as_json(column: str, value: object) -> object:
     return value
 
 
-def shown(value: object) -> str:
-    """The value as a message shows it: its repr, cut to MAX_SHOWN characters."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+def _is_invisible(text: str) -> bool:
+    return not text[:1].isalnum() and all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
-def _as_message(place: str, value: object) -> Message:
-    fields = cast("dict[object, object]", value) if isinstance(value, dict) else {}
-    role, content = fields.get("role"), fields.get("content")
-    if not (isinstance(role, str) and role and isinstance(content, str)):
-        raise ValueError(f"{place} is {shown(value)}; a message is {{role, content}}, both of them texts")
-    return {"role": _unicode(place, role), "content": _unicode(place, content)}
-
-
-def _unicode(place: str, text: str) -> str:
-    r"""The text itself, unless it holds half a surrogate pair, which JSON can write as ``\ud83d``."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place} is no Unicode text: half a surrogate pair at character {error.start}") from None
-    return text
+def _remedy(value: object) -> str:
+    if isinstance(value, bytes):
+        return "; decode the column to text first (Arrow: cast it to string)"
+    return "; put the message into a list" if isinstance(value, dict) and "content" in value else ""

@@ -7,18 +7,22 @@ lists of plain Python values. What cannot be read is a ``UserError`` that names 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.prompts.remarks import counted
+from rlhf_core.prompts.text_files import delimiter_of, kind_of, lines_of, open_utf8
 
 MAX_PROBLEMS = 10
 MAX_REASON = 300
@@ -38,6 +42,8 @@ class Rows:
     columns: Mapping[str, Sequence[Any]]
     lines: Sequence[int] | None = None
     """Line of the file each row begins on, from 1; None where a row is not a line."""
+    notes: Sequence[str] = ()
+    """What was found about the file, in the words that follow "the file: "."""
 
     def place(self, index: int) -> str:
         """Where a row stands, as a message says it."""
@@ -45,10 +51,10 @@ class Rows:
 
 
 def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
-    """Read a JSONL, JSON, CSV, Parquet or Arrow file.
+    """Read a JSONL, JSON, CSV, TSV, text, Parquet or Arrow file; one of texts may be compressed by gzip.
 
     Args:
-        config: for its messages.
+        config: for its messages; and its column, which is what the lines of a .txt file are.
         path: the file; its suffix tells the kind.
         choose: picks the columns to read.
     Returns: the chosen columns; no columns at all if a JSON or CSV file has no rows.
@@ -57,19 +63,30 @@ def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
     """
     refuse_subset(config, "a file")
     refuse_split(config, "a file")
-    reader = FILE_READERS.get(path.suffix.lower())
-    if reader is None:
+    kind, named = kind_of(path), f"prompts.source {config.source!r}"
+    reader = TEXT_READERS.get(kind)
+    table_reader = TABLE_READERS.get(path.suffix.lower())
+    if reader is None and table_reader is None:
+        packed = path.suffix.lower() in PACKED or (kind in TABLE_READERS and kind != path.suffix.lower())
         raise UserError(
-            f"prompts.source {config.source!r} is a file of an unknown kind; accepted are {', '.join(FILE_READERS)}"
+            f"{named} is a file of an unknown kind; accepted are {', '.join(FILE_READERS)}"
+            f"{'; unpack it first' * packed}{'; export the sheet as CSV' * (kind in SHEETS)}"
         )
+    notes: list[str] = []
     try:
-        return reader(path, choose)
+        if reader is None:
+            return table_reader(path, choose) if table_reader else Rows({})
+        if kind == ".txt":
+            reader = functools.partial(_read_lines, column=config.column)
+        with open_utf8(path, notes) as file:
+            rows = reader(file, choose)
+        return replace(rows, notes=[*notes, *rows.notes])
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts.source {config.source!r} is not UTF-8 text: {error}") from None
-    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"prompts.source {config.source!r} cannot be read: {reason(error)}") from None
+        raise UserError(f"{named} is not UTF-8 text: {error}; save it as UTF-8") from None
+    except (pa.ArrowException, OSError, ValueError, RecursionError, EOFError, zlib.error) as error:
+        raise UserError(f"{named} cannot be read: {reason(error)}") from None
     except BadLinesError as error:
-        raise first_problems([f"prompts.source {config.source!r}, {line}" for line in error.lines]) from None
+        raise first_problems([f"{named}, {line}" for line in error.lines]) from None
 
 
 def first_problems(problems: Sequence[str]) -> UserError:
@@ -113,31 +130,34 @@ class BadLinesError(Exception):
         self.lines = lines
 
 
-def _read_jsonl(path: Path, choose: Choose) -> Rows:
+def _read_jsonl(file: IO[bytes], choose: Choose) -> Rows:
     objects: list[dict[str, Any]] = []
     lines: list[int] = []
     bad: list[str] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
-                continue
-            try:
-                objects.append(_object(_parse(text)))
-                lines.append(number)
-            except (ValueError, RecursionError) as error:
-                bad.append(f"line {number} {_json_fault(error)}")
+    for number, line in lines_of(file):
+        if not line.strip():
+            continue
+        if not objects and not bad and line.strip() in (b"[", b"{"):
+            raise ValueError("it holds JSON over several lines; a file of one JSON list is named .json")
+        try:
+            objects.append(_object(_parse(line)))
+            lines.append(number)
+        except (ValueError, RecursionError) as error:
+            bad.append(f"line {number} {_json_fault(error)}")
     if bad:
         raise BadLinesError(bad)
     return _rows_of_objects(objects, choose, lines)
 
 
-def _read_json(path: Path, choose: Choose) -> Rows:
+def _read_json(file: IO[bytes], choose: Choose) -> Rows:
     try:
-        value = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        value = _parse(file.read())
     except json.JSONDecodeError as error:
         hint = "; a file of one object a line is named .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{error}{hint}") from None
+    notes: list[str] = []
+    if isinstance(value, dict):
+        value, notes = _only_list(cast("dict[str, object]", value))
     if not isinstance(value, list):
         raise ValueError(f"a JSON file holds a list of objects, this one a {type(value).__name__}")
     objects: list[dict[str, Any]] = []
@@ -149,21 +169,62 @@ def _read_json(path: Path, choose: Choose) -> Rows:
             bad.append(f"row {index} (from 0) {error}")
     if bad:
         raise BadLinesError(bad)
-    return _rows_of_objects(objects, choose)
+    return replace(_rows_of_objects(objects, choose), notes=notes)
 
 
-def _read_csv(path: Path, choose: Choose) -> Rows:
+def _only_list(value: Mapping[str, object]) -> tuple[object, list[str]]:
+    """The one list of objects that an object holds, as ``{"version": 1, "data": [...]}``."""
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and _all_objects(cast("list[Any]", inner))]
+    if len(lists) == 1:
+        return value[lists[0]], [f"the rows are the list under {lists[0]!r}"]
+    hint = f"; it has several, under {', '.join(map(repr, lists))}" if lists else ""
+    if value and all(isinstance(inner, dict | list) for inner in value.values()) and not lists:
+        hint = "; it is written column by column: write one object a row (pandas: orient='records')"
+    raise ValueError(f"a JSON file holds a list of objects, this one a dict{hint}")
+
+
+def _all_objects(items: Sequence[Any]) -> bool:
+    return bool(items) and all(isinstance(item, dict) for item in items)
+
+
+def _read_lines(file: IO[bytes], choose: Choose, *, column: str) -> Rows:
+    """One prompt a line."""
+    found = [(number, line.decode("utf-8")) for number, line in lines_of(file)]
+    full = [(number, line) for number, line in found if line.strip()]
+    if full and full[0][1].lstrip().startswith("{") and _is_object(full[0][1]):
+        raise ValueError(f"line {full[0][0]} is a JSON object; a file of one object a line is named .jsonl")
+    choose([column])
+    empty = f" and {counted(len(found) - len(full), 'empty line')} left out" * (len(full) < len(found))
+    return Rows(
+        {column: [line for _, line in full]} if full else {},
+        [number for number, _ in full],
+        [f"each line of a .txt file is a prompt: {counted(len(full), 'prompt')}{empty}"],
+    )
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_csv(file: IO[bytes], choose: Choose, *, usual: str = ",") -> Rows:
     """Python's reader, not Arrow's: strict, it refuses a quote that never closes, and it counts lines."""
+    text = file.read().decode("utf-8")
+    delimiter, skipped = delimiter_of(text, usual)
     limit = csv.field_size_limit(MAX_CSV_CELL)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return _rows_of_csv(file, choose)
+        rows = _rows_of_csv(text[skipped:], delimiter, choose)
     finally:
         csv.field_size_limit(limit)
+    lines = rows.lines and [line + bool(skipped) for line in rows.lines]
+    notes = [f"its cells are separated by {delimiter!r}"] * (delimiter != usual)
+    return replace(rows, lines=lines, notes=notes)
 
 
-def _rows_of_csv(file: io.TextIOBase, choose: Choose) -> Rows:
-    reader = csv.reader(file, strict=True)
+def _rows_of_csv(text: str, delimiter: str, choose: Choose) -> Rows:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     cells: list[list[str]] = []
     lines: list[int] = []
     start = 1
@@ -200,16 +261,24 @@ def _read_arrow(path: Path, choose: Choose) -> Rows:
     return _rows_of_table(table)
 
 
-FILE_READERS: dict[str, Callable[[Path, Choose], Rows]] = {
+TEXT_READERS: dict[str, Callable[[IO[bytes], Choose], Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, usual="\t"),
+    ".txt": functools.partial(_read_lines, column="prompt"),
+}
+TABLE_READERS: dict[str, Callable[[Path, Choose], Rows]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".feather": _read_arrow,
     ".ipc": _read_arrow,
 }
+FILE_READERS = (*TEXT_READERS, *TABLE_READERS)
+"""Suffixes of the files that are read; those of texts may end with .gz."""
+PACKED = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".tar", ".tgz", ".7z", ".gz")
+SHEETS = (".xlsx", ".xls", ".ods")
 
 
 def _rows_of_table(table: pa.Table) -> Rows:
@@ -250,5 +319,5 @@ def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"is not JSON: {error.msg} (column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text (byte {error.start})"
+        return f"is not UTF-8 text (byte {error.start}); save the file as UTF-8"
     return "is nested too deep" if isinstance(error, RecursionError) else str(error)

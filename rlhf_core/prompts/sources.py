@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.prompts.entries import PromptEntry, as_entry, as_json, check_prompt, shown
+from rlhf_core.prompts.columns import PAIR, ColumnChoice
+from rlhf_core.prompts.entries import PromptEntry, as_entry, as_json, check_prompt, without_last_answer
 from rlhf_core.prompts.hub import read_folder, read_hub
-from rlhf_core.prompts.preferences import shared_prompt
-from rlhf_core.prompts.readers import (
-    FILE_READERS,
-    Choose,
-    Rows,
-    first_problems,
-    read_file,
-)
-
-PAIR = ("chosen", "rejected")
-"""Columns of a preference pair."""
+from rlhf_core.prompts.messages import shown
+from rlhf_core.prompts.oddities import oddities
+from rlhf_core.prompts.pairs import read_pairs
+from rlhf_core.prompts.readers import FILE_READERS, Choose, Rows, first_problems, read_file
+from rlhf_core.prompts.remarks import Remarks, counted
+from rlhf_core.prompts.text_chats import read_text_chats
 
 
 @dataclass(frozen=True)
@@ -41,39 +37,53 @@ class PromptSet:
     """Repeated prompts that were dropped: only of preferences, where a prompt stands in several pairs."""
     columns: Sequence[Mapping[str, Any]]
     """prompts.columns of each entry, plain JSON; of a repeated prompt those of its first row."""
+    notes: Sequence[str] = field(default=(), compare=False)
+    """How the source was read, and what may surprise in it: sentences for the plan."""
+    unused_keys: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, compare=False)
+    """Key of a message that is not used -> the first chat that has it, as the source holds it."""
 
 
 def load_prompt_set(config: PromptsConfig) -> PromptSet:
     """Read and check all prompts of a source.
 
     Args:
-        config: where they are and in which column; ``from_preferences`` takes this column if it exists, else
-            the shared beginning of ``chosen`` and ``rejected``, and drops repeated prompts.
+        config: where they are and in which column. With ``from_preferences`` they are the shared beginning of
+            ``chosen`` and ``rejected``, or this column if these hold answers alone; repeated prompts are dropped.
     Returns: the prompts in source order.
     Raises:
         UserError: the source is not there or not readable, the column is missing, there are no rows, or rows
             hold no usable prompt (all of them are counted, the first ten are named).
     """
-    rows = _read_rows(config)
+    choice, remarks = ColumnChoice(config), Remarks()
+    rows = _read_rows(config, choice)
     if not any(rows.columns.values()):
         raise UserError(f"prompts.source {config.source!r} holds no rows; at least one prompt is needed")
-    entries, columns = _entries(config, rows)
-    kept: Sequence[int] = range(len(entries))
+    prompts, notes = _prompts(config, rows, choice, remarks)
+    columns = _columns(config, rows, list(prompts))
+    kept = list(prompts)
     if config.from_preferences:
         first: dict[bytes, int] = {}
-        for row, entry in enumerate(entries):
+        for row, entry in prompts.items():
             first.setdefault(canonical_json(entry), row)
         kept = list(first.values())
+    entries = [prompts[row] for row in kept]
+    num_duplicates = len(prompts) - len(kept)
+    if num_duplicates:
+        notes.append(f"{counted(num_duplicates, 'repeated prompt')} of preference pairs are left out")
+    about_file = [f"prompts.source {config.source!r}: {note}" for note in rows.notes]
+    about_rows = [*remarks.notes(rows.place), *oddities(entries, lambda index: rows.place(kept[index]))]
     return PromptSet(
-        entries=[entries[row] for row in kept],
-        digest=_digest(config, [entries[row] for row in kept], [columns[row] for row in kept]),
-        num_duplicates=len(entries) - len(kept),
+        entries=entries,
+        digest=_digest(config, entries, [columns[row] for row in kept]),
+        num_duplicates=num_duplicates,
         columns=[columns[row] for row in kept],
+        notes=[*about_file, *notes, *choice.notes(), *about_rows],
+        unused_keys=remarks.unused,
     )
 
 
-def _read_rows(config: PromptsConfig) -> Rows:
-    source, choose = config.source, _column_choice(config)
+def _read_rows(config: PromptsConfig, choose: Choose) -> Rows:
+    source = config.source
     if not source.strip():
         raise UserError(
             f"prompts.source is not set; name a file ({', '.join(FILE_READERS)}), "
@@ -87,82 +97,83 @@ def _read_rows(config: PromptsConfig) -> Rows:
             return read_file(config, path, choose)
     except OSError as error:  # of the look-up: no permission, a name too long
         raise UserError(f"prompts.source {shown(source)} cannot be looked up: {error.strerror}") from None
+    if any(character in source for character in "*?["):
+        raise UserError(
+            f"prompts.source {source!r} is a pattern of files, which is not read; name one file, or the folder that "
+            "holds the files and nothing else"
+        )
     if _looks_like_path(source):
         raise UserError(f"prompts.source {source!r} does not exist")
     return read_hub(config, choose)
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in FILE_READERS
-
-
-def _column_choice(config: PromptsConfig) -> Choose:
-    def choose(names: Sequence[str]) -> Sequence[str]:
-        if config.column in names:
-            wanted: Sequence[str] = [config.column]
-        elif config.from_preferences and _has_pair(names):
-            wanted = PAIR
-        else:
-            raise UserError(_missing_column(config, names))
-        for name in config.columns:
-            if name not in names:
-                raise UserError(
-                    f"prompts.columns names {name!r}, which is not in prompts.source {config.source!r}, whose columns "
-                    f"are: {', '.join(names)}"
-                )
-        wanted = list(dict.fromkeys([*wanted, *config.columns]))
-        for name in wanted:
-            if list(names).count(name) > 1:
-                raise UserError(f"prompts.source {config.source!r} has the column {name!r} more than once")
-        return wanted
-
-    return choose
-
-
-def _has_pair(names: Sequence[str]) -> bool:
-    return all(name in names for name in PAIR)
-
-
-def _missing_column(config: PromptsConfig, names: Sequence[str]) -> str:
-    if config.from_preferences:
-        remedy = "; prompts.from_preferences needs that column, or both chosen and rejected"
-    elif _has_pair(names):
-        remedy = "; to take the shared beginning of chosen and rejected, set prompts.from_preferences: true"
-    else:
-        remedy = ""
-    columns = ", ".join(names) or "none"
     return (
-        f"prompts.column {config.column!r} is not in prompts.source {config.source!r}, whose columns are: "
-        f"{columns}{remedy}"
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or Path(source).suffix.lower() in (*FILE_READERS, ".gz")
     )
 
 
-def _entries(config: PromptsConfig, rows: Rows) -> tuple[list[PromptEntry], list[dict[str, Any]]]:
-    """Prompt and further columns of every row. Raises UserError naming the rows that have none."""
-    entries: list[PromptEntry] = []
-    columns: list[dict[str, Any]] = []
+def _prompts(
+    config: PromptsConfig, rows: Rows, choice: ColumnChoice, remarks: Remarks
+) -> tuple[dict[int, PromptEntry], list[str]]:
+    """(row -> prompt, notes). Raises UserError naming the rows that have none."""
+    has_pair = config.from_preferences and config.column not in PAIR and all(name in rows.columns for name in PAIR)
+    holders = [name for name in (config.column, *PAIR * has_pair) if name in rows.columns]
+    cells: dict[str, Sequence[Any]] = {}
+    notes: list[str] = []
     problems: list[str] = []
-    holders = [config.column] if config.column in rows.columns else PAIR
-    for index, values in enumerate(zip(*rows.columns.values(), strict=True)):
-        cells = dict(zip(rows.columns, values, strict=True))
+    for name in holders:
         try:
-            entries.append(_prompt({name: cells[name] for name in holders}))
-            columns.append({name: as_json(name, cells[name]) for name in config.columns})
-        except ValueError as error:
-            problems.append(f"prompts.source {config.source!r}, {rows.place(index)}: {error}")
+            cells[name], found = read_text_chats(
+                f"prompts.source {config.source!r}", name, rows.columns[name], rows.place
+            )
+            notes += found
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise first_problems(problems)
-    return entries, columns
+    if has_pair:
+        pairs, found = read_pairs(config, rows, cells, choice, remarks)
+        notes += found
+        if pairs is not None:
+            return pairs, notes
+    return _entries(config, rows, cells[config.column], remarks), notes
 
 
-def _prompt(cells: Mapping[str, Any]) -> PromptEntry:
-    """From {column: cell}, or from {"chosen": cell, "rejected": cell}. Raises ValueError with the problem."""
-    sides = {column: as_entry(column, cell) for column, cell in cells.items()}
-    name, prompt = next(iter(sides.items()))
-    if len(sides) > 1:
-        name, prompt = "the shared beginning", shared_prompt(**sides)
-    check_prompt(name, prompt)
-    return prompt
+def _entries(config: PromptsConfig, rows: Rows, cells: Sequence[Any], remarks: Remarks) -> dict[int, PromptEntry]:
+    """The prompt column's entries. Raises UserError naming the rows that have none."""
+    entries: dict[int, PromptEntry] = {}
+    problems: list[str] = []
+    for row, cell in enumerate(cells):
+        remarks.row = row
+        try:
+            entry = as_entry(config.column, cell, remarks)
+            if config.last_answer == "cut" and (cut := without_last_answer(entry)) != entry:
+                remarks.see("end with the assistant's answer, which is cut off (prompts.last_answer: cut)")
+                entry = cut
+            check_prompt(config.column, entry)
+            entries[row] = entry
+        except ValueError as error:
+            problems.append(f"prompts.source {config.source!r}, {rows.place(row)}: {error}")
+    if problems:
+        raise first_problems(problems)
+    return entries
+
+
+def _columns(config: PromptsConfig, rows: Rows, kept: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Row -> prompts.columns. Raises UserError naming the cells that JSON does not have."""
+    columns: dict[int, dict[str, Any]] = {}
+    problems: list[str] = []
+    for row in kept:
+        try:
+            columns[row] = {name: as_json(name, rows.columns[name][row]) for name in config.columns}
+        except ValueError as error:
+            problems.append(f"prompts.source {config.source!r}, {rows.place(row)}: {error}")
+    if problems:
+        raise first_problems(problems)
+    return columns
 
 
 def _digest(config: PromptsConfig, entries: Sequence[PromptEntry], columns: Sequence[Mapping[str, Any]]) -> str:

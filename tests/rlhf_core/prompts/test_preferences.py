@@ -95,7 +95,7 @@ def test_shared_text_is_a_prefix_of_both_at_a_boundary(start: str, ours: str, th
     assert shared_text(rejected, chosen) == prompt
     if ASSISTANT in start:
         assert prompt.endswith(ASSISTANT)
-        assert len(prompt) >= start.rindex(ASSISTANT) + len(ASSISTANT)
+        assert len(prompt) >= start.index(ASSISTANT) + len(ASSISTANT)
     elif not prompt.endswith(ASSISTANT):
         assert prompt == prompt.rstrip()
 
@@ -235,7 +235,7 @@ def test_bad_pairs_are_all_named(tmp_path: Path) -> None:
     ]
 
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "p.jsonl", rows)
+        load(tmp_path / "p.jsonl", rows, bad_pairs="refuse")
 
     where = f"prompts.source '{tmp_path / 'p.jsonl'}', line"
     assert list(caught.value.problems) == [

@@ -257,8 +257,8 @@ def test_hub_dataset_gets_source_subset_and_split_only(monkeypatch: pytest.Monke
 
 def test_no_source() -> None:
     assert problems(" ") == [
-        "prompts.source is not set; name a file (.jsonl, .ndjson, .json, .csv, .parquet, .arrow, .feather, "
-        ".ipc), a `datasets` folder or a dataset of the hub"
+        "prompts.source is not set; name a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, "
+        ".arrow, .feather, .ipc), a `datasets` folder or a dataset of the hub"
     ]
 
 
@@ -295,11 +295,11 @@ def test_reader_of_datasets_is_no_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     ]
 
 
-@pytest.mark.parametrize("name", ["p.txt", "p", "p.jsonl.gz"])
+@pytest.mark.parametrize("name", ["p.pdf", "p", "p.csv.old"])
 def test_unknown_suffix(tmp_path: Path, name: str) -> None:
     assert problems(written(tmp_path / name, "x")) == [
         f"prompts.source '{name}' is a file of an unknown kind; accepted are .jsonl, .ndjson, .json, .csv, "
-        ".parquet, .arrow, .feather, .ipc"
+        ".tsv, .txt, .parquet, .arrow, .feather, .ipc"
     ]
 
 
@@ -372,7 +372,7 @@ def test_bad_lines_are_all_named(tmp_path: Path) -> None:
         "prompts.source 'p.jsonl', line 3 holds a list; a JSON object is needed",
         "prompts.source 'p.jsonl', line 5 holds NaN, which is not JSON",
         "prompts.source 'p.jsonl', line 6 has a key twice in one object",
-        "prompts.source 'p.jsonl', line 7 is not UTF-8 text (byte 12)",
+        "prompts.source 'p.jsonl', line 7 is not UTF-8 text (byte 12); save the file as UTF-8",
         "prompts.source 'p.jsonl', line 8 is nested too deep",
     ]
     assert problems(written(tmp_path / "p.json", '[{"prompt": "x"}, 1]')) == [
@@ -404,12 +404,12 @@ BAD_ENTRIES: list[tuple[Any, str]] = [
     ([], "prompt is []; a prompt must not be empty"),
     (
         USER,
-        f"prompt is {USER}, a dict; a text or a list of {{role, content}} messages is needed",
+        f"prompt is {USER}, a dict; a text or a list of {{role, content}} messages is needed; put the message into a list",
     ),
     (["Hi"], "prompt[0] is 'Hi'; a message is {role, content}, both of them texts"),
     (
-        [USER, {"from": "human", "value": "Hi"}],
-        "prompt[1] is {'from': 'human', 'value': 'Hi'}; a message is {role, content}, both of them texts",
+        [USER, {"speaker": "human", "text": "Hi"}],
+        "prompt[1] is {'speaker': 'human', 'text': 'Hi'}; a message is {role, content}, both of them texts",
     ),
     (
         [{"role": "", "content": "Hi"}],
@@ -426,7 +426,8 @@ BAD_ENTRIES: list[tuple[Any, str]] = [
     ),
     (
         [USER, {"role": "assistant", "content": "Hello"}],
-        "prompt ends with the assistant message 'Hello'; the policy writes the answer, so leave it out",
+        "prompt ends with the assistant message 'Hello'; the policy writes the answer, so leave it out, "
+        "or set prompts.last_answer: cut",
     ),
     ([{"role": "user", "content": " "}], "prompt ends with a message whose content is ' '; it needs text"),
     ("a\ud83d", "prompt is no Unicode text: half a surrogate pair at character 1"),
@@ -466,11 +467,12 @@ def test_missing_column(tmp_path: Path, name: str) -> None:
     (CSV | NESTED)[name](tmp_path / name, rows)
 
     assert problems(tmp_path / name) == [
-        f"prompts.column 'prompt' is not in prompts.source '{name}', whose columns are: id, text"
+        f"prompts.column 'prompt' is not in prompts.source '{name}', whose columns are: id, text; "
+        "did you mean prompts.column: text?"
     ]
     assert problems(tmp_path / name, from_preferences=True) == [
         f"prompts.column 'prompt' is not in prompts.source '{name}', whose columns are: id, text; "
-        "prompts.from_preferences needs that column, or both chosen and rejected"
+        "prompts.from_preferences needs that column, or both chosen and rejected; did you mean prompts.column: text?"
     ]
 
 
