@@ -17,7 +17,7 @@ def batch_sizes_that_work(config: RunConfig, num_prompts: int) -> str:
         num_prompts: of its source.
     Returns: a clause with values of prompts.batch_size, the largest first; or other knobs, where none works.
 
-    Example: 60 prompts and 4 minibatches: "set prompts.batch_size to 60, 56, 52 or 32, ...".
+    Example: 60 prompts and 4 minibatches: "lower prompts.batch_size to 60, 56, 52 or 32, ...".
     """
     samples, minibatches = config.prompts.samples_per_prompt, config.ppo.num_minibatches
     step, largest = math.lcm(samples, minibatches), num_prompts * samples
@@ -31,4 +31,7 @@ def batch_sizes_that_work(config: RunConfig, num_prompts: int) -> str:
         )
     sizes = list(multiples[:3]) + [size for size in multiples[3:] if size & (size - 1) == 0][:1]
     listed = " or ".join(filter(None, (", ".join(map(str, sizes[:-1])), str(sizes[-1]))))
-    return f"set prompts.batch_size to {listed} (at most {largest}, a multiple {of}), or bring more prompts"
+    return (
+        f"lower prompts.batch_size to {listed} (at most {largest}, a multiple {of}), raise prompts.samples_per_prompt, "
+        "or bring more prompts"
+    )

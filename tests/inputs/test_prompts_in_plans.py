@@ -71,9 +71,9 @@ def test_a_key_that_the_template_does_not_read_is_a_note(
 @pytest.mark.parametrize(
     ("num_prompts", "samples", "minibatches", "remedy"),
     [
-        (60, 1, 4, "set prompts.batch_size to 60, 56, 52 or 32 (at most 60, a multiple of ppo.num_minibatches 4)"),
-        (7, 1, 4, "set prompts.batch_size to 4 (at most 7, a multiple of ppo.num_minibatches 4)"),
-        (3, 2, 4, "set prompts.batch_size to 4 (at most 6, a multiple of ppo.num_minibatches 4 and "),
+        (60, 1, 4, "lower prompts.batch_size to 60, 56, 52 or 32 (at most 60, a multiple of ppo.num_minibatches 4)"),
+        (7, 1, 4, "lower prompts.batch_size to 4 (at most 7, a multiple of ppo.num_minibatches 4)"),
+        (3, 2, 4, "lower prompts.batch_size to 4 (at most 6, a multiple of ppo.num_minibatches 4 and "),
         (3, 1, 4, "no prompts.batch_size up to 3 is a multiple of ppo.num_minibatches 4: set ppo.num_minibatches 3 "
          "and prompts.batch_size 3"),
     ],
