@@ -207,6 +207,24 @@ PAIRS = [
         knobs={"column": "chosen"},
     ),
     Brought(
+        "mostly_answers.jsonl",
+        lines(
+            {"prompt": HH, "chosen": " Yes", "rejected": " No"},
+            {"prompt": f"{HH} x", "chosen": " One", "rejected": " Two"},
+            pair(f"{HH} y\n\nHuman: z\n\nAssistant:", prompt=f"{HH} y"),
+        ),
+        [HH, f"{HH} x", f"{HH} y"],
+        ["hold answers alone", "2 prompts hold text behind the mark"],
+        knobs=FROM_PAIRS,
+    ),
+    Brought(
+        "mostly_pairs.jsonl",
+        lines(pair(HH, prompt="Hi"), pair(f"{HH} x\n\nHuman: y\n\nAssistant:", prompt="Hi"), pair("", prompt="Hi")),
+        [HH, f"{HH} x\n\nHuman: y\n\nAssistant:"],
+        ["1 of 3 pairs are dropped", SHARE, BESIDE],
+        knobs=FROM_PAIRS,
+    ),
+    Brought(
         "prompt_begins_the_pair.jsonl",
         lines(pair("Is it far? ", "Yes, it is far", "Yes, it is near", prompt="Is it far?")),
         ["Is it far?"],
