@@ -6,7 +6,7 @@ JOBS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Which Python: one that is too old is refused before anything is made, and an environment of one is made anew.
+# Which Python: one that is too old is refused before anything is made. An environment that is there is never removed.
 OLDEST := 11
 VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 IS_NEW = $(shell echo $(1) | { IFS=. read major minor; test "$$major" = 3 && test "$$minor" -ge $(OLDEST) && echo yes; })
@@ -14,21 +14,21 @@ IS_ASKED := $(filter command environment,$(firstword $(origin PYTHON)))
 HAS := $(call VERSION_OF,$(BIN)/python)
 FOUND := $(call VERSION_OF,$(PYTHON))
 OTHER = $(shell for p in python3.11 python3.12 python3.13 python3.14; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+AGAIN = make $(MAKECMDGOALS) PYTHON=$(if $(call IS_NEW,$(FOUND)),$(PYTHON),$(or $(OTHER),python3.$(OLDEST)))
 ifneq ($(call IS_NEW,$(HAS)),)
-ifneq ($(IS_ASKED),)
-ifneq ($(FOUND),$(HAS))
+ifneq ($(and $(IS_ASKED),$(filter-out $(HAS),$(or $(FOUND),none))),)
 REFUSED = $(VENV) is of Python $(HAS), and PYTHON=$(PYTHON) is $(or $(FOUND:%=Python %),not there): \
 	run 'make clean' first, or leave PYTHON out
 endif
-endif
-else ifneq ($(call IS_NEW,$(FOUND)),)
-ANEW := anew
-else
+else ifneq ($(wildcard $(VENV)),)
+REFUSED = $(VENV) is of $(or $(HAS:%=Python %),a Python that does not run), and Python 3.$(OLDEST) or newer is needed: \
+	run 'make clean', then '$(AGAIN)'
+else ifeq ($(call IS_NEW,$(FOUND)),)
 REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDEST) or newer is needed: \
-	$(if $(OTHER),run 'make $(MAKECMDGOALS) PYTHON=$(OTHER)',install it and run 'make $(MAKECMDGOALS) PYTHON=python3.$(OLDEST)')
+	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test torture bench lint format clean anew refused
+.PHONY: quickstart test torture bench lint format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -59,11 +59,8 @@ clean:  ## forget the environment and the quickstart's world
 refused:
 	@echo "$(strip $(REFUSED))" >&2; exit 1
 
-anew:  ## an environment that is not there, or whose Python is too old or gone
-	@test ! -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is of $(or $(HAS:%=Python %),a Python that is gone), and is made anew"; rm -rf $(VENV); }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-
-$(VENV)/.installed: pyproject.toml constraints.txt $(if $(REFUSED),refused,$(ANEW))
+$(VENV)/.installed: pyproject.toml constraints.txt $(if $(REFUSED),refused)
+	@test -e $(VENV) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) -e .

@@ -91,25 +91,33 @@ def test_no_python_at_all(place: Place) -> None:
     assert "python3 is not there, and Python 3.11 or newer is needed" in place.make().stderr
 
 
-def test_an_environment_of_an_old_one_is_made_anew(place: Place) -> None:
+def test_an_environment_of_an_old_one_is_refused_and_kept(place: Place) -> None:
     place.has_environment("3.10")
-    place.plays("python3", "3.10")
-    assert "python3 is Python 3.10, and Python 3.11 or newer is needed" in place.make().stderr
-    assert (place.folder / ".venv/mine").is_file(), "nothing was touched"
     place.plays("python3.11", "3.11")
-    done = place.make("PYTHON=python3.11")
-    assert done.returncode == 0, done.stderr
-    assert ".venv is of Python 3.10, and is made anew" in done.stdout
-    assert place.version() == "3.11"
-    assert not (place.folder / ".venv/mine").exists()
+    for arguments in ((), ("PYTHON=python3.11",)):
+        done = place.make(*arguments)
+        assert done.returncode != 0
+        assert (
+            ".venv is of Python 3.10, and Python 3.11 or newer is needed: run 'make clean', then 'make" in done.stderr
+        )
+        assert done.stderr.splitlines()[0].endswith("PYTHON=python3.11'")
+        assert (place.folder / ".venv/mine").is_file()
 
 
-def test_an_environment_whose_python_is_gone_is_made_anew(place: Place) -> None:
+def test_an_environment_whose_python_is_gone_is_refused_and_kept(place: Place) -> None:
     place.has_environment("3.12")
     (place.folder / ".venv/bin/python").unlink()
     place.plays("python3", "3.12")
-    assert "a Python that is gone, and is made anew" in place.make().stdout
-    assert (place.folder / ".venv/.installed").is_file()
+    assert ".venv is of a Python that does not run" in place.make().stderr
+    assert (place.folder / ".venv/mine").is_file()
+
+
+def test_an_environment_that_could_not_be_made_is_not_left_half_made(place: Place) -> None:
+    place.plays("python3", "3.12")
+    program = place.programs / "python3"
+    program.write_text(program.read_text().replace("&& cp", "&& exit 1 && cp"))
+    assert place.make().returncode != 0
+    assert not (place.folder / ".venv").exists()
 
 
 @pytest.mark.parametrize("how", ["command line", "environment"])
