@@ -174,9 +174,9 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise UserError(f"--config {path} is a folder; {_files_in(path)}")
     if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"did you mean {path.parent / close[0]}?" if close else f"`rlhf config > {path}` writes a template"
+        beside = {p.stem: p for p in _config_files(path.parent)}
+        close = difflib.get_close_matches(path.stem, beside, n=1)
+        hint = f"did you mean {beside[close[0]]}?" if close else f"`rlhf config > {path}` writes a template"
         raise UserError(f"--config {path} is not a file; {hint}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"--config {path} is larger than {MAX_CONFIG_BYTES} bytes")
@@ -189,10 +189,16 @@ def _read_text(path: Path) -> str:
 def _files_in(folder: Path) -> str:
     if (folder / "run.json").is_file():
         return f"it holds a run, which goes on by `rlhf resume {folder}`; give a YAML file to start another one"
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml", ".json") and p.is_file())
+    files = _config_files(folder)
     if files:
         return f"name a file in it: {', '.join(map(str, files[:5]))}{', …' if len(files) > 5 else ''}"
     return f"`rlhf config > {folder / 'config.yaml'}` writes a template"
+
+
+def _config_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml", ".json") and p.is_file())
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
