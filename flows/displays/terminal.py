@@ -21,6 +21,8 @@ from rlhf_core.store.address import shown
 BARS = "▁▂▃▄▅▆▇█"
 WIDEST = 9
 """Columns that fit side by side in a terminal."""
+FEW = "--num-prompts 16 --samples 8 --frontier-samples 32"
+"""Options of an evaluation that takes seconds on a small model, not minutes."""
 EDGE = 5
 """Iterations averaged at the beginning and at the end."""
 
@@ -175,7 +177,7 @@ def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
     return (tracker if tracking_uri else {}) | {
         "look into the run": f"{_command('rlhf')} inspect {run_dir}",
         "compare it with another one": f"{_command('rlhf')} compare {run_dir} OTHER_RUN --out compare.html",
-        "measure it against the reference": f"{_command('rlhf')} evaluate {run_dir}",
+        "measure it against the reference, first on few samples": f"{_command('rlhf')} evaluate {run_dir} {FEW}",
         "open an artifact": f'{_command("python")} -c "{read}"',
         "see the picture": f"{run_dir}/report.png",
         "read its responses token by token, in a browser": page,
