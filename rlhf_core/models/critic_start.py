@@ -1,0 +1,83 @@
+"""What the critic starts as, where ``policy.critic.init`` leaves that open: a function of the config and its folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.reward_model import load_reward_tokenizer
+from rlhf_core.models.sizes import empty_model
+from rlhf_core.models.tokenizers import drawable_tokens, load_tokenizer_of, vocabulary_digest
+
+
+def with_critic_start(config: RunConfig) -> RunConfig:
+    """The config with ``policy.critic.init`` set to policy where it is null and the first reward model cannot serve.
+
+    Every process comes to the same answer: it depends on files that the run's identity holds, not on weights.
+
+    Args:
+        config: of a run.
+    Returns: the same config where nothing is left open.
+    """
+    critic = config.policy.critic
+    is_open = config.uses_critic and critic.kind == "separate" and critic.init is None
+    if not is_open or config.reward.first_model is None or reward_model_obstacle(config) is None:
+        return config
+    policy = config.policy.model_copy(update={"critic": critic.model_copy(update={"init": "policy"})})
+    return config.model_copy(update={"policy": policy})
+
+
+def reward_model_obstacle(config: RunConfig) -> str | None:
+    """Why the first reward model cannot be what the critic starts as; None if it can, or does not load at all.
+
+    A critic reads the policy's tokens, from left to right, and as far as prompt and response may go.
+    """
+    from transformers import AutoConfig
+
+    component = config.reward.first_model
+    assert component is not None, "asked for where there is one"
+    field = f"reward.components.{config.reward.components.index(component)}"
+    named = f"{field}.model {component.model!r}"
+    try:
+        own, _ = load_reward_tokenizer(component, field=field)
+        tokenizer, _ = load_tokenizer_of(config.policy.model, config.policy.adapter)
+        tokens = drawable_tokens(config.policy.model, config.policy.adapter)
+        policy, model = (AutoConfig.from_pretrained(n, trust_remote_code=False) for n in _names(config))
+        shape = empty_model(model, "AutoModelForSequenceClassification")
+    except (UserError, OSError, ValueError, KeyError):  # told where it is read
+        return None
+    if vocabulary_digest(own) != vocabulary_digest(tokenizer):
+        return f"{named} has another vocabulary than policy.model"
+    if (rows := int(model.get_text_config().vocab_size)) < tokens.num_tokens:
+        return f"{named} has an embedding of {rows} rows, and the policy can draw token {tokens.num_tokens - 1}"
+    if component.chat_template is not None:
+        return f"{field}.chat_template is set, so that {named} reads other tokens than the policy's"
+    if own.chat_template is not None and tokenizer.chat_template not in (None, own.chat_template):
+        return f"{named} has another chat template than policy.model"
+    if not hasattr(shape, "score") or _sees_the_future(model):
+        return f"{named} ({model.model_type}) does not read from left to right, and a critic must not see the future"
+    if not isinstance(shape.score, nn.Linear):
+        return f"{named} ({model.model_type}) has a head of more than one linear layer"
+    return _too_short(config, policy, model, named)
+
+
+def _names(config: RunConfig) -> tuple[str, str]:
+    assert config.reward.first_model is not None
+    return config.policy.model, config.reward.first_model.model
+
+
+def _sees_the_future(model: Any) -> bool:
+    text = model.get_text_config()
+    return bool(getattr(text, "use_bidirectional_attention", False)) or getattr(text, "is_causal", True) is False
+
+
+def _too_short(config: RunConfig, policy: Any, model: Any, named: str) -> str | None:
+    ends, context = (getattr(c.get_text_config(), "max_position_embeddings", None) for c in (policy, model))
+    new, wanted = config.generation.max_new_tokens, config.prompts.max_len
+    longest = ends if wanted is None else wanted + new
+    if not context or longest is None or context >= longest:
+        return None
+    return f"{named} has a context of {context} tokens, and prompt and response may have {longest}"
