@@ -1,4 +1,4 @@
-"""What the critic starts as, where ``policy.critic.init`` leaves that open: a function of the config and its folders."""
+"""What the critic starts as, where ``policy.critic.init`` is null: a function of the config and its folders."""
 
 from __future__ import annotations
 
@@ -49,19 +49,24 @@ def reward_model_obstacle(config: RunConfig) -> str | None:
         shape = empty_model(model, "AutoModelForSequenceClassification")
     except (UserError, OSError, ValueError, KeyError):  # told where it is read
         return None
-    if vocabulary_digest(own) != vocabulary_digest(tokenizer):
-        return f"{named} has another vocabulary than policy.model"
-    if (rows := int(model.get_text_config().vocab_size)) < tokens.num_tokens:
-        return f"{named} has an embedding of {rows} rows, and the policy can draw token {tokens.num_tokens - 1}"
-    if component.chat_template is not None:
-        return f"{field}.chat_template is set, so that {named} reads other tokens than the policy's"
-    if own.chat_template is not None and tokenizer.chat_template not in (None, own.chat_template):
-        return f"{named} has another chat template than policy.model"
-    if not hasattr(shape, "score") or _sees_the_future(model):
-        return f"{named} ({model.model_type}) does not read from left to right, and a critic must not see the future"
-    if not isinstance(shape.score, nn.Linear):
-        return f"{named} ({model.model_type}) has a head of more than one linear layer"
-    return _too_short(config, policy, model, named)
+    rows, templates = int(model.get_text_config().vocab_size), (own.chat_template, tokenizer.chat_template)
+    head = getattr(shape, "score", None)
+    obstacles = {
+        f"{named} has another vocabulary than policy.model": vocabulary_digest(own) != vocabulary_digest(tokenizer),
+        f"{named} has an embedding of {rows} rows, and the policy can draw token {tokens.num_tokens - 1}": rows
+        < tokens.num_tokens,
+        f"{field}.chat_template is set, so that {named} reads other tokens than the policy's": bool(
+            component.chat_template
+        ),
+        f"{named} has another chat template than policy.model": None not in templates and templates[0] != templates[1],
+        f"{named} ({model.model_type}) does not read from left to right, and a critic must not see the future": head
+        is None
+        or _sees_the_future(model),
+        f"{named} ({model.model_type}) has a head of more than one linear layer": not isinstance(head, nn.Linear),
+    }
+    return next(
+        (obstacle for obstacle, stands in obstacles.items() if stands), _too_short(config, policy, model, named)
+    )
 
 
 def _names(config: RunConfig) -> tuple[str, str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PADDING = re.compile(r"[<\[].*pad.*[>\]]", re.IGNORECASE)
 RESERVED = re.compile(r"[<\[].*(reserved|unused|extra|dummy|placeholder).*[>\]]", re.IGNORECASE)
-"""How tokens are called that no training text has: Qwen's ``<|fim_pad|>``, Llama 3's ``<|reserved_special_token_0|>``."""
+"""Names of tokens that no training text has: Qwen's ``<|fim_pad|>``, Llama 3's ``<|reserved_special_token_0|>``."""
 NEVER_IN_UTF_8 = (0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF9, 0xF8, 0xF7, 0xF6, 0xF5, 0xC1, 0xC0)
 """Bytes that no text has."""
 PAD_REMEDY = "set policy.pad_token to a token of its vocabulary that is not EOS (it is never trained on or stored)"

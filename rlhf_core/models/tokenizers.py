@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -95,7 +95,7 @@ def load_policy_tokenizer(name: str, pad_token: str | None, *, adapter: str | No
     eos_ids = ends.ids | {own_eos}
     pad, why = choose_pad(tokenizer, name, pad_token, eos_ids, rows)
     pad_id = vocabulary(tokenizer)[pad]
-    notes = [_ends_note(tokenizer, eos_ids, ends, own_eos)]
+    notes = [_ends_note(tokenizer, eos_ids, ends, own_eos)] if eos_ids != {own_eos} else []
     if why:
         notes.append(f"masked cells are filled with {pad!r} ({pad_id}), which no text has: {why}")
     if adapter is not None and named.startswith("policy.adapter"):
@@ -167,13 +167,15 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _ends_note(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], ends: EndIds, own: int) -> str:
-    def shown(token: int) -> str:
-        text = tokenizer.convert_ids_to_tokens(token)
-        return f"{text!r} ({token})" if text is not None else f"{token}, which no token has"
-
-    listed = " or ".join(shown(token) for token in sorted(eos_ids))
+    listed = token_names(tokenizer, eos_ids)
     sources = [source for source, ids in ((ends.source, ends.ids), ("the tokenizer", {own})) if ids]
     return f"a response ends at {listed}, as {' and '.join(sources)} of the policy say{'s' * (len(sources) == 1)}"
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """Tokens for a person, as ``'<|im_end|>' (2) or '<|endoftext|>' (0)``."""
+    names = {token: cast("str | None", tokenizer.convert_ids_to_tokens(token)) for token in sorted(ids)}
+    return " or ".join(f"{id_}, which no token has" if t is None else f"{t!r} ({id_})" for id_, t in names.items())
 
 
 def _adapter_notes(tokenizer: PreTrainedTokenizerBase, base: str) -> list[str]:

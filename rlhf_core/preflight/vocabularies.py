@@ -17,8 +17,13 @@ from rlhf_core.models.vocabulary import DrawableTokens, tokens_without_row, voca
 from rlhf_core.prompts.sources import PromptSet
 
 MAX_NAMED = 3
-NOT_SAMPLED_BY = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config")
-"""What a generation_config.json says that is no setting of sampling."""
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "penalty_alpha", "length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id"),
+    *("forced_eos_token_id", "stop_strings", "max_length", "max_new_tokens", "min_length", "min_new_tokens"),
+)
+"""Settings of a generation_config.json that decide what is sampled."""
 
 
 def rows_of(model_config: Any) -> int:
@@ -127,8 +132,8 @@ def _check_tokens(own: Any, rows: int, named: str, notes: list[str]) -> None:
     if spelled:
         raise UserError(
             f"{named} has a tokenizer with {len(vocabulary(own))} tokens, and the model {rows} rows in its embedding: "
-            f"{_listed(spelled)} have none and can be in a text; take the tokenizer that the model was trained with, or "
-            "resize the embedding with model.resize_token_embeddings and train the new rows"
+            f"{_listed(spelled)} can be in a text and have none; take the tokenizer that the model was trained with, "
+            "or resize the embedding with model.resize_token_embeddings and train the new rows"
         )
     if silent:
         notes.append(f"{_listed(silent)} of {named} have no row in its embedding of {rows}: no text may spell them")
@@ -146,7 +151,7 @@ def check_spelled(prompts: PromptSet, tokenizer: PolicyTokenizer, rows: int) -> 
         text = entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
         if found := [token for token in silent if token in text]:
             raise UserError(
-                f"prompt {row} (from 0) has {found[0]!r} in its text, which is token {silent[found[0]]} of the policy's "
+                f"prompt {row} (from 0) has {found[0]!r} in its text, token {silent[found[0]]} of the policy's "
                 f"tokenizer, and policy.model has {rows} rows in its embedding; take that text out, or resize the "
                 "embedding and train the new row"
             )
@@ -194,8 +199,8 @@ def sampling_note(name: str) -> str | None:
         asked = cast("dict[str, Any]", GenerationConfig.from_pretrained(name).to_diff_dict())
     except Exception:  # the file is optional, and told elsewhere where it is broken
         return None
-    settings = {key: value for key, value in asked.items() if key not in NOT_SAMPLED_BY and value is not None}
+    settings = {key: asked[key] for key in SAMPLING if asked.get(key) is not None}
     if not settings:
         return None
-    listed = ", ".join(f"{key} {json.dumps(value, default=str)[:40]}" for key, value in sorted(settings.items()))
+    listed = ", ".join(f"{key} {json.dumps(value, default=str)[:40]}" for key, value in settings.items())
     return f"generation_config.json of policy.model is not used in sampling ({listed}); the generation section is"
