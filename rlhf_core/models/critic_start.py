@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.model_files import config_of
 from rlhf_core.models.reward_model import load_reward_tokenizer
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.tokenizers import drawable_tokens, load_tokenizer_of, vocabulary_digest
@@ -33,10 +34,9 @@ def with_critic_start(config: RunConfig) -> RunConfig:
 def reward_model_obstacle(config: RunConfig) -> str | None:
     """Why the first reward model cannot be what the critic starts as; None if it can, or does not load at all.
 
-    A critic reads the policy's tokens, from left to right, and as far as prompt and response may go.
+    A critic reads the policy's tokens, from left to right, and as far as prompt and response may go. A reward model
+    that was trained with another chat template can still be asked for.
     """
-    from transformers import AutoConfig
-
     component = config.reward.first_model
     assert component is not None, "asked for where there is one"
     field = f"reward.components.{config.reward.components.index(component)}"
@@ -45,33 +45,34 @@ def reward_model_obstacle(config: RunConfig) -> str | None:
         own, _ = load_reward_tokenizer(component, field=field)
         tokenizer, _ = load_tokenizer_of(config.policy.model, config.policy.adapter)
         tokens = drawable_tokens(config.policy.model, config.policy.adapter)
-        policy, model = (AutoConfig.from_pretrained(n, trust_remote_code=False) for n in _names(config))
+        policy, model = config_of(config.policy.model), config_of(component.model)
+        if policy is None or model is None:
+            return None
         shape = empty_model(model, "AutoModelForSequenceClassification")
-    except (UserError, OSError, ValueError, KeyError):  # told where it is read
+    except UserError:  # told where it is read
         return None
-    rows, templates = int(model.get_text_config().vocab_size), (own.chat_template, tokenizer.chat_template)
+    rows, templates = int(model.get_text_config().vocab_size), [t.chat_template for t in (own, tokenizer)]
     head = getattr(shape, "score", None)
+    is_decoder = head is not None and not _sees_the_future(model)
     obstacles = {
         f"{named} has another vocabulary than policy.model": vocabulary_digest(own) != vocabulary_digest(tokenizer),
-        f"{named} has an embedding of {rows} rows, and the policy can draw token {tokens.num_tokens - 1}": rows
-        < tokens.num_tokens,
-        f"{field}.chat_template is set, so that {named} reads other tokens than the policy's": bool(
-            component.chat_template
+        f"{named} has an embedding of {rows} rows, and the policy can draw token {tokens.num_tokens - 1}": (
+            rows < tokens.num_tokens
         ),
-        f"{named} has another chat template than policy.model": None not in templates and templates[0] != templates[1],
-        f"{named} ({model.model_type}) does not read from left to right, and a critic must not see the future": head
-        is None
-        or _sees_the_future(model),
+        f"{named} ({model.model_type}) does not read from left to right, and a critic must not see the future": (
+            not is_decoder
+        ),
         f"{named} ({model.model_type}) has a head of more than one linear layer": not isinstance(head, nn.Linear),
     }
+    if config.policy.critic.init is None:
+        obstacles |= {
+            f"{named} is given another chat template ({field}.chat_template)": component.chat_template is not None,
+            f"{named} has another chat template than policy.model": None not in templates
+            and templates[0] != templates[1],
+        }
     return next(
         (obstacle for obstacle, stands in obstacles.items() if stands), _too_short(config, policy, model, named)
     )
-
-
-def _names(config: RunConfig) -> tuple[str, str]:
-    assert config.reward.first_model is not None
-    return config.policy.model, config.reward.first_model.model
 
 
 def _sees_the_future(model: Any) -> bool:

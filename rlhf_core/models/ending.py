@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.model_files import config_of, generation_config_of, place_of
 from rlhf_core.models.untrusted import read_small_json
 from rlhf_core.models.vocabulary import byte_tokens, chat_template_texts, vocabulary
 
@@ -42,23 +43,16 @@ def end_ids(name: str, rows: int | None) -> EndIds:
         rows: of its embedding, where they are known.
     Raises: UserError for what is no token id, or has no row.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    eos: Any = None
     source = "generation_config.json"
     try:
-        eos = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # the file is optional
-        pass
+        eos: Any = getattr(generation_config_of(name), "eos_token_id", None)
     except Exception as error:
         raise UserError(f"policy.model {name!r} has a {source} that does not load: {error}") from None
     if eos is None or eos == []:
-        source = "config.json"
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            eos = GenerationConfig.from_model_config(config).eos_token_id
-        except Exception:  # told where the model is read
-            eos = None
+        source, config = "config.json", config_of(name)
+        eos = None if config is None else GenerationConfig.from_model_config(config).eos_token_id
         if eos is not None and not _is_said(name):
             eos = [i for i in _as_list(eos) if type(i) is int and 0 <= i < (rows or 0)]  # a default of the class
     ids = _as_list(eos)
@@ -79,7 +73,7 @@ def _as_list(eos: Any) -> list[Any]:
 
 def _is_said(name: str) -> bool:
     """Whether a config.json names an EOS itself."""
-    path = Path(name).expanduser() / "config.json"
+    path = Path(place_of(name)) / "config.json"
     if not path.is_file():
         return True
     values = read_small_json(path, repr(name))

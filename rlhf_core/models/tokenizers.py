@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -10,6 +10,7 @@ from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.ending import EndIds, end_ids
 from rlhf_core.models.ending import pad_token as choose_pad
+from rlhf_core.models.model_files import config_of, first_file
 from rlhf_core.models.untrusted import check_is_data
 from rlhf_core.models.vocabulary import DrawableTokens, vocabulary
 
@@ -110,7 +111,7 @@ def load_tokenizer_of(name: str, adapter: str | None = None) -> tuple[PreTrained
     """
     if adapter is not None and has_tokenizer(adapter):
         return load_tokenizer(adapter, field="policy.adapter"), f"policy.adapter {adapter!r}"
-    if adapter is not None and (file := _first_there(adapter, TEMPLATE_FILES)) is not None:
+    if adapter is not None and (file := first_file(adapter, TEMPLATE_FILES)) is not None:
         raise UserError(
             f"policy.adapter {adapter!r} has a {file}, but no tokenizer that it belongs to; save the tokenizer of its "
             "training there, or remove that file: the tokenizer of policy.model is used then"
@@ -120,30 +121,13 @@ def load_tokenizer_of(name: str, adapter: str | None = None) -> tuple[PreTrained
 
 def has_tokenizer(name: str) -> bool:
     """Whether a folder or hub id has a tokenizer of its own."""
-    return _first_there(name, TOKENIZER_FILES) is not None
-
-
-def _first_there(name: str, files: Sequence[str]) -> str | None:
-    """The first of some files that a folder or hub id has."""
-    from transformers.utils.hub import cached_file
-
-    for file in files:
-        try:
-            if cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None:
-                return file
-        except (OSError, ValueError):
-            return None
-    return None
+    return first_file(name, TOKENIZER_FILES) is not None
 
 
 def embedding_rows(name: str) -> int | None:
     """Rows of a model's embedding as its config.json says; None where there is none that loads."""
-    from transformers import AutoConfig
-
-    try:
-        rows = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
-    except Exception:  # told where the model is read
-        return None
+    config = config_of(name)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     return int(rows) if isinstance(rows, int) else None
 
 

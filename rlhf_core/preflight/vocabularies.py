@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.model_files import generation_config_of, place_of
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.tokenizers import PolicyTokenizer, has_tokenizer, load_tokenizer, tokenizer_differences
 from rlhf_core.models.vocabulary import DrawableTokens, tokens_without_row, vocabulary
@@ -174,7 +175,7 @@ def check_stored_rows(model_config: Any, name: str, field: str, auto_class: str)
         raise
     embedding = model.get_input_embeddings().weight
     places = [key for key, p in model.named_parameters(remove_duplicate=False) if p is embedding]
-    folder = Path(name).expanduser()
+    folder = Path(place_of(name))
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() and places else []:
         try:
             with safe_open(file, "pt") as weights:
@@ -193,12 +194,11 @@ def check_stored_rows(model_config: Any, name: str, field: str, auto_class: str)
 
 def sampling_note(name: str) -> str | None:
     """A sentence on the sampling that a policy's generation_config.json asks for; None where it asks for none."""
-    from transformers import GenerationConfig
-
     try:
-        asked = cast("dict[str, Any]", GenerationConfig.from_pretrained(name).to_diff_dict())
-    except Exception:  # the file is optional, and told elsewhere where it is broken
+        found = generation_config_of(name)
+    except Exception:  # told where EOS is read
         return None
+    asked = {} if found is None else cast("dict[str, Any]", found.to_diff_dict())
     settings = {key: asked[key] for key in SAMPLING if asked.get(key) is not None}
     if not settings:
         return None

@@ -39,7 +39,7 @@ def problems(tree: dict[str, Any], *overrides: str) -> tuple[str, ...]:
     """What a pre-flight refuses."""
     with pytest.raises(UserError) as caught:
         preflight(build_config(tree, list(overrides)))
-    return caught.value.problems
+    return tuple(caught.value.problems)
 
 
 def test_the_tokenizer_and_template_of_an_adapters_folder_are_the_policys(tmp_path: Path) -> None:
@@ -193,6 +193,9 @@ def test_a_default_critic_starts_as_the_policy_where_the_reward_model_cannot_ser
     loaded = LanguageModel.load(str(policy), dtype="float32", device=CPU, trainable=False).trunk.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in critic.trunk.state_dict().items())
     assert plan.parameters["critic"] == sum(p.numel() for p in critic.parameters()) - critic.head.weight.numel() - 1
+    if make is templated:
+        preflight(build_config(tree, ["policy.critic.init=reward"]))
+        return
     (problem,) = problems(tree, "policy.critic.init=reward")
     assert problem.startswith("policy.critic.init is reward, but ")
     assert reason in problem

@@ -28,7 +28,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.checkpoints import new_trainer
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.tokenizers import drawable_tokens
-from rlhf_core.models.vllm_engine import _write_untied  # pyright: ignore[reportPrivateUsage]
+from rlhf_core.models.vllm_engine import _write_untied
 from rlhf_core.preflight import preflight
 
 ROWS = 448
@@ -40,7 +40,7 @@ def problems(tree: dict[str, Any], *overrides: str) -> tuple[str, ...]:
     """What a pre-flight refuses."""
     with pytest.raises(UserError) as caught:
         preflight(build_config(tree, list(overrides)))
-    return caught.value.problems
+    return tuple(caught.value.problems)
 
 
 def plain_logprobs(folder: Path, ids: list[int], first: int, tokens: list[int]) -> torch.Tensor:
