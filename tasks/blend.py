@@ -17,7 +17,7 @@ from rlhf_core.evaluation.summary import MIN_KL
 from rlhf_core.models.devices import resolve_device, resolve_num_threads, using_threads
 from rlhf_core.models.interpolation import Interpolation
 from rlhf_core.models.policy import load_reference
-from rlhf_core.models.tokenizers import load_policy_tokenizer
+from rlhf_core.models.tokenizers import load_tokenizer
 from rlhf_core.ops.comparison import Interval
 from rlhf_core.rewards.foreign import check_functions
 from tasks.retention import named_checkpoints
@@ -117,7 +117,7 @@ def _write(
     out: Path, line: Interpolation, run: RunFolder, iteration: int, share: float, found: Interval | None
 ) -> None:
     checkpoint = run.checkpoint_path(iteration)
-    tokenizer = load_policy_tokenizer(str(checkpoint / "policy"), run.config.policy.pad_token).tokenizer
+    tokenizer = load_tokenizer(str(checkpoint / "policy"), field="policy.model")
     record = {
         "checkpoint": iteration,
         "checkpoint_digest": hash_file(checkpoint / "manifest.json"),

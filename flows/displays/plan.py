@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) -> None:
     """Print the batch arithmetic, optimiser steps, memory and disk use of a run."""
     from rlhf_core.disk_use import free_bytes, predict_disk_use  # torch, which inspecting a run does without
+    from rlhf_core.models.tokenizers import token_names
 
     disk, free = predict_disk_use(config, plan), free_bytes(run_dir)
     prompts, ppo = config.prompts, config.ppo
@@ -43,6 +44,7 @@ def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) ->
             f"{config.num_iterations} iterations = {config.num_iterations * prompts.batch_size} episodes "
             f"= {epochs:.2f} epochs of prompts, {config.num_iterations * steps} optimiser steps",
         ),
+        ("a response ends", f"at {token_names(plan.tokenizer.tokenizer, plan.tokenizer.eos_ids)}"),
         ("β", f"{config.kl.coef:g}, {config.kl.controller}" + _target(config)),
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
         ("memory", _memory(plan)),

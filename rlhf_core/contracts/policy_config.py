@@ -25,8 +25,8 @@ class CriticConfig(Section):
     init: Literal["zero", "policy", "reward"] | None = Field(
         default=None,
         description="start of a separate critic: the first reward model, the policy's trunk, or zero (random trunk); "
-        "the head starts at zero unless it comes with the reward model; null: reward if a component is a model, "
-        "else policy",
+        "the head starts at zero unless it comes with the reward model; null: reward if a component is a model "
+        "that can serve (the policy's vocabulary, read from left to right), else policy",
     )
 
 
@@ -72,7 +72,9 @@ class PolicyConfig(Section):
         default="float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
     )
     pad_token: str | None = Field(
-        default=None, description="token to pad with when the tokenizer has none, or one equal to EOS"
+        default=None,
+        description="token to pad with; null: the tokenizer's, or one that no text has where it has none, one that "
+        "ends a response, or one without a row in the embedding",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="compute a layer's activations again in the backward pass instead of keeping them"

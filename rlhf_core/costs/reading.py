@@ -11,6 +11,7 @@ from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.costs.operations import Shape
 from rlhf_core.costs.workload import Model, Workload
+from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.sizes import empty_model, parameter_counts
 from rlhf_core.models.tokenizers import load_policy_tokenizer
 from rlhf_core.preflight import context_length, model_config
@@ -28,6 +29,7 @@ def read_workload(config: RunConfig, threads: int) -> tuple[Workload, str]:
         threads: of the host.
     Raises: UserError if a model's config does not load or is not modelled, or lengths are not known.
     """
+    config = with_critic_start(config)
     policy, reference, critic, rewards = _model_configs(config)
     counts = parameter_counts(config, policy, rewards)
     prompt_len, lengths = _prompt_len(config, policy)
@@ -114,7 +116,7 @@ def _prompt_len(config: RunConfig, policy: Any) -> tuple[int, str]:
     if has_tokenizer and config.prompts.source and room is not None:
         prompts = sample_prompts(
             load_prompt_set(config.prompts),
-            load_policy_tokenizer(name, config.policy.pad_token),
+            load_policy_tokenizer(name, config.policy.pad_token, adapter=config.policy.adapter),
             config.prompts,
             cursor=Cursor(),
             seed=config.seed,

@@ -15,6 +15,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.critic import Critic, ValueHead
+from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
 from rlhf_core.models.policy import initial_trunk, load_policy
 from rlhf_core.models.recompute import recompute_activations
@@ -75,6 +76,7 @@ def initial_critic(config: RunConfig, policy: LanguageModel, device: torch.devic
     A separate critic starts from the policy's trunk or a random one with a zero head, or from the first
     reward model, score head included. Raises UserError if that model does not load or has another width.
     """
+    config = with_critic_start(config)
     dtype = DTYPES[config.policy.dtype]
     if config.policy.critic.kind == "shared":
         return Critic(ValueHead(policy.hidden_size), None, dtype=dtype).to(device)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from rlhf_core.contracts.errors import NumericalError, UserError
 from rlhf_core.models.language_model import LanguageModel
@@ -73,7 +75,7 @@ def draw_with_transformers(
         eos_token_id=list(eos_ids),
         pad_token_id=pad_id,
     )
-    with _plain_attention(model):
+    with _plain_attention(model), _drawing_only(policy):
         try:
             found = model.generate_batch(asked, generation_config=sampling, continuous_batching_config=batching)
         except (AttributeError, NotImplementedError, ValueError) as error:
@@ -90,6 +92,23 @@ def draw_with_transformers(
                 "is committed: resume, and if it comes back, use generation.engine own"
             )
     return [Drawn(list(answer.generated_tokens), list(answer.logprobs)) for answer in answers if answer is not None]
+
+
+@contextlib.contextmanager
+def _drawing_only(policy: LanguageModel) -> Iterator[None]:
+    """The engine draws from whatever logits the head gives: within, those of the policy's tokens alone."""
+    if policy.drawable is None:
+        yield
+        return
+    head: Any = cast("Any", policy.model).get_output_embeddings()
+    weight_VD, bias_V, num_tokens = head.weight, head.bias, policy.drawable.num_tokens
+    head.weight = torch.nn.Parameter(weight_VD.detach()[:num_tokens], requires_grad=False)
+    if bias_V is not None:
+        head.bias = torch.nn.Parameter(bias_V.detach()[:num_tokens], requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight, head.bias = weight_VD, bias_V
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import TRAINED, is_adapter, merged, read_adapter
 from rlhf_core.models.language_model import DTYPES, PROBE_TOLERANCE, LanguageModel, load_transformers_model
 from rlhf_core.models.policy import load_policy
+from rlhf_core.models.tokenizers import drawable_tokens
 
 SECOND_FACTORS = ("lora_B", "lora_embedding_B")
 """An adapter adds B·A: with A as trained, what it adds is linear in B."""
@@ -61,7 +62,8 @@ class Interpolation:
         end = {name: p.detach().clone() for name, p in _parameters(model).items()}
         start = _whole_reference(config, model)
         policy = LanguageModel(model, dtype=DTYPES[config.policy.dtype], device=device)
-        return cls(policy.checked(config.policy.model, "policy.model"), start, end)
+        policy.checked(config.policy.model, "policy.model")
+        return cls(policy.drawing_only(drawable_tokens(config.policy.model, config.policy.adapter)), start, end)
 
     def at(self, share: float) -> LanguageModel:
         """The policy at a share of the way: 0 is the reference and 1 the policy, bit for bit.

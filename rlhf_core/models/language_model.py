@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -20,6 +21,7 @@ from rlhf_core.models.prefixes import CachedPrefix, Prefix
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.models.trunk import Trunk
 from rlhf_core.models.untrusted import check_is_data, check_size
+from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.ops.finite import first_not_finite
 from rlhf_core.ops.logprobs import Projection, token_logprobs
 
@@ -56,6 +58,7 @@ class LanguageModel:
         self.trunk = cast("nn.Module", model.base_model)
         self._reads = Trunk(self.trunk, dtype=dtype, answering=None if adapters is None else self._answering)
         self.hidden_size = int(self.config.get_text_config().hidden_size)
+        self._drawable: DrawableTokens | None = None
 
     @classmethod
     def load(
@@ -93,14 +96,33 @@ class LanguageModel:
     def view(self, answers_as: str | None) -> LanguageModel:
         """The same weights in memory, answering with another of their adapters."""
         assert self.adapters is not None, "only a model with adapters has views"
-        return LanguageModel(
+        view = LanguageModel(
             self.model, dtype=self.dtype, device=self.device, adapters=self.adapters, answers_as=answers_as
         )
+        view._drawable = self._drawable
+        return view
+
+    def drawing_only(self, tokens: DrawableTokens) -> LanguageModel:
+        """Itself, giving every other id the probability 0. A model whose rows are those tokens computes as before.
+
+        Raises: ValueError if a token has no row.
+        """
+        rows = int(self.projection().weight_VD.shape[0])
+        if tokens.num_tokens > rows:
+            raise ValueError(f"{tokens.num_tokens} tokens for an output projection of {rows} rows")
+        self._drawable = None if tokens == DrawableTokens(rows) else tokens
+        return self
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the output projection: V, padding of the vocabulary included."""
-        return int(self.projection().weight_VD.shape[0])
+        """V: one more than the largest id that can be drawn."""
+        projection = self.projection()
+        return projection.num_tokens or int(projection.weight_VD.shape[0])
+
+    @property
+    def drawable(self) -> DrawableTokens | None:
+        """The ids that can be drawn; None where every row is a token."""
+        return self._drawable
 
     def projection(self) -> Projection:
         """The output head, with the architecture's own scaling of logits."""
@@ -110,7 +132,12 @@ class LanguageModel:
         factor = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         softcap = None if softcap is None else float(softcap)
-        return Projection(head.weight, head.bias, factor / divisor, softcap, dtype=self.dtype)
+        projection = Projection(head.weight, head.bias, factor / divisor, softcap, dtype=self.dtype)
+        if self._drawable is None:
+            return projection
+        holes = self._drawable.holes
+        holes_H = torch.tensor(holes, device=head.weight.device) if holes else None
+        return dataclasses.replace(projection, num_tokens=self._drawable.num_tokens, holes_H=holes_H)
 
     def leave_to_transformers(self) -> None:
         """Compute with whatever parameters the modules have at each call."""

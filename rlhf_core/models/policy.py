@@ -13,13 +13,14 @@ from rlhf_core.models.adapters import REFERENCE, TRAINED, attach, merged, new_ad
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
 from rlhf_core.models.recompute import recompute_activations
+from rlhf_core.models.tokenizers import drawable_tokens
 
 
 def load_policy(config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> LanguageModel:
     """The trained policy: before the first iteration, or as a checkpoint folder has it.
 
     With LoRA the frozen base is stored in ``policy.dtype``, the adapter in float32. A reference that shares
-    the trunk is there as well; see :func:`load_reference`.
+    the trunk is there as well; see :func:`load_reference`. Ids that no token has are never drawn.
 
     Args:
         config: of the run.
@@ -33,6 +34,7 @@ def load_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     else:
         name = section.model if checkpoint is None else str(checkpoint / "policy")
         policy = LanguageModel.load(name, dtype=section.dtype, device=device, trainable=True)
+    policy.drawing_only(drawable_tokens(section.model, section.adapter))
     if section.gradient_checkpointing:
         recompute_activations(policy.trunk, field="policy.model")
     return policy
@@ -41,7 +43,7 @@ def load_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
 def load_reference(
     config: RunConfig, device: torch.device, policy: LanguageModel | None, frozen: FrozenModels | None = None
 ) -> LanguageModel:
-    """π_ref, frozen.
+    """π_ref, frozen, over the ids that the policy can draw.
 
     Args:
         config: of the run.
@@ -57,12 +59,13 @@ def load_reference(
             return policy.view(None if config.reference_adapter is None else REFERENCE)
     name, dtype = config.reference_model, config.reference.dtype or config.policy.dtype
     field = "policy.model" if config.reference.model is None else "reference.model"
+    tokens = drawable_tokens(config.policy.model, config.policy.adapter)
     if config.reference_adapter is not None:
         return LanguageModel.adapted(
             name, config.reference_adapter, dtype=dtype, device=device, field=_reference_adapter_field(config)
-        )
+        ).drawing_only(tokens)
     model = (frozen or FrozenModels()).load("AutoModelForCausalLM", name, DTYPES[dtype], field)
-    return LanguageModel(model, dtype=DTYPES[dtype], device=device).checked(name, field)
+    return LanguageModel(model, dtype=DTYPES[dtype], device=device).checked(name, field).drawing_only(tokens)
 
 
 def policy_tensors(policy: LanguageModel) -> dict[str, Tensor]:

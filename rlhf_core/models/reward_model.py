@@ -87,6 +87,10 @@ class RewardModel:
         self.reads_policy_tokens = reads_policy_tokens
         self.max_len, self.batch_size, self.device = max_len, batch_size, device
         self.chat_template, self.date = chat_template, date
+        rows = len(model.get_input_embeddings().weight)
+        pads = (tokenizer.pad_token_id, model.config.get_text_config().pad_token_id)
+        self.pad_id = next((pad for pad in pads if isinstance(pad, int) and 0 <= pad < rows), 0)
+        """Fills masked cells: a PAD without a row in the embedding is replaced."""
 
     @classmethod
     def load(
@@ -166,8 +170,7 @@ class RewardModel:
         lens_n = torch.tensor([len(row) for row in rows])
         tokens_nL = torch.zeros(len(rows), int(lens_n.max()), dtype=torch.int64)
         mask_nL = torch.arange(tokens_nL.shape[1])[None, :] < lens_n[:, None]
-        pad = self.tokenizer.pad_token_id
-        tokens_nL.fill_(0 if pad is None else int(cast("int", pad)))
+        tokens_nL.fill_(self.pad_id)
         tokens_nL[mask_nL] = torch.tensor([token for row in rows for token in row])
         tokens_nL, mask_nL = tokens_nL.to(self.device), mask_nL.to(self.device)
         return cast("Tensor", self.model(input_ids=tokens_nL, attention_mask=mask_nL.long()).logits)[:, 0].float()

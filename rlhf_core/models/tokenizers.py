@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.ending import EndIds, end_ids
+from rlhf_core.models.ending import pad_token as choose_pad
 from rlhf_core.models.hub import folder_of
+from rlhf_core.models.model_files import config_of, first_file
 from rlhf_core.models.untrusted import check_is_data
+from rlhf_core.models.vocabulary import DrawableTokens, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of them holds a vocabulary."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+MARKS = ("bos", "eos", "pad", "unk")
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,11 @@ class PolicyTokenizer:
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation config."""
+    """Tokens that end a response: the tokenizer's EOS and those that ``generate`` of transformers would stop at."""
     pad_id: int
     """Fills tensors only; never an EOS, never sampled on purpose, never stored."""
+    notes: tuple[str, ...] = ()
+    """What was chosen, for the plan."""
 
     def encode(self, text: str, *, is_chat: bool) -> list[int]:
         """Token ids of a prompt. A chat template writes its own special tokens, so none are added to a chat."""
@@ -58,24 +70,82 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy_tokenizer(name: str, pad_token: str | None) -> PolicyTokenizer:
+def load_policy_tokenizer(name: str, pad_token: str | None, *, adapter: str | None = None) -> PolicyTokenizer:
     """Load the policy's tokenizer and settle EOS and PAD.
 
+    A folder of an adapter often has the tokenizer that its SFT used, chat template included: then that is the policy's.
+
     Args:
-        name: folder or hub id.
-        pad_token: ``policy.pad_token``, for tokenizers without a PAD of their own.
+        name: folder or hub id of ``policy.model``.
+        pad_token: ``policy.pad_token``; null: the tokenizer's PAD, or a token that no text has.
+        adapter: ``policy.adapter``.
     Raises:
-        UserError: no tokenizer, no EOS, no PAD, or PAD = EOS.
+        UserError: no tokenizer, no EOS, an EOS or PAD that cannot be, or no token to pad with.
     """
-    tokenizer = load_tokenizer(name, field="policy.model")
+    tokenizer, named = load_tokenizer_of(name, adapter)
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"policy.model {name!r} has a tokenizer without an EOS token, so no response could end; "
+            f"{named} has a tokenizer without an EOS token, so no response could end; "
             "set eos_token in its tokenizer_config.json"
         )
-    eos_ids = {int(cast("int", tokenizer.eos_token_id)), *_generation_eos_ids(name)}
-    pad_id = _pad_id(tokenizer, name, pad_token, eos_ids)
-    return PolicyTokenizer(tokenizer, frozenset(eos_ids), pad_id)
+    rows = embedding_rows(name)
+    ends = end_ids(name, rows)
+    own_eos = int(cast("int", tokenizer.eos_token_id))
+    if rows is not None and own_eos >= rows:
+        raise UserError(
+            f"{named} has the EOS token {tokenizer.eos_token!r}, which is token {own_eos}, and the embedding of "
+            f"policy.model has {rows} rows; take the tokenizer that the model was trained with"
+        )
+    eos_ids = ends.ids | {own_eos}
+    pad, why = choose_pad(tokenizer, name, pad_token, eos_ids, rows)
+    pad_id = vocabulary(tokenizer)[pad]
+    notes = [_ends_note(tokenizer, eos_ids, ends, own_eos)] if eos_ids != {own_eos} else []
+    if why:
+        notes.append(f"masked cells are filled with {pad!r} ({pad_id}), which no text has: {why}")
+    if adapter is not None and named.startswith("policy.adapter"):
+        notes += _adapter_notes(tokenizer, name)
+    return PolicyTokenizer(tokenizer, eos_ids, pad_id, tuple(notes))
+
+
+def load_tokenizer_of(name: str, adapter: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+    """(the policy's tokenizer, field and value that it comes from): the adapter's where its folder has one.
+
+    Raises: UserError if it does not load.
+    """
+    if adapter is not None and has_tokenizer(adapter):
+        return load_tokenizer(adapter, field="policy.adapter"), f"policy.adapter {adapter!r}"
+    if adapter is not None and (file := first_file(adapter, TEMPLATE_FILES)) is not None:
+        raise UserError(
+            f"policy.adapter {adapter!r} has a {file}, but no tokenizer that it belongs to; save the tokenizer of its "
+            "training there, or remove that file: the tokenizer of policy.model is used then"
+        )
+    return load_tokenizer(name, field="policy.model"), f"policy.model {name!r}"
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder or hub id has a tokenizer of its own."""
+    return first_file(name, TOKENIZER_FILES) is not None
+
+
+def embedding_rows(name: str) -> int | None:
+    """Rows of a model's embedding as its config.json says; None where there is none that loads."""
+    config = config_of(name)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    return int(rows) if isinstance(rows, int) else None
+
+
+def drawable_tokens(name: str, adapter: str | None = None) -> DrawableTokens:
+    """The ids that a policy can draw: the tokens of its tokenizer that have a row.
+
+    Args:
+        name: folder or hub id of ``policy.model``.
+        adapter: ``policy.adapter``.
+    Raises: UserError if there is no tokenizer or no embedding.
+    """
+    tokenizer, named = load_tokenizer_of(name, adapter)
+    if (rows := embedding_rows(name)) is None:
+        raise UserError(f"{named} does not tell the size of its vocabulary; set vocab_size in its config.json")
+    return DrawableTokens.of(tokenizer, rows)
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -83,33 +153,32 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest_json(cast("dict[str, int]", tokenizer.get_vocab()))
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase, name: str, pad_token: str | None, eos_ids: set[int]) -> int:
-    token = pad_token if pad_token is not None else cast("str | None", tokenizer.pad_token)
-    remedy = "set policy.pad_token to a token of its vocabulary that is not EOS (it is never trained on or stored)"
-    if token is None:
-        raise UserError(f"policy.model {name!r} has a tokenizer without a PAD token; {remedy}")
-    vocabulary = cast("dict[str, int]", tokenizer.get_vocab())
-    if token not in vocabulary:
-        raise UserError(f"policy.pad_token {token!r} is not in the vocabulary of policy.model {name!r}; {remedy}")
-    if vocabulary[token] in eos_ids:
-        raise UserError(f"policy.model {name!r} pads with {token!r}, which is also its EOS token; {remedy}")
-    return vocabulary[token]
+def _ends_note(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], ends: EndIds, own: int) -> str:
+    listed = token_names(tokenizer, eos_ids)
+    sources = [source for source, ids in ((ends.source, ends.ids), ("the tokenizer", {own})) if ids]
+    return f"a response ends at {listed}, as {' and '.join(sources)} of the policy say{'s' * (len(sources) == 1)}"
 
 
-def _generation_eos_ids(name: str) -> set[int]:
-    """EOS ids of generation_config.json: chat models often list several."""
-    from transformers import GenerationConfig
+def token_names(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """Tokens for a person, as ``'<|im_end|>' (2) or '<|endoftext|>' (0)``."""
+    names = {token: cast("str | None", tokenizer.convert_ids_to_tokens(token)) for token in sorted(ids)}
+    return " or ".join(f"{id_}, which no token has" if t is None else f"{t!r} ({id_})" for id_, t in names.items())
 
-    try:
-        eos: Any = GenerationConfig.from_pretrained(folder_of(name, "policy.model")).eos_token_id
-    except OSError:  # the file is optional
-        return set()
-    except Exception as error:
-        raise UserError(f"policy.model {name!r} has a generation_config.json that does not load: {error}") from None
-    ids: list[Any] = cast("list[Any]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
-    if wrong := [token for token in ids if type(token) is not int]:
-        raise UserError(
-            f"policy.model {name!r} has the eos_token_id {str(wrong[0])[:40]!r} in its generation_config.json, "
-            "which is no token id; set it to the number of the token that ends a text"
-        )
-    return set(ids)
+
+def _adapter_notes(tokenizer: PreTrainedTokenizerBase, base: str) -> list[str]:
+    """How an adapter's tokenizer differs from its base's; empty where it does not, or the base has none."""
+    if not has_tokenizer(base):
+        return []
+    theirs = load_tokenizer(base, field="policy.model")
+    parts = tokenizer_differences(tokenizer, theirs)
+    return [f"the tokenizer is that of policy.adapter, not of policy.model: other {', '.join(parts)}"] if parts else []
+
+
+def tokenizer_differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
+    """What two tokenizers do not have in common: vocabulary, chat template, special tokens."""
+    pairs = {
+        "vocabulary": (vocabulary(one), vocabulary(other)),
+        "chat template": (one.chat_template, other.chat_template),
+        **{f"{name} token": (getattr(one, f"{name}_token"), getattr(other, f"{name}_token")) for name in MARKS},
+    }
+    return [name for name, (ours, theirs) in pairs.items() if ours != theirs]

@@ -185,19 +185,27 @@ def draw_with_vllm(
 
 
 def _write_untied(policy: LanguageModel, folder: Path) -> None:
-    """The policy in its compute type, with an output projection of its own.
+    """The policy in its compute type, with an output projection of its own, and without rows that no token has.
 
     On a CPU vLLM 0.32 keeps its copy of a projection that is the embedding's when it reloads weights, and would answer
     every iteration with that of the first one.
     """
     model: Any = policy.model
     weights = {name: tensor.detach().to(policy.dtype, copy=True) for name, tensor in model.state_dict().items()}
+    num_tokens = None if policy.drawable is None else policy.drawable.num_tokens
+    if num_tokens is not None:
+        of_tokens = policy.embedding_ids()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in of_tokens:
+                weights[name] = weights[name][:num_tokens].contiguous()
     model.save_pretrained(folder, state_dict=weights)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for section in (config, config.get("text_config")):
         if section is not None:
             section["tie_word_embeddings"] = False
+            if num_tokens is not None and "vocab_size" in section:
+                section["vocab_size"] = num_tokens
     path.write_text(json.dumps(config))
 
 

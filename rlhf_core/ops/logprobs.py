@@ -36,6 +36,8 @@ class Projection:
     up to a sixteenth at 20, and its token's ratio by as much."""
     num_tokens: int | None = None
     """V, where more rows than that stand in ``weight_VD``; None: all of them."""
+    holes_H: Tensor | None = None
+    """int64: ids below V that no token has. Their probability is 0."""
 
     def prepared(self) -> Projection:
         """The same map without gradient, its weight in the type of the product, once for many calls."""
@@ -54,12 +56,14 @@ class Projection:
             z_NV = z_NV * self.scale
         if self.softcap is not None:
             z_NV = self.softcap * torch.tanh(z_NV / self.softcap)
-        return z_NV if temperature == 1.0 else z_NV / temperature
+        if temperature != 1.0:
+            z_NV = z_NV / temperature
+        return z_NV if self.holes_H is None else z_NV.index_fill(1, self.holes_H, -torch.inf)
 
     def raw_logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] float32: W h + b."""
         z_NV = _product(hidden_ND.to(self.dtype), self.weight_VD.t())[:, : self.num_tokens]
-        return z_NV if self.bias_V is None else z_NV.add_(self.bias_V)
+        return z_NV if self.bias_V is None else z_NV.add_(self.bias_V[: self.num_tokens])
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -112,6 +116,8 @@ def token_logprobs(
             projection.softcap,
             projection.dtype,
             rows,
+            projection.num_tokens,
+            projection.holes_H,
         )
 
 
@@ -134,17 +140,20 @@ class _TokenLogprobs(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         rows: int,
+        num_tokens: int | None,
+        holes_H: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        projection = Projection(weight_VD, bias_V, scale, softcap, dtype).prepared()
+        projection = Projection(weight_VD, bias_V, scale, softcap, dtype, num_tokens, holes_H).prepared()
         is_kept = len(tokens_N) <= rows and any(ctx.needs_input_grad)
-        kept_NV = hidden_ND.new_empty(len(tokens_N), len(weight_VD), dtype=torch.float32) if is_kept else None
+        width = num_tokens or len(weight_VD)
+        kept_NV = hidden_ND.new_empty(len(tokens_N), width, dtype=torch.float32) if is_kept else None
         logprobs_N = hidden_ND.new_empty(len(tokens_N), dtype=torch.float32)
         entropies_N = torch.empty_like(logprobs_N)
         for part in _pieces(hidden_ND.device, len(tokens_N), len(weight_VD), rows):
             z_nV = projection.logits(hidden_ND[part], temperature)
             support_nV = None if support_NV is None else support_NV[part]
             out = None if kept_NV is None else kept_NV[part]
-            _, logprobs_N[part], entropies_N[part] = _softmax(z_nV, tokens_N[part], support_nV, out)
+            _, logprobs_N[part], entropies_N[part] = _softmax(z_nV, tokens_N[part], support_nV, out, holes_H)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, support_NV, kept_NV, entropies_N)
         ctx.projection, ctx.constants = projection, (temperature, rows)
         ctx.set_materialize_grads(False)
@@ -163,7 +172,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if kept_NV is None:
                 z_nV = projection.logits(hidden_nD, temperature)
                 support_nV = None if support_NV is None else support_NV[part]
-                probs_nV, _, _ = _softmax(z_nV, tokens_N[part], support_nV, None)
+                probs_nV, _, _ = _softmax(z_nV, tokens_N[part], support_nV, None, projection.holes_H)
             else:
                 probs_nV = kept_NV[part]
             grad_z_nV = _grad_of_logits(probs_nV, tokens_N[part], entropies_N[part], *of_piece)
@@ -178,10 +187,10 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_weight_VD is not None:
                 grad_weight_VD += _product(of_rows_nV.t(), hidden_nD.to(dtype))[: len(weight_VD)]
             if grad_bias_V is not None:
-                grad_bias_V += grad_z_nV.sum(dim=0).to(grad_bias_V.dtype)
+                grad_bias_V[: grad_z_nV.shape[1]] += grad_z_nV.sum(dim=0).to(grad_bias_V.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None, None, None, None
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, *([None] * 9)
 
 
 def _as_wide(values_nV: Tensor, width: int) -> Tensor:
@@ -209,7 +218,7 @@ def _pieces(device: torch.device, num_tokens: int, vocabulary: int, rows: int) -
 
 
 def _softmax(
-    z_nV: Tensor, tokens_n: Tensor, support_nV: Tensor | None, out: Tensor | None
+    z_nV: Tensor, tokens_n: Tensor, support_nV: Tensor | None, out: Tensor | None, holes_H: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(π, log π(token), H) from logits, which are used up. ``out`` takes π."""
     if support_nV is not None:
@@ -219,6 +228,8 @@ def _softmax(
     probs_nV = torch.exp(logp_nV, out=z_nV if out is None else out)
     if support_nV is not None:
         logp_nV.masked_fill_(~support_nV, 0.0)  # a token outside has probability 0: its term is 0, not 0 · -inf
+    if holes_H is not None:
+        logp_nV.index_fill_(1, holes_H, 0.0)
     return probs_nV, picked_n, -logp_nV.mul_(probs_nV).sum(dim=1)
 
 

@@ -8,10 +8,12 @@ from typing import TypeVar
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.devices import check_ranks, resolve_device, resolve_num_threads
 from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_memory, trained_adapter_size
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
+from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.message_keys import check_message_keys
@@ -24,6 +26,7 @@ from rlhf_core.preflight.policies import (
 )
 from rlhf_core.preflight.prompts import check_prompts
 from rlhf_core.preflight.rewards import check_reward
+from rlhf_core.preflight.vocabularies import check_policy_rows, check_spelled, rows_of, sampling_note
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
 
 Found = TypeVar("Found")
@@ -38,6 +41,7 @@ class Plan:
     max_prompt_len: int
     context_len: int
     vocab_size: int
+    """One more than the largest id that the policy can draw."""
     device: str
     num_threads: int
     parameters: dict[str, int]
@@ -76,12 +80,21 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     if config.generation.engine == "vllm":
         attempt(lambda: vllm_version(config.generation.vllm.interpreter))
     policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
-    tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
+    section = config.policy
+    tokenizer = policy and attempt(
+        lambda: load_policy_tokenizer(section.model, section.pad_token, adapter=section.adapter)
+    )
+    tokens: DrawableTokens | None = None
+    if policy is not None and tokenizer is not None:
+        found += tokenizer.notes
+        found += [note for note in [sampling_note(section.model)] if note]
+        tokens = attempt(lambda: check_policy_rows(config, policy, tokenizer, found))
     if policy is not None:
-        attempt(lambda: check_reference(config, policy, found))
+        attempt(lambda: check_reference(config, policy, tokenizer, tokens, found))
         attempt(lambda: trained_adapter_size(config, policy))
     rewards = [
-        attempt(lambda i=i: check_reward(config, i, tokenizer, found)) for i in range(len(config.reward.components))
+        attempt(lambda i=i: check_reward(config, i, tokenizer, tokens, found))
+        for i in range(len(config.reward.components))
     ]
     if not config.reward.components:
         problems.append("reward.components is empty; give at least one, e.g. [{kind: model, model: FOLDER}]")
@@ -95,10 +108,13 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     if prompt_set is not None and tokenizer is not None and limits is not None:
         attempt(lambda: check_prompts(config, prompt_set, tokenizer, limits[0], found))
         attempt(lambda: check_message_keys(config, prompt_set, tokenizer))
+        attempt(lambda: check_spelled(prompt_set, tokenizer, rows_of(policy)))
     if limits is not None:
-        attempt(lambda: check_critic(config, rewards, limits[0] + config.generation.max_new_tokens, found))
+        attempt(lambda: check_critic(config, rewards, found))
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
         raise UserError(*problems)
+    assert tokens is not None, "or there was a problem"
+    config = with_critic_start(config)
     parameters = parameter_counts(config, policy, rewards)
     memory = memory_parts(config, policy, parameters, limits[0], device.type)
     return Plan(
@@ -106,7 +122,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         tokenizer=tokenizer,
         max_prompt_len=limits[0],
         context_len=limits[1],
-        vocab_size=int(policy.get_text_config().vocab_size),
+        vocab_size=tokens.num_tokens,
         device=device.type,
         num_threads=resolve_num_threads(config.num_threads),
         parameters=parameters,

@@ -7,46 +7,53 @@ from typing import Any
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import check_adapter
+from rlhf_core.models.critic_start import reward_model_obstacle
 from rlhf_core.models.sizes import empty_model
+from rlhf_core.models.tokenizers import PolicyTokenizer
+from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.preflight.folders import context_length, model_config
+from rlhf_core.preflight.vocabularies import check_reference_rows
 
 
-def check_reference(config: RunConfig, policy: Any, notes: list[str]) -> None:  # noqa: ARG001
+def check_reference(
+    config: RunConfig,
+    policy: Any,
+    tokenizer: PolicyTokenizer | None,
+    tokens: DrawableTokens | None,
+    notes: list[str],
+) -> None:
     """Refuse a reference whose vocabulary is not the policy's, or whose adapter does not fit; ``notes`` may grow."""
     reference = policy
     if config.reference.model is not None:
         reference = model_config(config.reference.model, "reference.model")
-    sizes = [int(c.get_text_config().vocab_size) for c in (policy, reference)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"reference.model {config.reference.model!r} has a vocabulary of {sizes[1]}, policy.model of {sizes[0]}; "
-            "KL needs one vocabulary: take the model that the policy started from"
-        )
+    if tokenizer is not None and tokens is not None:
+        check_reference_rows(config, reference, tokenizer, tokens, notes)
     if config.reference.adapter is not None:
         check_adapter(empty_model(reference), config.reference.adapter, "reference.adapter")
 
 
-def check_critic(config: RunConfig, rewards: list[Any], longest: int, notes: list[str]) -> None:  # noqa: ARG001
-    """A critic that starts as a reward model reads from left to right, and as far as the policy writes."""
+def check_critic(config: RunConfig, rewards: list[Any], notes: list[str]) -> None:
+    """A critic that starts as a reward model reads the policy's tokens, from left to right and as far as it writes.
+
+    One that is asked for and cannot is refused; where ``policy.critic.init`` is null, it starts as the policy.
+    """
     component = config.reward.first_model
     if component is None or not critic_starts_from_reward(config):
         return
-    index = config.reward.components.index(component)
-    field, name, model = f"reward.components.{index}.model", component.model, rewards[index]
-    if model is None:  # told already
+    if rewards[config.reward.components.index(component)] is None:  # told already
         return
-    if not hasattr(empty_model(model, "AutoModelForSequenceClassification"), "score"):
-        raise UserError(
-            f"policy.critic.init is reward, but {field} {name!r} ({model.model_type}) does not read from left to "
-            "right, and a critic must not see the future; use policy.critic.init policy"
-        )
-    context = context_length(model)
-    if context is not None and context < longest:
-        raise UserError(
-            f"policy.critic.init is reward, but {field} {name!r} has a context of {context} tokens, and prompt and "
-            f"response may have {longest}; use policy.critic.init policy, or set prompts.max_len to at most "
-            f"{context - config.generation.max_new_tokens}"
-        )
+    if (obstacle := reward_model_obstacle(config)) is None:
+        return
+    if config.policy.critic.init is None:
+        notes.append(f"the critic starts as the policy's trunk (policy.critic.init null): {obstacle}")
+        return
+    shorter = ""
+    if " has a context of " in obstacle:
+        room = (
+            context_length(rewards[config.reward.components.index(component)]) or 0
+        ) - config.generation.max_new_tokens
+        shorter = f", or set prompts.max_len to at most {room}" if room > 0 else ""
+    raise UserError(f"policy.critic.init is reward, but {obstacle}; use policy.critic.init policy{shorter}")
 
 
 def critic_starts_from_reward(config: RunConfig) -> bool:

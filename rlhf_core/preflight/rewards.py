@@ -9,13 +9,16 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward
 from rlhf_core.models.reward_model import load_reward_tokenizer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
+from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.preflight.folders import model_config
-from rlhf_core.preflight.policies import critic_starts_from_reward
+from rlhf_core.preflight.vocabularies import check_reward_rows
 from rlhf_core.rewards.function import load_function, unseen_modules
 from rlhf_core.rewards.http import load_http
 
 
-def check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | None, notes: list[str]) -> Any:
+def check_reward(
+    config: RunConfig, index: int, tokenizer: PolicyTokenizer | None, tokens: DrawableTokens | None, notes: list[str]
+) -> Any:
     """Check one component; return its model's config, None for a function or a service; ``notes`` may grow."""
     component, field = config.reward.components[index], f"reward.components.{index}"
     if isinstance(component, FunctionReward):
@@ -35,17 +38,7 @@ def check_reward(config: RunConfig, index: int, tokenizer: PolicyTokenizer | Non
             f"{field}.model {component.model!r} has {model.num_labels} logits; a reward model has one "
             "(num_labels: 1 in its config.json)"
         )
-    own, _ = load_reward_tokenizer(component, field=field)
-    vocabulary = int(model.get_text_config().vocab_size)
-    if component.tokenizer is not None and len(own) > vocabulary:
-        raise UserError(
-            f"{field}.tokenizer {component.tokenizer!r} has {len(own)} tokens, {field}.model {component.model!r} reads "
-            f"{vocabulary}; take the tokenizer that the model was trained with"
-        )
-    critic_starts_here = component is config.reward.first_model and critic_starts_from_reward(config)
-    if critic_starts_here and tokenizer and vocabulary_digest(own) != vocabulary_digest(tokenizer.tokenizer):
-        raise UserError(
-            f"policy.critic.init is reward, but {field}.model {component.model!r} has another vocabulary than "
-            "policy.model; use policy.critic.init policy"
-        )
+    own, template = load_reward_tokenizer(component, field=field)
+    reads_ours = template is None and tokenizer and vocabulary_digest(own) == vocabulary_digest(tokenizer.tokenizer)
+    check_reward_rows(config, index, model, own, reads=tokens if reads_ours else None, notes=notes)
     return model

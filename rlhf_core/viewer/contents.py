@@ -27,7 +27,7 @@ import pyarrow as pa
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after, iteration_rows
-from rlhf_core.models.tokenizers import load_tokenizer
+from rlhf_core.models.tokenizers import load_tokenizer_of
 from rlhf_core.store.address import shown
 from rlhf_core.tables import PER_TOKEN, SAMPLES, RunTables
 
@@ -189,7 +189,7 @@ def _tokens(
     occurring, indices = np.unique(columns.pop("token_id").to_numpy(), return_inverse=True)
     token_ids = [int(token_id) for token_id in occurring]
     try:
-        tokenizer = tokenizer or load_tokenizer(run.config.policy.model, field="policy.model")
+        tokenizer = tokenizer or load_tokenizer_of(run.config.policy.model, run.config.policy.adapter)[0]
         vocabulary = token_texts(tokenizer, token_ids)
     except UserError:
         vocabulary, note = [f"⟨{token_id}⟩" for token_id in token_ids], NO_TOKENIZER

@@ -102,8 +102,10 @@ def test_a_tokenizer_of_more_tokens_than_the_model_reads(tiny_config: Configure,
     tokenizer.add_tokens(["<one>", "<more>"])
     tokenizer.save_pretrained(own)
     assert problems(tiny_config([f"reward.components.0.tokenizer={own}"])) == (
-        f"reward.components.0.tokenizer '{own}' has {size + 2} tokens, reward.components.0.model '{tiny.reward}' reads "
-        f"{size}; take the tokenizer that the model was trained with",
+        f"reward.components.0.tokenizer '{own}' has a tokenizer with {size + 2} tokens, and the model {size} rows in "
+        f"its embedding: '<one>' ({size}), '<more>' ({size + 1}) can be in a text and have none; take the "
+        "tokenizer that the model was trained with, or resize the embedding with model.resize_token_embeddings and "
+        "train the new rows",
     )
     (sentence,) = problems(tiny_config(["reward.components.0.tokenizer=./none"]))
     assert sentence.startswith("reward.components.0.tokenizer './none' is not a folder here")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -191,8 +190,10 @@ def test_a_critic_does_not_start_as_an_encoder(
     encoder: Path, tiny: Any, tiny_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would see the future. The vocabulary is made the policy's, so that this alone is wrong."""
-    folder = shutil.copytree(encoder, tmp_path / "encoder")
-    load_tokenizer(str(tiny.policy), field="x").save_pretrained(folder)
+    tokenizer = load_tokenizer(str(tiny.policy), field="x")
+    kind = json.loads((encoder / "config.json").read_text())["model_type"]
+    folder = tmp_path / "encoder"
+    save_random(encoders(len(tokenizer))[kind], "AutoModelForSequenceClassification", folder, tokenizer, spread=0.3)
     monkeypatch.setattr("rlhf_core.models.actor_critic.is_causal", lambda _: True)  # its head alone gives it away
     config = tiny_config(["policy.critic.init=reward", f"reward.components.0.model={folder}"])
     policy = load_policy(tiny_config(), CPU)

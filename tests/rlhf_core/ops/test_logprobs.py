@@ -383,3 +383,30 @@ def test_bad_arguments_are_refused() -> None:
     for temperature in (0.0, -1.0):
         with pytest.raises(ValueError, match="temperature"):
             token_logprobs(draw(1, N, D), projection, draw_tokens(1), temperature=temperature)
+
+
+@pytest.mark.parametrize("chunk_elements", CHUNKS)
+@pytest.mark.parametrize("head", [{}, {"temperature": 0.7, "softcap": 1.5, "scale": 0.25}], ids=["plain", "scaled"])
+def test_ids_that_are_no_token_are_as_if_their_rows_were_not_there(head: dict[str, float], chunk_elements: int) -> None:
+    """V = 8 of 11 rows, and two holes among them: values and gradients by autograd over the six rows that are left."""
+    tokens_n = torch.tensor([0, 1, 3, 4, 6, 7])
+    hidden_ND, weight_VD, bias_V = (t.requires_grad_() for t in (draw(1, N, D), draw(2, V, D), draw(3, V)))
+    picked_N = torch.randint(len(tokens_n), (N,), generator=torch.Generator().manual_seed(4))
+    scale, softcap, temperature = head.get("scale", 1.0), head.get("softcap"), head.get("temperature", 1.0)
+    projection = Projection(weight_VD, bias_V, scale, softcap, num_tokens=8, holes_H=torch.tensor([2, 5]))
+    found = token_logprobs(
+        hidden_ND, projection, tokens_n[picked_N], temperature=temperature, chunk_elements=chunk_elements
+    )
+    z_Nn = scale * (hidden_ND @ weight_VD[tokens_n].t() + bias_V[tokens_n])
+    z_Nn = z_Nn if softcap is None else softcap * torch.tanh(z_Nn / softcap)
+    logp_Nn = (z_Nn / temperature).log_softmax(dim=1)
+    expected = logp_Nn.gather(1, picked_N[:, None])[:, 0], -(logp_Nn.exp() * logp_Nn).sum(dim=1)
+    weights_2N, grads = draw(5, 2, N), []
+    for logprobs_N, entropies_N in (found, expected):
+        loss = (logprobs_N * weights_2N[0] + entropies_N * weights_2N[1]).sum()
+        grads.append(torch.autograd.grad(loss, (hidden_ND, weight_VD, bias_V)))
+    assert_close(found, expected, **F32_OP)
+    assert_close(grads[0], grads[1], **F32_GRAD)
+    logits_NV = projection.prepared().logits(hidden_ND.detach(), temperature)
+    assert logits_NV.shape == (N, 8)
+    assert bool((logits_NV.softmax(dim=1)[:, [2, 5]] == 0).all())
