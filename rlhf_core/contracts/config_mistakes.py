@@ -189,7 +189,7 @@ def _remedy(detail: ErrorDetails, where: str) -> str:
             remedy = "write true or false"
         case "float_type" | "int_type", str() if _is_number(value):
             remedy = f"write it without quotes: {value.strip()}"
-        case "int_type", float() if value == int(value):
+        case "int_type", float() if value.is_integer():
             remedy = f"write {int(value)}"
         case "string_type", int() | float() if not isinstance(value, bool):
             remedy = f"write it in quotes: '{value}'"
