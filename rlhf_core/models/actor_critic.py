@@ -18,6 +18,7 @@ from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
 from rlhf_core.models.policy import initial_trunk, load_policy
 from rlhf_core.models.recompute import recompute_activations
+from rlhf_core.models.score_heads import linear_of
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.ops.randomness import seeded_generator
 
@@ -124,9 +125,10 @@ def _from_reward_model(config: RunConfig) -> tuple[ValueHead, Any]:
             f"policy.critic.init is reward, but {field} {component.model!r} ({model.config.model_type}) does not read "
             "from left to right, and a critic must not see the future; use policy.critic.init policy"
         )
-    head = ValueHead(int(model.config.get_text_config().hidden_size))
+    head = ValueHead(score.in_features)
     with torch.no_grad():
-        head.weight.copy_(score.weight)
+        for own, given in zip((head.weight, head.bias), linear_of(score), strict=True):
+            own.copy_(given)
     return head, model.base_model
 
 

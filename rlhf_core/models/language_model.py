@@ -14,9 +14,11 @@ from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, is_adapter
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Prefix
+from rlhf_core.models.model_folders import check_model_folder, check_nothing_left
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.prefixes import CachedPrefix, Prefix
 from rlhf_core.models.sequences import Sequences
+from rlhf_core.models.stored_weights import some
 from rlhf_core.models.trunk import Trunk
 from rlhf_core.models.untrusted import check_is_data, check_size
 from rlhf_core.ops.finite import first_not_finite
@@ -187,9 +189,22 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     transformers.logging.set_verbosity_error()  # it advises attention masks where right padding needs none
     try:
         check_size(auto_class, name, field)
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        loading = check_model_folder(auto_class, name, field)
+        with torch.random.fork_rng(devices=[]):  # a head that the files name otherwise is drawn, and replaced
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **{**(loading.options or {}), **options},
+            )
+        missing = set(info["missing_keys"])
+        if loading.head is not None and loading.stored is not None:
+            loading.head.install(model, loading.stored)
+            missing -= {"score.weight"}
+        if not loading.is_compared:
+            check_nothing_left(auto_class, info["unexpected_keys"], f"{field} {name!r}")
     except UserError:
         raise
     except Exception as error:
@@ -199,8 +214,9 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
         raise UserError(
             f"{field} {name!r} holds a weight that is NaN or infinite ({broken}); take an intact copy of it"
         )
-    if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise UserError(f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {shown}")
+    if missing:
+        raise UserError(
+            f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {some(sorted(missing))}"
+        )
     fuse_activations(model)
     return model

@@ -9,6 +9,7 @@ from typing import TypeVar
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.devices import check_ranks, resolve_device, resolve_num_threads
+from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
 from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_memory, trained_adapter_size
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
@@ -75,6 +76,10 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         attempt(lambda: vllm_version(config.generation.vllm.interpreter))
     policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
     tokenizer = policy and attempt(lambda: load_policy_tokenizer(config.policy.model, config.policy.pad_token))
+    if policy is not None and not attempt(
+        lambda: check_model_folder(CAUSAL_LM, config.policy.model, "policy.model", found)
+    ):
+        policy = None
     if policy is not None:
         attempt(lambda: check_reference(config, policy, found))
         attempt(lambda: trained_adapter_size(config, policy))

@@ -7,11 +7,12 @@ from typing import Any
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import check_adapter
+from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.preflight.folders import context_length, model_config
 
 
-def check_reference(config: RunConfig, policy: Any, notes: list[str]) -> None:  # noqa: ARG001
+def check_reference(config: RunConfig, policy: Any, notes: list[str]) -> None:
     """Refuse a reference whose vocabulary is not the policy's, or whose adapter does not fit; ``notes`` may grow."""
     reference = policy
     if config.reference.model is not None:
@@ -22,6 +23,8 @@ def check_reference(config: RunConfig, policy: Any, notes: list[str]) -> None:  
             f"reference.model {config.reference.model!r} has a vocabulary of {sizes[1]}, policy.model of {sizes[0]}; "
             "KL needs one vocabulary: take the model that the policy started from"
         )
+    if config.reference.model is not None:
+        check_model_folder(CAUSAL_LM, config.reference.model, "reference.model", notes)
     if config.reference.adapter is not None:
         check_adapter(empty_model(reference), config.reference.adapter, "reference.adapter")
 
