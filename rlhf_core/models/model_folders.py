@@ -172,8 +172,8 @@ def _check_head(it: _Folder, fit: Fit, head: ScoreHead | None, *, has_score: boo
         names: Any = it.values.get("id2label")
         shown = f" ({', '.join(map(str, names.values()))[:80]})" if isinstance(names, dict) else ""
         raise UserError(
-            f"{it.named} has {stored_labels[0]} logits{shown}: it is {it.kind}, and a reward model has one; give one that "
-            "was trained with one label, which num_labels in its config.json alone does not make"
+            f"{it.named} has {stored_labels[0]} logits{shown}: it is {it.kind}, and a reward model has one; give one "
+            "that was trained with one label, which num_labels in its config.json alone does not make"
         )
     missing_head = (has_score and head is None) or (not has_score and any(map(_is_head, fit.missing)))
     if missing_head:
