@@ -19,6 +19,7 @@ from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
+from rlhf_core.preflight.probe import Loaded, probe
 from rlhf_core.rewards.foreign import changed_functions
 from rlhf_core.verification.run import verify_run
 from tasks.resources import Resources, resources
@@ -31,14 +32,17 @@ MAX_SHOWN = 10
 
 
 def start_run(config: RunConfig, run_dir: str) -> None:
-    """Check everything, then create the run folder. Nothing is written if anything is wrong.
+    """Check everything, load and try the models, then create the run folder. Nothing is written if anything is wrong.
 
     Raises: UserError with every problem found.
     """
     check_vacant(Path(run_dir))
-    plan = preflight(config)
+    plan, loaded = preflight(config), Loaded()
+    probe(config, plan, loaded)
     RunFolder.create(Path(run_dir), config, run_identity(config, plan.prompt_set))
-    resources(run_dir).keep_plan(plan)
+    kept = resources(run_dir)
+    kept.keep_plan(plan)
+    kept.keep_loaded(loaded)
 
 
 def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:

@@ -172,7 +172,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def checked(self, name: str, field: str) -> LanguageModel:
-        """Itself, if trunk and projection give the model's own logits on a few tokens, and rows do not touch each other.
+        """Itself, if trunk and projection give the model's own logits, and rows beside each other do not mix.
 
         Raises: UserError if they do not.
         """
@@ -226,8 +226,8 @@ class LanguageModel:
     def _prefix_of_own_cache(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """As :meth:`prefix`, without capturing graphs."""
         if (passes := self._reads.written_out) is not None and passes.takes(max(map(len, prompts)) + STEPS + 1):
-            return GPT2Prefix(passes, prompts, 1, STEPS + 1)
-        return CachedPrefix(self._reads.run, self.config, self.device, prompts, 1, pad_id=0)
+            return GPT2Prefix(passes, prompts, 2, STEPS + 1)
+        return CachedPrefix(self._reads.run, self.config, self.device, prompts, 2, pad_id=0)
 
     def _is_close(self, distance: float) -> bool:
         is_coarse = any(p.dtype is not torch.float32 for p in self.trunk.parameters())

@@ -80,15 +80,24 @@ def decoding_distance(
     """How far prompts that go on from a cache are from the same texts in one pass.
 
     Args:
-        begin: from prompts to a prefix that goes on.
+        begin: from prompts to a prefix that goes on, one sample or several of each prompt.
         alone: the judge.
         rows: prompts with what follows them.
         steps: how many tokens at each end are read one at a time.
     """
     right = [alone(row)[-steps - 1 :] for row in rows]
     prefix = begin([row[:-steps] for row in rows])
-    found = [prefix.hidden_bD]
-    for step in range(-steps, 0):
-        prefix.advance(torch.tensor([row[step] for row in rows], device=prefix.hidden_bD.device))
-        found.append(prefix.hidden_bD)
-    return max(map(distance, torch.stack(found, dim=1).unbind(), right))
+    worst, of_row = 0.0, list(range(len(rows))) * (len(prefix.hidden_bD) // len(rows))
+    of_row.sort()
+    for step in range(steps + 1):
+        hidden_bD = prefix.hidden_bD
+        worst = max(worst, *(distance(hidden_bD[b][None], right[row][step][None]) for b, row in enumerate(of_row)))
+        if step == steps:
+            break
+        if step == 1:  # the second half of the samples leaves, as finished responses do
+            kept = [b for b in range(len(of_row)) if b == 0 or of_row[b] != of_row[b - 1]]
+            prefix.select(torch.tensor(kept, device=hidden_bD.device))
+            of_row = [of_row[b] for b in kept]
+        tokens = [rows[row][len(rows[row]) - steps + step] for row in of_row]
+        prefix.advance(torch.tensor(tokens, device=hidden_bD.device))
+    return worst
