@@ -15,6 +15,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.folder_kinds import architecture, is_embedding_model, kind, needs_own_code
 from rlhf_core.models.score_heads import OWN, ScoreHead, find_score_head
 from rlhf_core.models.stored_weights import (
+    SINGLE,
     VALUE_HEADS,
     Fit,
     StoredWeights,
@@ -211,10 +212,15 @@ def _note_what_is_left(
     shapes = it.stored.shapes
     if ignored := [k for k in fit.ignored if not is_harmless(k, shapes.get(k)) and not is_other_head(k)]:
         notes.append(f"{it.named}: {fit.architecture} does not use {len(ignored)} of its weights: {some(ignored)}")
-    for file, tensors in it.stored.unread.items():
-        if (used or set[str]()) & tensors.keys() or (harmless_files and all(map(VALUE_HEADS.match, tensors))):
-            continue
-        notes.append(f"{it.named}: {file} is not read; the weights are those of the files that transformers reads")
+    unread = [
+        file
+        for file, tensors in it.stored.unread.items()
+        if not (used or set[str]()) & tensors.keys() and not (harmless_files and all(map(VALUE_HEADS.match, tensors)))
+    ]
+    if unread:
+        read = "the shards of its index" if SINGLE in unread or not (it.path / SINGLE).is_file() else SINGLE
+        verb = "is" if len(unread) == 1 else "are"
+        notes.append(f"{it.named}: {some(unread)} {verb} not read; transformers takes the weights from {read}")
 
 
 def _check_class(it: _Folder, config: Any, auto_class: str, remedy: str) -> None:

@@ -55,7 +55,7 @@ class StoredWeights:
         Args:
             folder: of a model.
             named: field and value, for errors.
-        Raises: UserError if a file is missing or broken, or if it is not clear which files are the model's.
+        Raises: UserError if a file is missing or broken.
         """
         names = _files_read(folder, named)
         shapes: dict[str, Shape] = {}
@@ -191,18 +191,13 @@ def some(keys: Sequence[str]) -> str:
 
 
 def _files_read(folder: Path, named: str) -> list[str]:
-    """The files that ``from_pretrained`` reads. Raises UserError if they are not all there, or two sets are."""
+    """The files that ``from_pretrained`` reads. Raises UserError if they are not all there."""
     single, index = folder / SINGLE, folder / INDEX
     shards: list[str] = []
     if index.is_file():
         shards = sorted(set(map(str, cast("dict[str, object]", read_small_json(index, named)["weight_map"]).values())))
     missing = [name for name in shards if not (folder / name).is_file()]
-    if single.is_file():
-        if shards and not missing and SINGLE not in shards:
-            raise UserError(
-                f"{named} holds two sets of weights, {SINGLE} and the {len(shards)} shards of {INDEX}; remove the one "
-                "that is not the model's"
-            )
+    if single.is_file():  # comes first for transformers, whatever an index beside it says
         return [SINGLE]
     if missing:
         raise UserError(

@@ -13,6 +13,7 @@ from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
 from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_memory, trained_adapter_size
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
+from rlhf_core.preflight.architectures import check_architectures
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.message_keys import check_message_keys
@@ -100,6 +101,12 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         attempt(lambda: check_message_keys(config, prompt_set, tokenizer))
     if limits is not None:
         attempt(lambda: check_critic(config, rewards, limits[0] + config.generation.max_new_tokens, found))
+        attempt(
+            lambda: (
+                policy
+                and check_architectures(config, policy, rewards, limits[0] + config.generation.max_new_tokens, found)
+            )
+        )
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
         raise UserError(*problems)
     parameters = parameter_counts(config, policy, rewards)
