@@ -68,7 +68,7 @@ def _changing_frequencies(model_config: Any, longest: int, named: str) -> list[s
         if kind in ("dynamic", "longrope") and limit and longest > int(limit):
             return [
                 f"{named} has rotary frequencies that change once a row of the batch is longer than {limit} tokens "
-                f"(rope_type {kind}), so that a row's result would depend on the rows beside it, and {longest} tokens are "
-                f"expected; keep prompt and response within {limit} (prompts.max_len, generation.max_new_tokens)"
+                f"(rope_type {kind}), so that a row's result would depend on the rows beside it, and {longest} tokens "
+                f"are expected; keep prompt and response within {limit} (prompts.max_len, generation.max_new_tokens)"
             ]
     return []

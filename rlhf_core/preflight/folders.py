@@ -50,8 +50,8 @@ def _check_weights(folder: Path, name: str, field: str, *, with_weights: bool) -
         )
     if with_weights and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{field} {name!r} holds GGUF weights, which llama.cpp reads; give the folder of safetensors that they were "
-            "converted from"
+            f"{field} {name!r} holds GGUF weights, which llama.cpp reads; give the folder of safetensors that they "
+            "were converted from"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{field} {name!r} is a folder without config.json; give one written by save_pretrained")

@@ -242,7 +242,8 @@ def test_a_reward_model_is_read_as_its_trainer_wrote_it(
     folder = brought(base, change)
     run = tiny_config([f"policy.model={folders['policy']}", f"reward.components.0.model={folder}"])
     notes = [note for note in preflight(run).notes if "brought'" in note]
-    assert said in " ".join(notes) and bool(notes) == bool(said), notes
+    assert said in " ".join(notes), notes
+    assert bool(notes) == bool(said), notes
     model = load_component(
         run.reward.components[0], field="reward.components.0", columns=[], policy_vocabulary="", device=CPU
     )
@@ -269,7 +270,8 @@ def test_a_critic_from_a_normalised_reward_model_has_its_values(
         [f"policy.model={folders['policy']}", f"reward.components.0.model={folder}", "policy.critic.init=reward"]
     )
     critic = ActorCritic.initial(run, CPU).critic
-    assert critic is not None and critic.trunk is not None
+    assert critic is not None
+    assert critic.trunk is not None
     with torch.no_grad():
         hidden_LD = critic.trunk(input_ids=torch.tensor([ROWS[0]])).last_hidden_state[0]
         value = float(critic.head.values(hidden_LD)[-1])
@@ -417,7 +419,8 @@ def test_what_does_not_fit_its_role_is_refused_in_one_sentence(
         preflight(tiny_config([f"policy.model={given['policy']}", f"reward.components.0.model={given['reward']}"]))
     field = "policy.model" if role == "policy" else "reward.components.0.model"
     problems = [problem for problem in caught.value.problems if problem.startswith(f"{field} '{given[role]}' ")]
-    assert len(problems) == 1 and said in problems[0], caught.value.problems
+    assert len(problems) == 1, caught.value.problems
+    assert said in problems[0]
 
 
 TAKEN: dict[str, tuple[str, Change]] = {
