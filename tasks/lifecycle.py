@@ -20,6 +20,7 @@ from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
 from rlhf_core.preflight.pins import moved_branches, pinned
+from rlhf_core.preflight.probe import Loaded, probe
 from rlhf_core.rewards.foreign import changed_functions
 from rlhf_core.verification.run import verify_run
 from tasks.resources import Resources, resources
@@ -32,7 +33,7 @@ MAX_SHOWN = 10
 
 
 def start_run(config: RunConfig, run_dir: str) -> None:
-    """Check everything, then create the run folder. Nothing is written if anything is wrong.
+    """Check everything, load and try the models, then create the run folder. Nothing is written if anything is wrong.
 
     The run's config has the commit of each hub id, and the day that chat templates take for today.
 
@@ -40,10 +41,13 @@ def start_run(config: RunConfig, run_dir: str) -> None:
     """
     check_vacant(Path(run_dir))
     held = pinned(config)
-    plan = preflight(held.config)
+    plan, loaded = preflight(held.config), Loaded()
+    probe(held.config, plan, loaded)
     identity = run_identity(held.config, plan.prompt_set)
     RunFolder.create(Path(run_dir), held.config, identity, held.before)
-    resources(run_dir).keep_plan(plan)
+    kept = resources(run_dir)
+    kept.keep_plan(plan)
+    kept.keep_loaded(loaded)
 
 
 def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:

@@ -44,6 +44,7 @@ from rlhf_core.models.ranks import GroupRanks
 from rlhf_core.models.sharding import shard_trainer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight.probe import Loaded
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.ppo_update import ppo_update
@@ -122,6 +123,16 @@ class Resources:
     def keep_plan(self, plan: Plan) -> None:
         """Take over the plan of whoever has just checked this run, instead of making it again."""
         self._kept["plan"] = plan
+
+    def keep_loaded(self, loaded: Loaded) -> None:
+        """Take over the models that a probe has loaded, where this process is the one that computes with them."""
+        if self.is_sharded or self.asks_ranks:
+            return
+        self._models, self._trainer = loaded.frozen, loaded.trainer
+        if loaded.reference is not None and not self.run.config.reference_shares_trunk:
+            self._kept["reference"] = loaded.reference
+        if len(loaded.rewards) == len(self.run.config.reward.components):
+            self._kept["reward_components"] = loaded.rewards
 
     def use_threads(self, num_threads: int) -> None:
         """Compute with another number of threads than the run: what comes out may be another number, too."""

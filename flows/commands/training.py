@@ -108,8 +108,11 @@ def check(
             "models, and nothing else of them; may be repeated.",
         ),
     ] = None,
+    with_probe: Annotated[
+        bool, typer.Option("--probe", help="Load the models and try them on a few rows, as every training does first.")
+    ] = False,
 ) -> None:
-    """Check a config against its files and models; print the plan. Loads no weights."""
+    """Check a config against its files and models; print the plan. Loads no weights without --probe."""
     prepare_environment()
     if hardware:
         _show_forecasts(config, set_, hardware)
@@ -123,6 +126,11 @@ def check(
         run_config = load_config(config, set_ or [])
         with console.status("checking the config, models and prompts"):
             plan = preflight(run_config)
+        if with_probe:
+            from rlhf_core.preflight.probe import probe
+
+            with console.status("loading the models and trying them"):
+                plan.notes.extend(probe(run_config, plan))
     show_plan(console, run_config, plan, copy_of(run_dir))
 
 

@@ -19,7 +19,9 @@ from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
 from rlhf_core.models.policy import initial_trunk, load_policy
 from rlhf_core.models.recompute import recompute_activations
+from rlhf_core.models.score_heads import linear_of
 from rlhf_core.models.sequences import Sequences
+from rlhf_core.models.trunk import trunk_of
 from rlhf_core.ops.randomness import seeded_generator
 
 
@@ -121,15 +123,16 @@ def _from_reward_model(config: RunConfig) -> tuple[ValueHead, Any]:
     field = f"reward.components.{config.reward.components.index(component)}.model"
     model = load_transformers_model("AutoModelForSequenceClassification", component.model, torch.float32, field)
     score = getattr(model, "score", None)
-    if not isinstance(score, nn.Linear) or not is_causal(model.base_model):
+    if not isinstance(score, nn.Linear) or not is_causal(trunk_of(model)):
         raise UserError(
             f"policy.critic.init is reward, but {field} {component.model!r} ({model.config.model_type}) does not read "
             "from left to right, and a critic must not see the future; use policy.critic.init policy"
         )
-    head = ValueHead(int(model.config.get_text_config().hidden_size))
+    head = ValueHead(score.in_features)
     with torch.no_grad():
-        head.weight.copy_(score.weight)
-    return head, model.base_model
+        for own, given in zip((head.weight, head.bias), linear_of(score), strict=True):
+            own.copy_(given)
+    return head, trunk_of(model)
 
 
 def _random_trunk(policy: LanguageModel, seed: int) -> Any:

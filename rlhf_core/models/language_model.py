@@ -16,10 +16,22 @@ from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, i
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Prefix
 from rlhf_core.models.hub import folder_of
+from rlhf_core.models.model_folders import check_model_folder, check_nothing_left
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.prefixes import CachedPrefix, Prefix
 from rlhf_core.models.sequences import Sequences
-from rlhf_core.models.trunk import Trunk
+from rlhf_core.models.soundness import (
+    ROW_TOLERANCE,
+    SHORT_ROWS,
+    STEPS,
+    causal_distance,
+    decoding_distance,
+    plain_tokens,
+    row_distance,
+    rows_of,
+)
+from rlhf_core.models.stored_weights import some
+from rlhf_core.models.trunk import Trunk, trunk_of
 from rlhf_core.models.untrusted import check_is_data, check_size
 from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.ops.finite import first_not_finite
@@ -55,9 +67,8 @@ class LanguageModel:
         self.adapters, self.answers_as = adapters, answers_as
         self.config: Any = model.config
         self.dtype, self.device = dtype, device
-        self.trunk = cast("nn.Module", model.base_model)
+        self.trunk = trunk_of(model)
         self._reads = Trunk(self.trunk, dtype=dtype, answering=None if adapters is None else self._answering)
-        self.hidden_size = int(self.config.get_text_config().hidden_size)
         self._drawable: DrawableTokens | None = None
 
     @classmethod
@@ -112,6 +123,11 @@ class LanguageModel:
             raise ValueError(f"{tokens.num_tokens} tokens for an output projection of {rows} rows")
         self._drawable = None if tokens == DrawableTokens(rows) else tokens
         return self
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width that the trunk gives and the projection takes; configs may tell another one."""
+        return int(self.projection().weight_VD.shape[1])
 
     @property
     def num_tokens(self) -> int:
@@ -182,24 +198,72 @@ class LanguageModel:
             support_NV=sequences.support_mask(self.num_tokens),
         )
 
+    @torch.no_grad()
     def checked(self, name: str, field: str) -> LanguageModel:
-        """Itself, if trunk and projection together give the model's own logits on a few tokens.
+        """Itself, if trunk and projection give the model's own logits, and rows beside each other do not mix.
 
         Raises: UserError if they do not.
         """
-        tokens = torch.arange(4, device=self.device)[None, :] % self.num_tokens
-        with torch.no_grad(), computing_in(self.dtype, self.device):
-            own = cast("Tensor", self.model(input_ids=tokens, use_cache=False).logits).float()
+        tokens = torch.arange(4, device=self.device)[None, :] % int(self.config.get_text_config().vocab_size)
+        row, other = rows_of(plain_tokens(self.config, 64), SHORT_ROWS)
+        try:
+            with computing_in(self.dtype, self.device):
+                own = cast("Tensor", self.model(input_ids=tokens, use_cache=False).logits).float()
             ours = self.projection().logits(self.hidden_states(PackedRows.of(tokens.tolist(), self.device)), 1.0)
+            is_causal = self._is_close(causal_distance(self.alone, row))
+            rows_agree = self._is_close(row_distance(self.hidden_states, self.alone, [row, other]))
+        except Exception as error:  # whatever an architecture says of inputs that every causal language model takes
+            reason = " ".join(str(error).split())[:200]
+            raise self._refused(name, field, f"which does not run as trunk and projection ({reason})") from None
         scale = max(1.0, float(own.abs().max()))
         tolerance = PROBE_TOLERANCE if self.dtype is torch.float32 else 0.05
         if own[0].shape != ours.shape or float((own[0] - ours).abs().max()) > tolerance * scale:
-            kind = self.config.model_type
-            raise UserError(
-                f"{field} {name!r} is of architecture {kind!r}, whose logits are not a projection of its trunk's "
-                "output, or have a scaling this release does not know; choose another architecture"
+            problem = (
+                "whose logits are not a projection of its trunk's output, or have a scaling this release does not know"
             )
+            raise self._refused(name, field, problem)
+        if not is_causal:
+            raise self._refused(name, field, "which does not read from left to right")
+        if not rows_agree:
+            raise self._refused(name, field, "where a row's result depends on the rows beside it")
         return self
+
+    @torch.no_grad()
+    def checked_decoding(self, name: str, field: str) -> LanguageModel:
+        """Itself, if two prompts of different lengths go on from its cache as one pass over the whole texts says.
+
+        Raises: UserError if they do not.
+        """
+        rows = rows_of(plain_tokens(self.config, 64), SHORT_ROWS)
+        try:
+            decodes = self._is_close(decoding_distance(self._prefix_of_own_cache, self.alone, rows, STEPS))
+        except Exception:  # it has no such cache, or does not take it with padding on the left
+            decodes = False
+        if not decodes:
+            problem = (
+                "whose decoding from a cache, with prompts padded on the left, does not give what one pass over the "
+                "whole text gives (as with state-space and recurrent models)"
+            )
+            raise self._refused(name, field, problem)
+        return self
+
+    def alone(self, row: list[int]) -> Tensor:
+        """[L, D]: the trunk's output for one row by transformers, without padding or cache."""
+        return self._reads.run(input_ids=torch.tensor([row], device=self.device), use_cache=False)[0]
+
+    def _prefix_of_own_cache(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+        """As :meth:`prefix`, without capturing graphs."""
+        if (passes := self._reads.written_out) is not None and passes.takes(max(map(len, prompts)) + STEPS + 1):
+            return GPT2Prefix(passes, prompts, 2, STEPS + 1)
+        return CachedPrefix(self._reads.run, self.config, self.device, prompts, 2, pad_id=0)
+
+    def _is_close(self, distance: float) -> bool:
+        is_coarse = any(p.dtype is not torch.float32 for p in self.trunk.parameters())
+        return distance <= ROW_TOLERANCE[torch.bfloat16 if is_coarse else self.dtype]
+
+    def _refused(self, name: str, field: str, problem: str) -> UserError:
+        kind = self.config.model_type
+        return UserError(f"{field} {name!r} is of architecture {kind!r}, {problem}; choose another architecture")
 
 
 def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, field: str, **options: Any) -> Any:
@@ -216,9 +280,22 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     transformers.logging.set_verbosity_error()  # it advises attention masks where right padding needs none
     try:
         check_size(auto_class, name, field)
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        loading = check_model_folder(auto_class, name, field, folder=folder)
+        with torch.random.fork_rng(devices=[]):  # a head that the files name otherwise is drawn, and replaced
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **{**(loading.options or {}), **options},
+            )
+        missing = set(info["missing_keys"])
+        if loading.head is not None and loading.stored is not None:
+            loading.head.install(model, loading.stored)
+            missing -= {"score.weight"}
+        if not loading.is_compared:
+            check_nothing_left(auto_class, info["unexpected_keys"], f"{field} {name!r}")
     except UserError:
         raise
     except Exception as error:
@@ -228,9 +305,10 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
         raise UserError(
             f"{field} {name!r} holds a weight that is NaN or infinite ({broken}); take an intact copy of it"
         )
-    if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise UserError(f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {shown}")
+    if missing:
+        raise UserError(
+            f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {some(sorted(missing))}"
+        )
     model.config.name_or_path = name
     fuse_activations(model)
     return model

@@ -14,6 +14,7 @@ from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES, LanguageModel, load_transformers_model
 from rlhf_core.models.recompute import recompute_activations
 from rlhf_core.models.tokenizers import drawable_tokens
+from rlhf_core.models.trunk import trunk_of
 
 
 def load_policy(config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> LanguageModel:
@@ -35,6 +36,8 @@ def load_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
         name = section.model if checkpoint is None else str(checkpoint / "policy")
         policy = LanguageModel.load(name, dtype=section.dtype, device=device, trainable=True)
     policy.drawing_only(drawable_tokens(section.model, section.adapter))
+    if config.generation.engine == "own":
+        policy.checked_decoding(section.model, "policy.model")
     if section.gradient_checkpointing:
         recompute_activations(policy.trunk, field="policy.model")
     return policy
@@ -99,7 +102,7 @@ def initial_trunk(config: RunConfig) -> Any:
     model = load_transformers_model("AutoModelForCausalLM", config.policy.model, torch.float32, "policy.model")
     if config.policy.adapter is not None:
         model = merged(model, config.policy.adapter, "policy.adapter")
-    return model.base_model
+    return trunk_of(model)
 
 
 def _on_frozen_base(config: RunConfig, device: torch.device, checkpoint: Path | None) -> LanguageModel:

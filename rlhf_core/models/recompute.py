@@ -22,6 +22,12 @@ def recompute_activations(trunk: Any, *, field: str) -> None:
         field: whose model it is, named in errors.
     Raises: UserError if its architecture has no such layers.
     """
+    for layer in recomputable_layers(trunk, field=field):
+        _recompute(layer)
+
+
+def recomputable_layers(trunk: Any, *, field: str) -> list[nn.Module]:
+    """The layers that can be recomputed. Raises UserError if there are none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [layer for layer in cast("nn.Module", trunk).modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -30,8 +36,7 @@ def recompute_activations(trunk: Any, *, field: str) -> None:
             f"policy.gradient_checkpointing is true, but {field} is of architecture {trunk.config.model_type!r}, which "
             "has no layers that can be recomputed; set policy.gradient_checkpointing false"
         )
-    for layer in layers:
-        _recompute(layer)
+    return cast("list[nn.Module]", layers)
 
 
 def _recompute(layer: nn.Module) -> None:

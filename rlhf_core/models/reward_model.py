@@ -19,7 +19,7 @@ from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
-from rlhf_core.models.trunk import Trunk
+from rlhf_core.models.trunk import Trunk, trunk_of
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
 from rlhf_core.prompts.rendering import render_chat
 
@@ -80,8 +80,8 @@ class RewardModel:
         date: str | None = None,
     ) -> None:
         self.model = cast("nn.Module", model.to(device).eval().requires_grad_(False))
-        self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(model.base_model)
-        self._trunk = Trunk(model.base_model, dtype=torch.float32) if self.is_decoder else None
+        self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(trunk_of(model))
+        self._trunk = Trunk(trunk_of(model), dtype=torch.float32) if self.is_decoder else None
         self.tokenizer = tokenizer
         self.tokenizer.truncation_side = "left"
         self.reads_policy_tokens = reads_policy_tokens
@@ -140,6 +140,10 @@ class RewardModel:
             index = order[start : start + self.batch_size]
             scores_B[index] = self._score_rows([rows[i] for i in index]).cpu()
         return scores_B
+
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B] float32 scores on the CPU of rows of token ids, computed together."""
+        return self._score_rows(rows).cpu()
 
     def _token_ids(self, conversation: Conversation) -> Sequence[int]:
         if self.reads_policy_tokens:

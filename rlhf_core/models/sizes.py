@@ -50,7 +50,15 @@ def trained_adapter_size(config: RunConfig, policy: Any) -> int:
     with torch.device("meta"):
         if config.policy.adapter is not None:
             return check_adapter(model, config.policy.adapter, "policy.adapter")
-        return count_adapter(add_adapter(model, new_adapter(config.policy.lora, model), TRAINED))
+        fresh = new_adapter(config.policy.lora, model)
+        try:
+            return count_adapter(add_adapter(model, fresh, TRAINED))
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"policy.lora.target_modules {config.policy.lora.target_modules} does not fit policy.model "
+                f"{config.policy.model!r} ({policy.model_type}): {reason}"
+            ) from None
 
 
 def parameter_counts(config: RunConfig, policy: Any, rewards: list[Any]) -> dict[str, int]:
@@ -67,7 +75,7 @@ def parameter_counts(config: RunConfig, policy: Any, rewards: list[Any]) -> dict
     if config.uses_critic:
         separate, init = config.policy.critic.kind == "separate", config.critic_init
         trunk = next(r for r in rewards if r is not None) if separate and init == "reward" else policy
-        counts["critic"] = _count(trunk, "AutoModel") if separate else int(policy.get_text_config().hidden_size) + 1
+        counts["critic"] = _count(trunk, "AutoModel") if separate else _width(policy) + 1
     if not config.reference_shares_trunk:
         counts["reference"] = counts["policy"]
     for name, reward in zip(config.reward.names, rewards, strict=True):
@@ -107,9 +115,9 @@ def memory_parts(
     rows = config.ppo.micro_batch_size or config.prompts.batch_size // config.ppo.num_minibatches
     prompt = min(longest_prompt, 512) if config.prompts.max_len is None else longest_prompt
     tokens = rows * (prompt + config.generation.max_new_tokens)
-    layers = int(text.num_hidden_layers)
+    layers = int(getattr(text, "num_hidden_layers", None) or 1)
     per_unit = 4 * layers + ACTIVATION_BYTES if section.gradient_checkpointing else ACTIVATION_BYTES * layers
-    memory["activations of a micro-batch"] = tokens * int(text.hidden_size) * per_unit
+    memory["activations of a micro-batch"] = tokens * _width(policy) * per_unit
     memory["logits held at a time"] = 4 * min(logits_at_a_time(device), tokens * int(text.vocab_size)) * 2
     return {name: count for name, count in memory.items() if count}
 
@@ -153,6 +161,12 @@ def notes(config: RunConfig, device: str, parameters: dict[str, int]) -> list[st
 
 def _frozen_stay(config: RunConfig, device: str) -> bool:
     return config.frozen_models == "keep" or (config.frozen_models == "cpu" and device == "cpu")
+
+
+def _width(model_config: Any) -> int:
+    """D, the width of what the output head reads; 1 for a model without such a head, which is refused elsewhere."""
+    head = empty_model(model_config).get_output_embeddings()
+    return 1 if head is None else int(head.weight.shape[1])
 
 
 def _count(model_config: Any, auto_class: str) -> int:

@@ -122,6 +122,12 @@ class Trunk:
         return rows.packed(self.run(input_ids=rows.padded(rows.tokens_T), use_cache=False))
 
 
+def trunk_of(model: Any) -> nn.Module:
+    """A transformers model without its head: its base model, or what stands for it where its class names none."""
+    base: Any = model.base_model
+    return cast("nn.Module", getattr(model, "model", model) if base is model else base)
+
+
 def _sees_full_rows(config: Any) -> bool:
     """Whether every layer attends to all tokens before, or to a window of them."""
     text = config.get_text_config()

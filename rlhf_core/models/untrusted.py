@@ -134,15 +134,17 @@ def check_size(auto_class: str, name: str, field: str) -> None:
 
 def num_stored(folder: Path, named: str) -> int:
     """Elements of all tensors in a folder's weights, by their headers. Raises UserError for a header that lies."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 - not a dict
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{named} holds {file.name}, which is no safetensors file: {error}") from None
-        total += sum(math.prod(shape) for shape in shapes)
-    return total
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(math.prod(shape) for file in files for shape in read_header(file, named).values())
+
+
+def read_header(file: Path, named: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file. Raises UserError for a header that lies."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{named} holds {file.name}, which is no safetensors file: {error}") from None
 
 
 def read_small_json(path: Path, named: str) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def _check_weights(folder: Path, name: str, field: str, *, with_weights: bool) -
             f"{field} {name!r} is a LoRA adapter, not a model; "
             + (remedy if section in ("policy", "reference") else "merge it into its base first")
         )
+    if with_weights and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{field} {name!r} holds GGUF weights, which llama.cpp reads; give the folder of safetensors that they "
+            "were converted from"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{field} {name!r} is a folder without config.json; give one written by save_pretrained")
     names = stored_names(name, folder) if with_weights else []
@@ -56,5 +61,10 @@ def _check_weights(folder: Path, name: str, field: str, *, with_weights: bool) -
         raise UserError(
             f"{field} {name!r} has its weights as pickle (*.bin), which is never loaded; convert them with "
             "model.save_pretrained, which writes safetensors"
+        )
+    if (folder / "model.safetensors.index.json").is_file():
+        raise UserError(
+            f"{field} {name!r} holds model.safetensors.index.json and none of its shards: the copy or download is not "
+            "complete; fetch it again"
         )
     raise UserError(f"{field} {name!r} is a model folder without weights (*.safetensors)")

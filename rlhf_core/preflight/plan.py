@@ -10,10 +10,12 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.devices import check_ranks, resolve_device, resolve_num_threads
+from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
 from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_memory, trained_adapter_size
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.models.vocabulary import DrawableTokens
+from rlhf_core.preflight.architectures import check_architectures
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.message_keys import check_message_keys
@@ -80,6 +82,10 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     if config.generation.engine == "vllm":
         attempt(lambda: vllm_version(config.generation.vllm.interpreter))
     policy = attempt(lambda: model_config(config.policy.model, "policy.model"))
+    if policy is not None and not attempt(
+        lambda: check_model_folder(CAUSAL_LM, config.policy.model, "policy.model", found)
+    ):
+        policy = None
     section = config.policy
     tokenizer = policy and attempt(
         lambda: load_policy_tokenizer(section.model, section.pad_token, adapter=section.adapter)
@@ -111,6 +117,12 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         attempt(lambda: check_spelled(prompt_set, tokenizer, rows_of(policy)))
     if limits is not None:
         attempt(lambda: check_critic(config, rewards, found))
+        attempt(
+            lambda: (
+                policy
+                and check_architectures(config, policy, rewards, limits[0] + config.generation.max_new_tokens, found)
+            )
+        )
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:
         raise UserError(*problems)
     assert tokens is not None, "or there was a problem"

@@ -8,6 +8,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import check_adapter
 from rlhf_core.models.critic_start import reward_model_obstacle
+from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.models.vocabulary import DrawableTokens
@@ -28,6 +29,8 @@ def check_reference(
         reference = model_config(config.reference.model, "reference.model")
     if tokenizer is not None and tokens is not None:
         check_reference_rows(config, reference, tokenizer, tokens, notes)
+    if config.reference.model is not None:
+        check_model_folder(CAUSAL_LM, config.reference.model, "reference.model", notes)
     if config.reference.adapter is not None:
         check_adapter(empty_model(reference), config.reference.adapter, "reference.adapter")
 

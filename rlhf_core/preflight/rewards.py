@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward
+from rlhf_core.models.model_folders import CLASSIFIER, check_model_folder
 from rlhf_core.models.reward_model import load_reward_tokenizer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.models.vocabulary import DrawableTokens
@@ -33,11 +34,10 @@ def check_reward(
         load_http(component, field=field)
         return None
     model = model_config(component.model, f"{field}.model")
-    if model.num_labels != 1:
-        raise UserError(
-            f"{field}.model {component.model!r} has {model.num_labels} logits; a reward model has one "
-            "(num_labels: 1 in its config.json)"
-        )
+    if check_model_folder(CLASSIFIER, component.model, f"{field}.model", notes).stored is not None:
+        model.num_labels = 1  # as it is loaded, whatever its config.json tells
+    elif model.num_labels != 1:
+        raise UserError(f"{field}.model {component.model!r} has {model.num_labels} logits; a reward model has one")
     own, template = load_reward_tokenizer(component, field=field)
     reads_ours = template is None and tokenizer and vocabulary_digest(own) == vocabulary_digest(tokenizer.tokenizer)
     check_reward_rows(config, index, model, own, reads=tokens if reads_ours else None, notes=notes)

@@ -231,21 +231,16 @@ def test_a_second_run_on_the_folder_is_refused(finished: Path, tiny: Any) -> Non
 
 
 def test_a_score_that_is_not_finite_stops_the_run_in_one_sentence_and_leaves_it_resumable(
-    tiny: Any, tmp_path: Path, prefect_server: None
+    tiny: Any, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     from flows.ppo import train
     from rlhf_core.contracts.config_io import build_config
 
-    broken = shutil.copytree(tiny.reward, tmp_path / "reward")
-    tensors = load_file(broken / "model.safetensors")
-    tensors["score.weight"][:] = 3e38  # finite, so it loads; the scores overflow
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    config = build_config(tree(tiny), [f"reward.components.0.model={broken}", "policy.critic.init=policy"])
-    with pytest.raises(NumericalError, match=r"reward component reward0 gave -?(inf|nan)"):
+    (tmp_path / "overflowing.py").write_text("def score(responses, **_):\n    return [float('inf')] * len(responses)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    component = {"kind": "function", "function": "overflowing:score"}
+    config = build_config({**tree(tiny), "reward": {"components": [component]}}, ["policy.critic.init=policy"])
+    with pytest.raises(NumericalError, match="reward component reward0 gave inf"):
         train(config, str(tmp_path / "run"))
     names = {p.name for p in (tmp_path / "run/iterations/000000").iterdir()}
     assert "03_scores.arrow" not in names
