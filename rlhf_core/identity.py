@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +20,27 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.reward_config import ModelReward
+from rlhf_core.models.clock import clock_day, clock_readers
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
+from rlhf_core.models.hub import files_of, folder_of
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.rewards.loading import component_digest
 
 DECIDING_ROOMS = ("contracts", "ops", "models", "prompts", "rewards", "stages")
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
+PLUGINS = (
+    "apex", "causal-conv1d", "flash-attn", "flash-linear-attention", "kernels", "mamba-ssm", "sentencepiece",
+    "tiktoken", "torchao", "xformers",
+)  # fmt: skip
+"""Packages that transformers computes or reads with where they are installed."""
+SETTINGS = (
+    "CUBLASLT_WORKSPACE_SIZE", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_BLAS_PREFER_HIPBLASLT",
+)  # fmt: skip
+"""Environment variables that choose how torch multiplies. Thread counts are set by the run itself."""
 
 
 def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
@@ -42,14 +58,18 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
     models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
     models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
     num_threads, update = resolve_num_threads(config.num_threads), config.execution.update
-    return {
-        "config": config_digest(config),
-        "prompts": prompt_set.digest,
-        "models": {name: model_digest(model) for name, model in models.items()},
-        "rewards": {name: component_digest(component) for name, component in rewards.items()},
-        "num_threads": num_threads,
-        **machine_identity(config),
-    } | ({"update": update.layout(num_threads)} if update.is_launched else {})
+    return (
+        {
+            "config": config_digest(config),
+            "prompts": prompt_set.digest,
+            "models": {name: _digest(name, model) for name, model in models.items()},
+            "rewards": {name: component_digest(component) for name, component in rewards.items()},
+            "num_threads": num_threads,
+            **machine_identity(config),
+        }
+        | ({"update": update.layout(num_threads)} if update.is_launched else {})
+        | _of_the_clock(config)
+    )
 
 
 def machine_identity(config: RunConfig) -> dict[str, Any]:
@@ -68,7 +88,7 @@ def machine_identity(config: RunConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
-    }
+    } | {name: found for name, found in (("plugins", _plugins()), ("settings", _settings())) if found}
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -95,13 +115,49 @@ def source_digest() -> str:
 
 
 @functools.cache
-def model_digest(name: str) -> str:
-    """sha256 over the files of a model folder; the name itself of a hub id."""
+def model_digest(name: str, state: Any = None) -> str:  # noqa: ARG001 - part of the key
+    """sha256 over the files of a model folder that libraries read.
+
+    Args:
+        name: the folder.
+        state: sizes and times of its files: while they are the same, nothing is hashed again.
+    """
     folder = Path(name)
-    if not folder.is_dir():
-        return name
-    kept = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    return digest_json({p.name: hash_file(p) for p in sorted(folder.iterdir()) if p.suffix in kept})
+    return digest_json({file.relative_to(folder).as_posix(): hash_file(file) for file in files_of(folder)})
+
+
+def _digest(role: str, name: str) -> str:
+    """The commit of a hub id; the digest of a folder's files."""
+    folder = folder_of(name, role)
+    if not Path(name).expanduser().is_dir():
+        return folder.name
+    found = ((file.name, file.stat()) for file in files_of(folder))
+    return model_digest(str(folder), tuple((n, s.st_ino, s.st_size, s.st_mtime_ns) for n, s in found))
+
+
+def _of_the_clock(config: RunConfig) -> dict[str, str]:
+    """The day that chat templates take for today; nothing where none of them asks."""
+    return {"template_date": config.prompts.template_date or clock_day()} if clock_readers(config) else {}
+
+
+@functools.cache
+def _plugins() -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for name in PLUGINS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _settings() -> dict[str, str]:
+    """What has been chosen, in the environment or in torch itself, that changes how torch computes."""
+    chosen = {name: value for name in SETTINGS if (value := os.environ.get(name))}
+    usual = {
+        "float32_matmul_precision": ("highest", torch.get_float32_matmul_precision()),
+        "default_dtype": ("torch.float32", str(torch.get_default_dtype())),
+        "deterministic_algorithms": ("False", str(torch.are_deterministic_algorithms_enabled())),
+    }
+    return chosen | {name: now for name, (default, now) in usual.items() if now != default}
 
 
 def flat_identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,9 +11,10 @@ import pyarrow as pa
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.places import model_places
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.replay.bundles import FORMAT, MODELS, PROMPTS, RUN, BundleRecord, write_bundle
-from rlhf_core.replay.relocation import ReadRows, model_files, model_places, prompt_lines, template_texts
+from rlhf_core.replay.relocation import ReadRows, model_files, prompt_lines, template_texts
 from rlhf_core.stages.sample_prompts import sample_prompts
 from tasks.lifecycle import save_state
 from tasks.replay_source import Source, opened

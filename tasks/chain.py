@@ -119,7 +119,7 @@ def close_link(runs: Path, outcome: str) -> None:
 def chain_inputs(config: RunConfig) -> dict[str, str]:
     """What a training is made of -> digest; software and machine are not among it: an upgrade is nothing new.
 
-    A model or data set of a hub is known by its id, so that only another id is new.
+    A model of the hub is known by its commit, a data set by its content: a branch that has moved is new.
     """
     model_digest.cache_clear()  # a process that serves for long must look again
     identity = run_identity(config, preflight(config).prompt_set)

@@ -19,6 +19,7 @@ from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
 from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.devices import using_threads
 from rlhf_core.preflight import preflight
+from rlhf_core.preflight.pins import moved_branches, pinned
 from rlhf_core.rewards.foreign import changed_functions
 from rlhf_core.verification.run import verify_run
 from tasks.resources import Resources, resources
@@ -33,11 +34,15 @@ MAX_SHOWN = 10
 def start_run(config: RunConfig, run_dir: str) -> None:
     """Check everything, then create the run folder. Nothing is written if anything is wrong.
 
+    The run's config has the commit of each hub id, and the day that chat templates take for today.
+
     Raises: UserError with every problem found.
     """
     check_vacant(Path(run_dir))
-    plan = preflight(config)
-    RunFolder.create(Path(run_dir), config, run_identity(config, plan.prompt_set))
+    held = pinned(config)
+    plan = preflight(held.config)
+    identity = run_identity(held.config, plan.prompt_set)
+    RunFolder.create(Path(run_dir), held.config, identity, held.before)
     resources(run_dir).keep_plan(plan)
 
 
@@ -56,6 +61,8 @@ def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
     if not accept_drift:
         check_identity(run, "resuming")
     _refuse_damage(path)
+    for moved in moved_branches(run.config, run.unpinned):
+        logger.warning("%s", moved)
     return run.config
 
 

@@ -17,6 +17,7 @@ from rlhf_core.comparing.outcome import LAST, Spread
 from rlhf_core.comparing.presentation import QUANTITIES
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_digest
+from rlhf_core.contracts.hub import split_revision
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
@@ -125,11 +126,12 @@ def introduce_experiment(client: Any, experiment_id: str) -> None:
 
 def prompts_dataset(prompts: PromptsConfig, digest: str) -> dict[str, str]:
     """The fields of MLflow's Dataset, as its pages read them, for the prompts of a run."""
-    is_local = Path(prompts.source).exists()
-    hub = {"path": prompts.source, "config_name": prompts.subset, "split": prompts.split}
+    is_local, (name, revision) = Path(prompts.source).exists(), split_revision(prompts.source)
+    hub = {"path": name, "config_name": prompts.subset, "split": prompts.split}
+    hub |= {"revision": revision} if revision else {}
     columns = [{"name": name, "type": "string", "required": True} for name in (prompts.column, *prompts.columns)]
     return {
-        "name": Path(prompts.source).name or prompts.source,
+        "name": Path(prompts.source if is_local else name).name or prompts.source,
         "digest": digest[:SHOWN_DIGITS],
         "source_type": "local" if is_local else "hugging_face",
         "source": json.dumps({"uri": prompts.source} if is_local else hub),
@@ -169,7 +171,7 @@ def _first_to_last(rows: Sequence[Row]) -> list[str]:
 
 
 def _named(name: str, digest: str) -> str:
-    return name if digest == name else f"{name} sha256:{digest[:SHOWN_DIGITS]}"
+    return name if name.endswith(f"@{digest}") else f"{name} sha256:{digest[:SHOWN_DIGITS]}"
 
 
 def _code(text: str) -> str:

@@ -8,6 +8,7 @@ model stand in :mod:`rlhf_core.preflight`.
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_core.contracts.execution_config import ExecutionConfig
 from rlhf_core.contracts.generation_config import GenerationConfig
 from rlhf_core.contracts.guard_config import GuardsConfig
+from rlhf_core.contracts.hub import with_revisions
 from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.reward_config import GIVEN, RewardConfig
 from rlhf_core.contracts.secrets import config_secrets
@@ -30,6 +32,7 @@ class PromptsConfig(Section):
         default="",
         description="JSONL, JSON, CSV, TSV, text, Parquet or Arrow file; or a `datasets` folder or hub id",
     )
+    revision: str | None = Field(default=None, description="of a hub id, as policy.revision")
     column: str = Field(default="prompt", description="column of texts, or of chat messages [{role, content}, ...]")
     from_preferences: bool = Field(
         default=False, description="take the prompt as the shared beginning of `chosen` and `rejected`"
@@ -52,11 +55,31 @@ class PromptsConfig(Section):
         default="refuse", description="what happens to a prompt longer than max_len"
     )
     shuffle: bool = Field(default=True, description="a new order each epoch, from the run's seed")
+    template_date: str | None = Field(
+        default=None,
+        description="YYYY-MM-DD that chat templates take for today (strftime_now), of prompts and of reward models; "
+        "null: the day on which the run begins",
+    )
 
     @property
     def num_prompts(self) -> int:
         """Prompts drawn in one iteration."""
         return self.batch_size // self.samples_per_prompt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_with_revision(cls, tree: Any) -> Any:
+        return with_revisions(tree, {"source": "revision"})
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_date(cls, date: str | None) -> str | None:
+        try:
+            if date is not None and datetime.date.fromisoformat(date).isoformat() != date:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{date!r} is not a day of the calendar, as 2026-11-28") from None
+        return date
 
     @field_validator("columns")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from rlhf_core.contracts.hub import with_revisions
 from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloat, Section
 
 ALL_LINEAR = "all-linear"
@@ -62,6 +63,11 @@ class PolicyConfig(Section):
     """The trained policy and its critic."""
 
     model: ModelName = Field(default="", description="AutoModelForCausalLM folder or hub id")
+    revision: str | None = Field(
+        default=None,
+        description="branch, tag or commit of a hub id, as model: owner/name@revision; null: the newest; a run keeps "
+        "the commit that it has begun with",
+    )
     dtype: Dtype = Field(
         default="float32", description="compute type; bfloat16 keeps float32 master weights (autocast)"
     )
@@ -76,6 +82,7 @@ class PolicyConfig(Section):
         description="LoRA adapter of an SFT, folder or hub id: the policy starts as it and trains a copy of it; "
         "the reference has it too unless reference.model or reference.adapter says otherwise",
     )
+    adapter_revision: str | None = Field(default=None, description="of the adapter, as revision")
     lora: LoraConfig = LoraConfig()
     critic: CriticConfig = CriticConfig()
 
@@ -83,6 +90,11 @@ class PolicyConfig(Section):
     def uses_lora(self) -> bool:
         """Whether an adapter is trained on a frozen trunk, rather than all weights."""
         return self.lora.rank is not None or self.adapter is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_with_revisions(cls, tree: Any) -> Any:
+        return with_revisions(tree, {"model": "revision", "adapter": "adapter_revision"})
 
     @model_validator(mode="after")
     def _one_shape_of_adapter(self) -> Self:
@@ -107,8 +119,15 @@ class ReferenceConfig(Section):
     """The frozen reference that the KL is measured against."""
 
     model: ModelName | None = Field(default=None, description="folder or hub id; null: the initial policy")
+    revision: str | None = Field(default=None, description="of the model, as policy.revision")
     adapter: ModelName | None = Field(
         default=None, description="LoRA adapter on it; null: policy.adapter where reference.model is null, else none"
     )
+    adapter_revision: str | None = Field(default=None, description="of the adapter, as policy.revision")
     dtype: Dtype | None = Field(default=None, description="null: policy.dtype")
     batch_size: Positive = Field(default=64, description="responses read at a time, sorted by length")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_with_revisions(cls, tree: Any) -> Any:
+        return with_revisions(tree, {"model": "revision", "adapter": "adapter_revision"})

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf_core.contracts.hub import with_revisions
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloat, Section
 
@@ -54,7 +55,9 @@ class ModelReward(ComponentSection):
 
     kind: Literal["model"] = Field(default="model", description="a sequence classifier")  # pyright: ignore[reportIncompatibleVariableOverride]
     model: ModelName = Field(default="", description="AutoModelForSequenceClassification folder or hub id")
+    revision: str | None = Field(default=None, description="of the model, as policy.revision")
     tokenizer: ModelName | None = Field(default=None, description="folder or hub id; null: the model's")
+    tokenizer_revision: str | None = Field(default=None, description="of the tokenizer, as policy.revision")
     chat_template: str | None = Field(
         default=None,
         description="Jinja text or a file of it, for chats, and for plain prompts as a user's; null: the tokenizer's, "
@@ -63,6 +66,11 @@ class ModelReward(ComponentSection):
     dtype: Dtype = "float32"
     batch_size: Positive = Field(default=64, description="responses scored at a time")
     max_len: Positive | None = Field(default=None, description="tokens read; null: the model's context length")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_with_revisions(cls, tree: Any) -> Any:
+        return with_revisions(tree, {"model": "revision", "tokenizer": "tokenizer_revision"})
 
 
 class FunctionReward(ComponentSection):

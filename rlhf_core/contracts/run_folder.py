@@ -1,6 +1,7 @@
 """The folder of a run: its layout, its lock, and where its loop stands.
 
-    RUN/run.json                        the config and the identity of the run, and each drift that was accepted
+    RUN/run.json                        the config and the identity of the run, and each drift that was accepted;
+                                        the config has the commits of hub ids, ``unpinned`` the names without them
     RUN/iterations/000007/01_….arrow    six artifacts, each with its manifest 01_….json
     RUN/archive/000000-000099/          old iterations, one file a stage: artifacts.keep_iterations
     RUN/checkpoints/000010/             policy/, critic/, optimizer.safetensors, state.json, manifest.json
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,8 +53,9 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class _Drifts:
+class _More:
     drifts: tuple[Drift, ...]
+    unpinned: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ class RunFolder:
     """In force now."""
     drifts: tuple[Drift, ...] = ()
     """In the order in which they were accepted."""
+    unpinned: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Field of the config -> hub id as the user has it, before it was given a commit."""
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, identity: Mapping[str, Any]) -> RunFolder:
+    def create(
+        cls, path: Path, config: RunConfig, identity: Mapping[str, Any], unpinned: Mapping[str, str] | None = None
+    ) -> RunFolder:
         """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
         check_vacant(path)
-        run = cls(path, config, dict(identity))
+        run = cls(path, config, dict(identity), unpinned=dict(unpinned or {}))
         with run.locked():
             check_vacant(path)  # of two that begin at once, the second sees the first
             run._write_record()
@@ -93,16 +99,16 @@ class RunFolder:
     def of_record(cls, path: Path, values: Mapping[str, Any]) -> RunFolder:
         """A run from the content of its ``run.json``. Raises IntegrityError if that is damaged."""
         record = path / "run.json"
-        if values.keys() - {"drifts"} != {"config", "identity"}:
+        if values.keys() - {"drifts", "unpinned"} != {"config", "identity"}:
             raise IntegrityError(f"{record} is not the record of a run; {RECORD_REMEDY}")
         try:
-            drifts = typed(_Drifts, {"drifts": values.get("drifts", [])}).drifts
+            more = typed(_More, {"drifts": values.get("drifts", []), "unpinned": values.get("unpinned", {})})
             if not isinstance(values["config"], dict) or not isinstance(values["identity"], dict):
                 raise ValueError("config or identity is no object")
         except ValueError as error:
             raise IntegrityError(f"{record} is not the record of a run: {error}; {RECORD_REMEDY}") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
-        return cls(path, config, cast("dict[str, Any]", values["identity"]), drifts)
+        return cls(path, config, cast("dict[str, Any]", values["identity"]), more.drifts, more.unpinned)
 
     def identity_at(self, iteration: int) -> Mapping[str, Any]:
         """The identity that an iteration was, or will be, computed under."""
@@ -219,6 +225,8 @@ class RunFolder:
         record: dict[str, Any] = {"config": self.config.model_dump(), "identity": dict(self.identity)}
         if self.drifts:
             record["drifts"] = [asdict(drift) for drift in self.drifts]
+        if self.unpinned:
+            record["unpinned"] = dict(self.unpinned)
         return record
 
     def _write_record(self) -> None:

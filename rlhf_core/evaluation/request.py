@@ -16,8 +16,10 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.policy_config import CriticConfig, PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.models.adapters import is_adapter as is_lora_adapter
 from rlhf_core.ops.frontier import MIN_WEIGHTED_SAMPLES
 from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight.pins import pinned
 from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import load_prompt_set
 from rlhf_core.stages.sample_prompts import sample_prompts
@@ -158,6 +160,7 @@ def _prepare(
             f"{MIN_PROMPTS} are needed"
         )
     ours = evaluation_config(config, _of_size(source, min(size, request.num_prompts), size), model, request.seed)
+    ours = pinned(ours).config
     plan = preflight(ours)
     count = min(ours.prompts.num_prompts, _num_usable(ours, plan))
     if count < MIN_PROMPTS:
@@ -191,7 +194,7 @@ def evaluation_config(config: RunConfig, prompts: PromptsConfig, model: str | No
     if model is not None:
         adapter = reference.adapter or (policy.adapter if reference.model is None else None)
         reference = reference.model_copy(update={"model": config.reference_model, "adapter": adapter})
-        is_adapter = (Path(model).expanduser() / "adapter_config.json").is_file()
+        is_adapter = is_lora_adapter(model)
         policy = PolicyConfig(
             model=policy.model if is_adapter else model,
             adapter=model if is_adapter else None,
@@ -233,11 +236,11 @@ def _of_size(prompts: PromptsConfig, count: int, size: int) -> PromptsConfig:
 
 def _num_usable(config: RunConfig, plan: Plan) -> int:
     """Prompts of the source that are short enough, where over-long ones are dropped; else all."""
-    entries, tokenizer = plan.prompt_set.entries, plan.tokenizer
+    entries, tokenizer, date = plan.prompt_set.entries, plan.tokenizer, config.prompts.template_date
     if config.prompts.over_long != "drop":
         return len(entries)
     lens = (
-        len(tokenizer.encode(render_prompt(entry, tokenizer.tokenizer), is_chat=not isinstance(entry, str)))
+        len(tokenizer.encode(render_prompt(entry, tokenizer.tokenizer, date=date), is_chat=not isinstance(entry, str)))
         for entry in entries
     )
     return sum(length <= plan.max_prompt_len for length in lens)

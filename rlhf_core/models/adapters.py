@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.hub import split_revision
 from rlhf_core.contracts.policy_config import ALL_LINEAR
 from rlhf_core.contracts.policy_config import LoraConfig as LoraSection
+from rlhf_core.models.hub import folder_of
 from rlhf_core.models.untrusted import check_is_data, read_small_json
 from rlhf_core.ops.finite import first_not_finite
 from rlhf_core.ops.randomness import seeded_generator
@@ -110,23 +112,27 @@ class Adapters:
         save_file({k: v.detach().cpu().contiguous() for k, v in named}, folder / WEIGHTS_FILE, {"format": "pt"})
         config = self.peft_model.peft_config[TRAINED].to_dict()
         place = Path(self.base)
-        config |= {
-            "base_model_name_or_path": str(place.resolve()) if place.is_dir() else self.base,
-            "inference_mode": True,
-        }
+        base, revision = (str(place.resolve()), None) if place.is_dir() else split_revision(self.base)
+        config |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds a LoRA adapter alone, and no model."""
-    folder = Path(name)
+    """Whether a folder or hub id holds a LoRA adapter alone, and no model."""
+    try:
+        folder = folder_of(name, "")
+    except UserError:  # told where it is loaded
+        return False
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
 
 
 def base_of(name: str) -> str:
-    """Folder or hub id of the model that an adapter folder was trained on."""
-    return str(read_small_json(Path(name) / CONFIG_FILE, repr(name)).get("base_model_name_or_path"))
+    """Folder or hub id, with its revision, of the model that an adapter was trained on."""
+    values = read_small_json(folder_of(name, "the adapter") / CONFIG_FILE, repr(name))
+    base, revision = str(values.get("base_model_name_or_path")), values.get("revision")
+    has_one = isinstance(revision, str) and not Path(base).is_dir() and split_revision(base)[1] is None
+    return f"{base}@{revision}" if has_one else base
 
 
 def base_at_hand(name: str, field: str) -> str:
@@ -134,21 +140,14 @@ def base_at_hand(name: str, field: str) -> str:
 
     Raises: UserError if it is neither.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     base = base_of(name)
-    if Path(base).is_dir():
-        return base
     try:
-        config = try_to_load_from_cache(base, "config.json")
-    except ValueError:  # no name of a repository
-        config = None
-    if not isinstance(config, str):
+        return str(folder_of(base, field, with_weights=True, offline=True))
+    except UserError:
         raise UserError(
             f"{field} {name!r} names the base {base!r} in its {CONFIG_FILE}, which is neither a folder here nor in the "
             "hub's cache; if you trust it, name it as policy.model and this as policy.adapter"
-        )
-    return str(Path(config).parent)
+        ) from None
 
 
 def new_adapter(section: LoraSection, model: Any) -> peft.LoraConfig:
@@ -190,14 +189,10 @@ def read_adapter(name: str, field: str) -> tuple[peft.LoraConfig, Path]:
     Raises: UserError if there is none, or it is more than plain LoRA on a causal language model.
     """
     import peft
-    from huggingface_hub import hf_hub_download
 
-    check_is_data(name, field)
-    folder = Path(name)
+    folder = folder_of(name, field, with_weights=True)
+    check_is_data(name, field, folder)
     try:
-        if not folder.is_dir():
-            folder = Path(hf_hub_download(name, CONFIG_FILE)).parent
-            hf_hub_download(name, WEIGHTS_FILE)
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf_core.models.hub import folder_of
 from rlhf_core.models.language_model import load_transformers_model
 
 
@@ -21,8 +21,7 @@ class FrozenModels:
 
     def load(self, auto_class: str, name: str, dtype: torch.dtype, field: str) -> Any:
         """As ``load_transformers_model``, or the copy that is there already. Raises UserError if it does not load."""
-        place = Path(name)
-        key = (auto_class, str(place.resolve()) if place.is_dir() else name, dtype)
+        key = (auto_class, str(folder_of(name, field).resolve()), dtype)
         model = self._held.get(key)
         if model is None:
             model = load_transformers_model(auto_class, name, dtype, field).eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, is_adapter
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Prefix
+from rlhf_core.models.hub import folder_of
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.prefixes import CachedPrefix, Prefix
 from rlhf_core.models.sequences import Sequences
@@ -182,13 +183,14 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     """
     import transformers
 
-    check_is_data(name, field)
+    folder = folder_of(name, field, with_weights=True)
+    check_is_data(name, field, folder)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # it advises attention masks where right padding needs none
     try:
         check_size(auto_class, name, field)
         model, info = getattr(transformers, auto_class).from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except UserError:
         raise
@@ -202,5 +204,6 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise UserError(f"{field} {name!r} lacks {len(missing)} weights that {auto_class} needs: {shown}")
+    model.config.name_or_path = name
     fuse_activations(model)
     return model

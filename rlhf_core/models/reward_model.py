@@ -64,6 +64,7 @@ class RewardModel:
         batch_size: rows at a time, sorted by length.
         device: where it lives.
         chat_template: of the config: Jinja, for chats and for plain prompts, which are a user's message then.
+        date: what a chat template that reads the clock takes for today; None: the machine's.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class RewardModel:
         batch_size: int,
         device: torch.device,
         chat_template: str | None = None,
+        date: str | None = None,
     ) -> None:
         self.model = cast("nn.Module", model.to(device).eval().requires_grad_(False))
         self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(model.base_model)
@@ -84,7 +86,7 @@ class RewardModel:
         self.tokenizer.truncation_side = "left"
         self.reads_policy_tokens = reads_policy_tokens
         self.max_len, self.batch_size, self.device = max_len, batch_size, device
-        self.chat_template = chat_template
+        self.chat_template, self.date = chat_template, date
 
     @classmethod
     def load(
@@ -95,6 +97,7 @@ class RewardModel:
         policy_vocabulary: str,
         device: torch.device,
         frozen: FrozenModels | None = None,
+        date: str | None = None,
     ) -> RewardModel:
         """Load from a folder or hub id, or take the copy in ``frozen``.
 
@@ -118,6 +121,7 @@ class RewardModel:
             batch_size=config.batch_size,
             device=device,
             chat_template=template,
+            date=date,
         )
 
     @torch.no_grad()
@@ -141,7 +145,11 @@ class RewardModel:
             asked = conversation.messages or [question]
             reply: Message = {"role": "assistant", "content": conversation.response_text}
             text = render_chat(
-                self.tokenizer, [*asked, reply], add_generation_prompt=False, template=self.chat_template
+                self.tokenizer,
+                [*asked, reply],
+                add_generation_prompt=False,
+                template=self.chat_template,
+                date=self.date,
             )
             return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
         text = conversation.prompt_text + conversation.response_text

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.hub import folder_of
 from rlhf_core.models.untrusted import check_is_data
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub id. Raises UserError naming ``field``."""
     from transformers import AutoTokenizer
 
-    check_is_data(name, field)
+    folder = folder_of(name, field)
+    check_is_data(name, field, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{field} {name!r} has no tokenizer that loads: {reason}") from None
@@ -52,6 +54,7 @@ def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
         "is_local",
     ):  # it was found: no part of it, or HF_HUB_OFFLINE would be in checkpoints
         tokenizer.init_kwargs.pop(how, None)
+    tokenizer.name_or_path = name
     return tokenizer
 
 
@@ -98,7 +101,7 @@ def _generation_eos_ids(name: str) -> set[int]:
     from transformers import GenerationConfig
 
     try:
-        eos: Any = GenerationConfig.from_pretrained(name).eos_token_id
+        eos: Any = GenerationConfig.from_pretrained(folder_of(name, "policy.model")).eos_token_id
     except OSError:  # the file is optional
         return set()
     except Exception as error:

@@ -24,6 +24,7 @@ from typing import Any, Final, cast
 from safetensors import SafetensorError, safe_open
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.hub import MARKS, TEMPLATES, folder_of
 
 MAX_JSON_BYTES: Final = 1 << 28
 """tokenizer.json of the largest vocabularies has some 40 MB."""
@@ -49,19 +50,18 @@ _OBJECTS: Final = {
     "added_tokens.json",
     "adapter_config.json",
 }
-_MARKS: Final = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab")
-"""What libraries read of such a folder."""
 
 
-def check_is_data(name: str, field: str) -> None:
+def check_is_data(name: str, field: str, folder: Path | None = None) -> None:
     """Refuse a folder of a model, tokenizer or adapter that is more than data, or not of this folder.
 
     Args:
-        name: folder, or a hub id, which is left to the libraries.
+        name: as the config has it.
         field: named in errors.
+        folder: that ``folder_of`` has found; None: the name is one.
     Raises: UserError with the first thing that is wrong.
     """
-    folder = Path(name).expanduser()
+    folder = folder or Path(name).expanduser()
     if not folder.is_dir():
         return
     named = f"{field} {name!r}"
@@ -109,18 +109,16 @@ def check_size(auto_class: str, name: str, field: str) -> None:
 
     Args:
         auto_class: of transformers, that the folder is loaded with.
-        name: folder, or a hub id, which is left to the libraries.
+        name: folder or hub id.
         field: named in errors.
     Raises: UserError, before the memory is taken.
     """
     import torch
     import transformers
 
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return
+    folder = folder_of(name, field, with_weights=True)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
     except Exception as error:
@@ -160,8 +158,8 @@ def read_small_json(path: Path, named: str) -> dict[str, Any]:
 
 def _files(folder: Path) -> Iterator[Path]:
     """What stands in the folder by a name that libraries read, and its further chat templates."""
-    yield from (p for p in sorted(folder.iterdir()) if p.suffix in _MARKS)
-    templates = folder / "additional_chat_templates"
+    yield from (p for p in sorted(folder.iterdir()) if p.suffix in MARKS)
+    templates = folder / TEMPLATES
     if templates.exists():
         yield templates
         yield from sorted(templates.iterdir()) if templates.is_dir() else ()

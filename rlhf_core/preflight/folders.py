@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import base_of, is_adapter
+from rlhf_core.models.hub import folder_of, stored_names
 from rlhf_core.models.untrusted import check_is_data, check_model_config
 
 
@@ -25,14 +26,12 @@ def model_config(name: str, field: str, *, with_weights: bool = True) -> Any:
 
     if not name:
         raise UserError(f"{field} is not set; give a model folder or a hub id")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        check_is_data(name, field)
-        _check_weights(folder, name, field, with_weights=with_weights)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{field} {name!r} is not a folder here; give a model folder or a hub id")
+    folder = folder_of(name, field)
+    check_is_data(name, field, folder)
+    _check_weights(folder, name, field, with_weights=with_weights)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.name_or_path = name
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{field} {name!r} is neither a model folder nor a hub id that loads: {reason}") from None
@@ -50,9 +49,10 @@ def _check_weights(folder: Path, name: str, field: str, *, with_weights: bool) -
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{field} {name!r} is a folder without config.json; give one written by save_pretrained")
-    if not with_weights or any(folder.glob("*.safetensors")):
+    names = stored_names(name, folder) if with_weights else []
+    if not with_weights or any(file.endswith(".safetensors") for file in names):
         return
-    if any(folder.glob("*.bin")):
+    if any(file.endswith(".bin") for file in names):
         raise UserError(
             f"{field} {name!r} has its weights as pickle (*.bin), which is never loaded; convert them with "
             "model.save_pretrained, which writes safetensors"

@@ -15,6 +15,7 @@ from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.message_keys import check_message_keys
+from rlhf_core.preflight.pins import pinned
 from rlhf_core.preflight.policies import (
     check_critic,
     check_reference,
@@ -58,7 +59,8 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     Raises: UserError with every problem found.
     """
     problems: list[str] = []
-    found: list[str] = []
+    held = pinned(config)
+    config, found = held.config, [*held.notes]
     """Notes of the plan: what was chosen for the user, and what may surprise."""
 
     def attempt(find: Callable[[], Found]) -> Found | None:

@@ -27,13 +27,13 @@ def check_prompts(
         )
     if not isinstance(entries[0], str):
         check_template(tokenizer.tokenizer.chat_template, entries[0], f"policy.model {config.policy.model!r}")
-    render_prompt(entries[0], tokenizer.tokenizer)
+    render_prompt(entries[0], tokenizer.tokenizer, date=config.prompts.template_date)
     if config.prompts.over_long != "refuse":
         return
     too_long = 0
     first = ""
     for row, entry in enumerate(entries):
-        text = render_prompt(entry, tokenizer.tokenizer)
+        text = render_prompt(entry, tokenizer.tokenizer, date=config.prompts.template_date)
         if len(text.encode()) + 8 <= longest:  # a token is at least a byte; 8 for special tokens
             continue
         length = len(tokenizer.encode(text, is_chat=not isinstance(entry, str)))

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.hub import commit_of, is_commit, looks_like_hub_name, refuse_revision_of_folder, split_revision
 from rlhf_core.prompts.foreign import check_dataset_folder
-from rlhf_core.prompts.readers import Choose, Rows, reason, refuse_split, refuse_subset
+from rlhf_core.prompts.readers import FILE_READERS, Choose, Rows, reason, refuse_split, refuse_subset
 
 if TYPE_CHECKING:
     import datasets
@@ -69,19 +70,46 @@ def read_hub(config: PromptsConfig, choose: Choose) -> Rows:
     """
     import datasets
 
-    if config.source.isidentifier() and find_spec(f"datasets.packaged_modules.{config.source}"):
+    if _is_reader(config.source):
         raise UserError(  # load_dataset would read every file of the current folder
             f"prompts.source {config.source!r} is the name of a reader of `datasets`, not of a dataset; "
             "name a file, a folder or a dataset of the hub"
         )
+    refuse_revision_of_folder(config.source, "prompts.source")
+    repo, revision = split_revision(config.source)
+    chosen = {} if revision is None else {"revision": revision}
     try:
-        data = datasets.load_dataset(config.source, config.subset, split=config.split)
+        data = datasets.load_dataset(repo, config.subset, split=config.split, **chosen)
+        _refuse_other_commit(cast("datasets.Dataset", data), revision)
     except Exception as error:  # network, hub and readers of all formats: any exception can come out
         raise UserError(
             f"prompts.source {config.source!r} is neither a file nor a folder here, and could not be loaded "
             f"from the hub ({_asked(config)}): {reason(error)}"
         ) from error
     return _rows_of_dataset(config, cast("datasets.Dataset", data), choose)
+
+
+def pinned_source(source: str) -> str:
+    """A data set of the hub with the commit that it stands for now; a file or a folder as it is.
+
+    Raises: whatever huggingface_hub raises where the commit cannot be found out.
+    """
+    repo, revision = split_revision(source)
+    is_file = Path(repo).suffix.lower() in FILE_READERS or Path(source).expanduser().exists() or Path(repo).exists()
+    if is_file or is_commit(revision) or not looks_like_hub_name(source) or _is_reader(source):
+        return source
+    return f"{repo}@{commit_of(source, 'dataset')}"
+
+
+def _is_reader(source: str) -> bool:
+    return source.isidentifier() and find_spec(f"datasets.packaged_modules.{source}") is not None
+
+
+def _refuse_other_commit(data: datasets.Dataset, revision: str | None) -> None:
+    """Without network `datasets` takes whatever it has prepared last, which may be another commit than was asked."""
+    prepared = {Path(str(file["filename"])).parent.name for file in data.cache_files}
+    if is_commit(revision) and (other := sorted(c for c in prepared if is_commit(c) and c != revision)):
+        raise ValueError(f"the hub cannot be reached, and the cache of `datasets` holds commit {other[0]}")
 
 
 def _rows_of_dataset(config: PromptsConfig, data: datasets.Dataset, choose: Choose) -> Rows:

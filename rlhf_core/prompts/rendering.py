@@ -67,12 +67,13 @@ def _with_clock(template: str, date: str) -> tuple[str, dict[str, str]]:
     return _CLOCK_MACRO + template, shown
 
 
-def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> str:
     """The text of a prompt: a text as it is, a chat by the tokenizer's chat template.
 
     Args:
         entry: text, or messages of {role, content}.
         tokenizer: the policy's; it is asked only for chats.
+        date: ``prompts.template_date``, as :func:`render_chat` takes it.
     Returns: the text, opened for the assistant's answer. A template writes its special tokens itself (BOS,
         role marks), so tokenize a rendered chat with ``add_special_tokens=False``.
     Raises:
@@ -87,7 +88,7 @@ def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase) -> str
             "one, or a prompts.column of plain texts"
         )
     try:
-        return render_chat(tokenizer, entry, add_generation_prompt=True)
+        return render_chat(tokenizer, entry, add_generation_prompt=True, date=date)
     except Exception as error:  # jinja2's, and whatever a template's own expressions raise
         roles = ", ".join(message["role"] for message in entry)
         raise UserError(

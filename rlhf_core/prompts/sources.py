@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.hub import split_revision
 from rlhf_core.prompts.columns import PAIR, ColumnChoice
 from rlhf_core.prompts.entries import PromptEntry, as_entry, as_json, check_prompt, without_last_answer
 from rlhf_core.prompts.hub import read_folder, read_hub
@@ -108,6 +109,7 @@ def _read_rows(config: PromptsConfig, choose: Choose) -> Rows:
 
 
 def _looks_like_path(source: str) -> bool:
+    source, _ = split_revision(source)
     return (
         source.startswith((".", "/", "~"))
         or source.count("/") > 1

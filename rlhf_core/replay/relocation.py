@@ -5,36 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
-from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.places import model_places, put_place
 from rlhf_core.contracts.reward_config import ModelReward
+from rlhf_core.models.hub import files_of, folder_of
 from rlhf_core.models.reward_model import chat_template_text
 from rlhf_core.preflight import Plan, preflight
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import PROMPTS, BundleRecord
 
 Item = TypeVar("Item")
-_READ: Final = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab")
-"""What libraries read of a model's folder; weights as pickle and code are left out."""
-_TEMPLATES: Final = "additional_chat_templates"
-
-
-def model_places(config: RunConfig) -> dict[str, str]:
-    """Field -> folder or hub id of every model, adapter and tokenizer that a config names."""
-    places: dict[str, str | None] = {
-        "policy.model": config.policy.model,
-        "policy.adapter": config.policy.adapter,
-        "reference.model": config.reference.model,
-        "reference.adapter": config.reference.adapter,
-    }
-    for index, component in enumerate(config.reward.components):
-        if isinstance(component, ModelReward):
-            places[f"reward.components.{index}.model"] = component.model
-            places[f"reward.components.{index}.tokenizer"] = component.tokenizer
-    return {field: place for field, place in places.items() if place}
 
 
 def template_texts(config: RunConfig) -> dict[str, str]:
@@ -51,12 +35,8 @@ def model_files(place: str, field: str) -> dict[str, Path]:
 
     Raises: UserError naming ``field`` if it is not here.
     """
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        folder = _snapshot(place, field)
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _READ]
-    files += sorted((folder / _TEMPLATES).glob("*.jinja"))
-    return {str(file.relative_to(folder)): file for file in files}
+    folder = folder_of(place, field, with_weights=True, offline=True)
+    return {str(file.relative_to(folder)): file for file in files_of(folder)}
 
 
 def prompt_lines(prompt_set: PromptSet, rows: Sequence[int], config: RunConfig) -> bytes:
@@ -92,12 +72,12 @@ def relocated(config: RunConfig, record: BundleRecord, folder: Path, *, own: Seq
             continue
         if (place := record.models.get(field)) is None or not (folder / place).is_dir():
             raise IntegrityError(f"the bundle's config names {field}, and the bundle does not hold it")
-        _put(tree, field, str(folder / place))
+        put_place(tree, field, str(folder / place))
     for field, template in _templates(config).items():
         if _is_file(template) and field not in own:
             if _is_file(record.templates.get(field, "")):
                 raise IntegrityError(f"the bundle's config names {field}, and the bundle does not hold it")
-            _put(tree, field, record.templates[field])
+            put_place(tree, field, record.templates[field])
     tree["prompts"] |= {
         "source": str(folder / PROMPTS),
         "column": prompt_column(config),
@@ -163,17 +143,6 @@ class ReadRows(Sequence[Item]):
         return self.items[index]
 
 
-def _snapshot(place: str, field: str) -> Path:
-    """The folder of a hub id in the cache of this machine; nothing is fetched."""
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(place, local_files_only=True))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{field} {place!r} is neither a folder here nor in the hub's cache: {reason}") from None
-
-
 def _templates(config: RunConfig) -> dict[str, str]:
     return {
         f"reward.components.{index}.chat_template": component.chat_template
@@ -184,10 +153,3 @@ def _templates(config: RunConfig) -> dict[str, str]:
 
 def _is_file(template: str) -> bool:
     return "{{" not in template and "{%" not in template
-
-
-def _put(tree: Any, field: str, value: str) -> None:
-    *path, last = field.split(".")
-    for part in path:
-        tree = tree[int(part)] if part.isdecimal() else tree[part]
-    tree[last] = value

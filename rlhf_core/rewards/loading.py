@@ -23,6 +23,7 @@ def load_component(
     policy_vocabulary: str,
     device: torch.device,
     frozen: FrozenModels | None = None,
+    date: str | None = None,
 ) -> Component:
     """Make one component ready to score.
 
@@ -33,13 +34,16 @@ def load_component(
         policy_vocabulary: digest of the policy's vocabulary.
         device: where a model lives.
         frozen: models that are in memory already.
+        date: ``prompts.template_date``, for chat templates that read the clock.
     Raises: UserError naming ``field`` if the model, function or address is not there or does not fit.
     """
     if isinstance(config, FunctionReward):
         return load_function(config, field=field, columns=columns)
     if isinstance(config, HttpReward):
         return load_http(config, field=field)
-    return RewardModel.load(config, field=field, policy_vocabulary=policy_vocabulary, device=device, frozen=frozen)
+    return RewardModel.load(
+        config, field=field, policy_vocabulary=policy_vocabulary, device=device, frozen=frozen, date=date
+    )
 
 
 def component_digest(config: ComponentReward) -> str | dict[str, str]:

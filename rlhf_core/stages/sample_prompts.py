@@ -57,7 +57,7 @@ def sample_prompts(
                 break
         row = int(order[position])
         position += 1
-        text = render_prompt(prompt_set.entries[row], tokenizer.tokenizer)
+        text = render_prompt(prompt_set.entries[row], tokenizer.tokenizer, date=config.template_date)
         tokens = tokenizer.encode(text, is_chat=not isinstance(prompt_set.entries[row], str))
         fitted = _fit(tokens, max_prompt_len, config.over_long, row)
         if fitted is None:
