@@ -61,8 +61,7 @@ def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
     if not accept_drift:
         check_identity(run, "resuming")
     _refuse_damage(path)
-    for moved in moved_branches(run.config, run.unpinned):
-        logger.warning("%s", moved)
+    _tell_moved(run)
     return run.config
 
 
@@ -128,6 +127,17 @@ def _drift(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     """The identity that the run would have here, and how it differs from the recorded one."""
     identity = run_identity(run.config, preflight(run.config, begun=True).prompt_set)
     return identity, identity_drift(run.identity, identity)
+
+
+_told: set[str] = set()
+"""What this process has told of branches that moved: the command line and the flow both ask."""
+
+
+def _tell_moved(run: RunFolder) -> None:
+    for moved in moved_branches(run.config, run.unpinned):
+        if moved not in _told:
+            _told.add(moved)
+            logger.warning("%s", moved)
 
 
 _verified: dict[str, int] = {}

@@ -14,9 +14,11 @@ from prefect.cache_policies import NO_CACHE
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.places import place_of
 from rlhf_core.disk_use import free_bytes, predict_disk_use
 from rlhf_core.models.devices import resolve_num_threads
 from rlhf_core.preflight import preflight
+from rlhf_core.preflight.pins import pinned
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord, check_folder, read_sweep, runs_of
 from rlhf_core.sweeping.grid import MAX_RUNS, SweepRun, point_label, together, with_values
 from rlhf_core.sweeping.summary import criterion_of, summarize
@@ -134,7 +136,9 @@ def _plan(request: SweepRequest, config: RunConfig) -> tuple[PlannedSweep, Sweep
     seeds = [config.seed] if request.seeds is None else request.seeds
     before = read_sweep(path)
     threads = before.num_threads if before and config.num_threads is None else _threads(request, config)
-    record = SweepRecord.of(config, request.grid, seeds, threads)
+    held = pinned(config, leave={place_of(key) for key in request.grid}) if before is None else None
+    unpinned = {} if held is None else held.before
+    record = SweepRecord.of(config if held is None else held.config, request.grid, seeds, threads, unpinned)
     try:
         check_folder(path, record)
         runs = runs_of(before or record, max_runs=request.max_runs)

@@ -25,7 +25,15 @@ def model_places(config: RunConfig) -> dict[str, str]:
     return {field: place for field, place in places.items() if place}
 
 
-def with_places(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
+def place_of(key: str) -> str:
+    """The field whose name a revision belongs to: ``policy.revision`` -> ``policy.model``; any other key itself."""
+    section, _, knob = key.rpartition(".")
+    if knob == "revision":
+        return f"{section}.{'source' if section == 'prompts' else 'model'}"
+    return key.removesuffix("_revision")
+
+
+def with_places(config: RunConfig, places: Mapping[str, str | None]) -> RunConfig:
     """The config with other values in some fields: ``{"policy.model": FOLDER}``."""
     if not places:
         return config
@@ -35,7 +43,7 @@ def with_places(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
     return build_config(tree)
 
 
-def put_place(tree: Any, field: str, value: str) -> None:
+def put_place(tree: Any, field: str, value: str | None) -> None:
     """Set one field of a config's tree, in place; numbers in its name reach into lists."""
     *path, last = field.split(".")
     for part in path:

@@ -29,6 +29,7 @@ from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.guard_config import GuardsConfig
 from rlhf_core.contracts.locking import holding, is_held
 from rlhf_core.contracts.loop_state import LoopState
+from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_places import why_no_run
 from rlhf_core.contracts.schemas import STAGES
@@ -55,7 +56,7 @@ class Drift:
 @dataclass(frozen=True)
 class _More:
     drifts: tuple[Drift, ...]
-    unpinned: Mapping[str, str]
+    unpinned: Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class RunFolder:
     """In force now."""
     drifts: tuple[Drift, ...] = ()
     """In the order in which they were accepted."""
-    unpinned: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Field of the config -> hub id as the user has it, before it was given a commit."""
+    unpinned: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """Field of the config -> its value as the user has it, before it was held at a commit or a date."""
 
     @classmethod
     def create(
-        cls, path: Path, config: RunConfig, identity: Mapping[str, Any], unpinned: Mapping[str, str] | None = None
+        cls, path: Path, config: RunConfig, identity: Mapping[str, Any], unpinned: Mapping[str, str | None] | None = None
     ) -> RunFolder:
         """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
         check_vacant(path)
@@ -109,6 +110,11 @@ class RunFolder:
             raise IntegrityError(f"{record} is not the record of a run: {error}; {RECORD_REMEDY}") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
         return cls(path, config, cast("dict[str, Any]", values["identity"]), more.drifts, more.unpinned)
+
+    @property
+    def asked_config(self) -> RunConfig:
+        """The config as the user has it: hub ids without the commits that the run keeps."""
+        return with_places(self.config, self.unpinned)
 
     def identity_at(self, iteration: int) -> Mapping[str, Any]:
         """The identity that an iteration was, or will be, computed under."""

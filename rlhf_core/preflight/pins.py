@@ -6,7 +6,7 @@ down in its config before it begins: every process and every later load has the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,13 +27,13 @@ class Pinned:
     """A config of which nothing moves by itself any more."""
 
     config: RunConfig
-    before: Mapping[str, str]
-    """Field -> hub id as it was, of those that were given a commit: ``{"policy.model": "owner/name"}``."""
+    before: Mapping[str, str | None]
+    """Field -> its value before, of those that were held: ``{"policy.model": "owner/name"}``."""
     notes: list[str]
     """What was chosen, in a sentence each."""
 
 
-def pinned(config: RunConfig) -> Pinned:
+def pinned(config: RunConfig, leave: Collection[str] = ()) -> Pinned:
     """Give every hub id of a config its commit, and the clock of chat templates its day.
 
     A model whose commit cannot be found out stays as it is, and loading it is refused. Prompts stay as they are where
@@ -41,15 +41,17 @@ def pinned(config: RunConfig) -> Pinned:
 
     Args:
         config: as the user has it; one that is pinned already stays the same.
+        leave: fields that stay as they are.
     """
-    places, notes = _commits(config)
-    before = {field: _value(config, field) for field in places}
+    places, notes = _commits(config, leave)
+    before: dict[str, str | None] = {field: _value(config, field) for field in places}
     for field, name in places.items():
         repo, commit = split_revision(name)
-        asked = split_revision(before[field])[1] or NEWEST
+        asked = split_revision(_value(config, field))[1] or NEWEST
         notes.append(f"{field} {repo!r} at {asked!r} is commit {commit}: the run keeps it, wherever the branch goes")
-    if config.prompts.template_date is None and (readers := clock_readers(config)):
-        places[DATE] = clock_day()
+    is_open = config.prompts.template_date is None and DATE not in leave
+    if is_open and (readers := clock_readers(config)):
+        places[DATE], before[DATE] = clock_day(), None
         notes.append(
             f"the chat template of {' and '.join(readers)} reads the clock: it shows {places[DATE]} throughout the run "
             f"(set {DATE} for another day)"
@@ -57,16 +59,18 @@ def pinned(config: RunConfig) -> Pinned:
     return Pinned(with_places(config, places), before, notes)
 
 
-def moved_branches(config: RunConfig, before: Mapping[str, str]) -> list[str]:
+def moved_branches(config: RunConfig, before: Mapping[str, str | None]) -> list[str]:
     """Compare the commits of a run with those that its hub ids stand for now.
 
     Args:
         config: of the run, pinned.
-        before: field -> hub id as it was when the run began, of :class:`Pinned`.
+        before: of :class:`Pinned`, from when the run began.
     Returns: a sentence for each that has moved; one that cannot be asked is left out.
     """
     moved: list[str] = []
     for field, name in before.items():
+        if name is None:
+            continue
         repo, asked = split_revision(name)
         with suppress(Exception):  # no network, or the repository is gone: the run has its commit
             now = split_revision(_pin(field, name))[1]
@@ -78,7 +82,7 @@ def moved_branches(config: RunConfig, before: Mapping[str, str]) -> list[str]:
     return moved
 
 
-def _commits(config: RunConfig) -> tuple[dict[str, str], list[str]]:
+def _commits(config: RunConfig, leave: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Field -> name with its commit, of those that have none yet; and what could not be found out."""
     named = model_places(config)
     if config.prompts.source:
@@ -87,6 +91,8 @@ def _commits(config: RunConfig) -> tuple[dict[str, str], list[str]]:
     notes: list[str] = []
     known: dict[tuple[bool, str], str] = {}
     for field, name in named.items():
+        if field in leave:
+            continue
         key = (field == SOURCE, name)
         try:
             known[key] = known.get(key) or _pin(field, name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -26,6 +26,7 @@ from rlhf_core.contracts.config_io import build_config, config_digest, config_te
 from rlhf_core.contracts.durable import make_folder, remove_file, write_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
 from rlhf_core.contracts.locking import holding
+from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.typed import typed
@@ -54,12 +55,26 @@ class SweepRecord:
     seeds: Sequence[int]
     num_threads: int
     """CPU threads of each run: a part of its identity, so that another ``--jobs`` changes no number."""
+    unpinned: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """Field of the config -> its value as the user has it, before it was held at a commit or a date."""
 
     @classmethod
-    def of(cls, config: RunConfig, grid: Grid, seeds: Sequence[int], num_threads: int) -> SweepRecord:
+    def of(
+        cls,
+        config: RunConfig,
+        grid: Grid,
+        seeds: Sequence[int],
+        num_threads: int,
+        unpinned: Mapping[str, str | None] | None = None,
+    ) -> SweepRecord:
         """The record of what a user asks."""
         axes = [Axis(key, list(values)) for key, values in grid.items()]
-        return cls(config.model_dump(), axes, list(seeds), num_threads)
+        return cls(config.model_dump(), axes, list(seeds), num_threads, dict(unpinned or {}))
+
+    @property
+    def asked_config(self) -> RunConfig:
+        """The config as the user has it: hub ids without the commits that the sweep keeps."""
+        return with_places(build_config(dict(self.config)), self.unpinned)
 
     @property
     def grid(self) -> dict[str, Sequence[Any]]:
@@ -172,7 +187,7 @@ class SweepFolder:
                 there = RunFolder.open(self.run_path(run))
             except IntegrityError:  # resuming that run tells about it
                 continue
-            if config_digest(there.config) != config_digest(run.config):
+            if config_digest(run.config) not in map(config_digest, (there.config, there.asked_config)):
                 raise UserError(f"{there.path} is a run of another config than the sweep's; move it away")
             if there.is_locked():
                 raise RunLockedError(f"another process is working on {there.path}; wait for it, or stop it")
@@ -244,7 +259,7 @@ def _differences(there: SweepRecord, asked: SweepRecord) -> list[str]:
         told.append(f"seeds are {_values(there.seeds)} there, and {_values(asked.seeds)} now")
     if there.num_threads != asked.num_threads:
         told.append(f"a run has {there.num_threads} threads there, and {asked.num_threads} now")
-    before, now = (flat_params(build_config(dict(record.config))) for record in (there, asked))
+    before, now = (flat_params(record.asked_config) for record in (there, asked))
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     told += [f"{key} is {value_text(before.get(key))} there, and {value_text(now.get(key))} now" for key in keys[:3]]
     return told + ([f"and {len(keys) - 3} more keys"] if len(keys) > 3 else [])
