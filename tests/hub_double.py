@@ -66,13 +66,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         pass
 
-    def do_GET(self) -> None:  # noqa: N802 - the base's name
+    def do_GET(self) -> None:
         self._answer(with_body=True)
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         self._answer(with_body=True, posted=self.rfile.read(length))
 
@@ -114,7 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
             if rest[0] == "tree" and len(rest) > 2:
                 files = [f for f in files if f.startswith("/".join(rest[2:]) + "/")]
             answer = [
-                {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": hashlib.sha1(f.encode(), usedforsecurity=False).hexdigest()}
+                {
+                    "type": "file",
+                    "path": f,
+                    "size": (folder / f).stat().st_size,
+                    "oid": hashlib.sha1(f.encode(), usedforsecurity=False).hexdigest(),
+                }
                 for f in files
                 if wanted is None or f in wanted
             ]

@@ -74,7 +74,11 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path, config: RunConfig, identity: Mapping[str, Any], unpinned: Mapping[str, str | None] | None = None
+        cls,
+        path: Path,
+        config: RunConfig,
+        identity: Mapping[str, Any],
+        unpinned: Mapping[str, str | None] | None = None,
     ) -> RunFolder:
         """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
         check_vacant(path)

@@ -48,7 +48,12 @@ def folder_of(name: str, field: str, *, with_weights: bool = False, offline: boo
     try:
         if offline:
             return _cached(repo, revision, with_weights=with_weights)
-        return _snapshot(_cache(), repo, commit_of(name, "model"), with_weights=with_weights)
+        commit = commit_of(name, "model")
+        folder = _snapshot(_cache(), repo, commit, with_weights=with_weights)
+        if not folder.is_dir():  # somebody has emptied the cache since
+            _snapshot.cache_clear()
+            folder = _snapshot(_cache(), repo, commit, with_weights=with_weights)
+        return folder
     except Exception as error:  # of the network, of the hub, of the disk
         reason = str(error).strip().split("\n")[0]
         if offline:

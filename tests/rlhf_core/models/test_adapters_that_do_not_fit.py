@@ -149,5 +149,5 @@ def test_an_adapter_in_the_place_of_a_model_is_told_where_it_belongs(
 
 
 def test_hub_names_are_told_apart_from_folders(tiny_config: Configure) -> None:
-    with pytest.raises(UserError, match=r"policy\.adapter 'nobody/nothing' is not an adapter that loads"):
+    with pytest.raises(UserError, match=r"policy\.adapter 'nobody/nothing' is neither a model folder nor a hub id"):
         preflight(tiny_config(["policy.adapter=nobody/nothing"]))
