@@ -171,7 +171,7 @@ def _first_to_last(rows: Sequence[Row]) -> list[str]:
 
 
 def _named(name: str, digest: str) -> str:
-    return name if name.endswith(f"@{digest}") else f"{name} sha256:{digest[:SHOWN_DIGITS]}"
+    return name if digest == name or name.endswith(f"@{digest}") else f"{name} sha256:{digest[:SHOWN_DIGITS]}"
 
 
 def _code(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -77,7 +77,7 @@ def read_hub(config: PromptsConfig, choose: Choose) -> Rows:
         )
     refuse_revision_of_folder(config.source, "prompts.source")
     repo, revision = split_revision(config.source)
-    chosen = {} if revision is None else {"revision": revision}
+    chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         data = datasets.load_dataset(repo, config.subset, split=config.split, **chosen)
         _refuse_other_commit(cast("datasets.Dataset", data), revision)

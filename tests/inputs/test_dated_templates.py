@@ -69,7 +69,7 @@ def tree(tiny: Any, tmp_path: Path) -> dict[str, Any]:
 
 
 def texts_of(kept: Resources) -> list[str]:
-    return kept.next_prompts(Cursor()).batch.texts
+    return list(kept.next_prompts(Cursor()).batch.texts)
 
 
 def test_a_run_shows_the_day_on_which_it_began(tree: dict[str, Any], tmp_path: Path, clock: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_reward_model_reads_the_day_on_which_the_run_began(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.reward)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny.reward, dtype=torch.float32).eval()
     for row in range(3):
-        question = prompts.messages[rollouts.prompt_rows[row]][0]["content"]
+        question = prompts.messages[int(rollouts.prompt_rows[row])][0]["content"]
         text = f"Today is 28 Nov 2026. <user> {question}\n<assistant> {rollouts.texts[row]}\n"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][-64:]
         with torch.no_grad():
