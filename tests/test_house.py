@@ -27,9 +27,9 @@ OPS = sorted((ROOT / "rlhf_core" / "ops").glob("*.py"))
 README = ROOT / "README.md"
 MAX_LINES = 400
 MAX_FLOW_LINES = 40
-ROOMS_OF_TESTS = {"golden", "torture", "benchmarks"}
-"""Folders of tests/ that mirror no package: numbers from outside with the scripts that made them, the battery, and
-programs that measure time."""
+ROOMS_OF_TESTS = {"golden", "torture", "benchmarks", "inputs"}
+"""Folders of tests/ that mirror no package: numbers from outside with the scripts that made them, the battery,
+programs that measure time, and files and folders that people bring."""
 SELF_EVIDENT = {
     "reward.components.dtype",
     "ppo.adam_beta1",
