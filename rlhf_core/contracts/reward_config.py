@@ -33,7 +33,7 @@ class ComponentSection(Section):
     weight: float = Field(default=1.0, description="factor of the raw score, before components combine")
     keep_special_tokens: bool = Field(
         default=False,
-        description="the response's text has its special tokens, such as <think> where that is one; without the EOS "
+        description="the response's text has its special tokens, such as <think> where that is one; without the one "
         "that ended it",
     )
     on_error: Literal["fail", "drop", "substitute"] = Field(

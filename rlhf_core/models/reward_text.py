@@ -23,7 +23,7 @@ from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RAW, ModelReward
 from rlhf_core.models.templates import check_template
-from rlhf_core.models.texts import prompt_ends, response_text
+from rlhf_core.models.texts import prompt_ends, response_text, special_ids
 from rlhf_core.models.tokenizers import VocabularyDigest, load_tokenizer, vocabulary_digest
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
 from rlhf_core.prompts.rendering import render_chat
@@ -64,12 +64,12 @@ class Conversation:
     """How many of them are the prompt."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The dataset columns of the prompt, for functions and services."""
-    ends_with_eos: bool = False
-    """Whether the last token is the EOS that ended the response."""
+    finish_reason: str = "length"
+    """eos | stop | length"""
 
 
 def text_with_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """The response's text with its special tokens by their names, but for the EOS that ended it.
+    """The response's text with its special tokens by their names, but for the one that ended it: EOS or a stop mark.
 
     Args:
         tokenizer: the policy's.
@@ -77,8 +77,9 @@ def text_with_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: C
     """
     tokens, num = list(conversation.policy_tokens), conversation.num_prompt_tokens
     (end,) = prompt_ends(tokenizer, [tokens[:num]])
-    response = tokens[num:-1] if conversation.ends_with_eos else tokens[num:]
-    return response_text(tokenizer, end, response, keep_special_tokens=True)
+    reason = conversation.finish_reason
+    is_ended = reason == "eos" or (reason == "stop" and tokens[-1] in special_ids(tokenizer))
+    return response_text(tokenizer, end, tokens[num:-1] if is_ended else tokens[num:], keep_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class RewardReader:
         if self.max_len is None or len(ids) <= self.max_len:
             return ids
         before, _ = self._frame
-        firsts = {t for t in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if t is not None}
+        firsts = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
         kept = len(before) if ids[: len(before)] == before else 0
         kept = kept or int(ids[0] in firsts)
         return ids[-self.max_len :] if kept >= self.max_len else [*ids[:kept], *ids[kept - self.max_len :]]

@@ -12,12 +12,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_core.contracts.reward_config import GIVEN
+from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
 from rlhf_core.models.reward_text import Failure
 from rlhf_core.prompts.entries import shown
 from rlhf_core.rewards.numbers import last_number
 
 THINK = "<think>"
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+"""How a chat template begins an answer with a thought, or with an empty one."""
 THINK_THEN_ANSWER = r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"
 
 
@@ -82,6 +84,30 @@ def format_(responses: Sequence[str], *, pattern: Any = THINK_THEN_ANSWER, opene
         raise ValueError(f"opened is {opened!r}; give true, false, or the text that the prompt ends with")
     before = opened if isinstance(opened, str) else THINK if opened else ""
     return regex([before + text for text in responses], pattern=pattern, mode="whole", dot_all=True)
+
+
+def opened_by_prompt(config: FunctionReward, field: str, prompt_text: str) -> str | None:
+    """A sentence where a prompt's end and the ``opened`` of the ready-made ``format`` do not agree; else None.
+
+    Args:
+        config: of the component.
+        field: its place in the config.
+        prompt_text: a prompt as the policy reads it.
+    """
+    pattern, opened = config.params.get("pattern", THINK_THEN_ANSWER), config.params.get("opened", False)
+    if config.function != "format" or THINK not in str(pattern):
+        return None
+    before = opened if isinstance(opened, str) else THINK if opened else ""
+    found = OPENED.search(prompt_text)
+    if found is None or before:
+        if before and not prompt_text.rstrip().endswith(before.rstrip()):
+            return f"{field}.params has opened: {opened!r}, but prompts end with {prompt_text[-24:]!r}"
+        return None
+    remedy = "true" if "</" not in found[0] else repr(found[0])
+    return (
+        f"prompts end with {found[0]!r}, and {field} (format) looks for it in the response, where it is not: every "
+        f"answer scores 0; set {field}.params: {{opened: {remedy}}}"
+    )
 
 
 def exact_match(

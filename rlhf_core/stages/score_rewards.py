@@ -74,7 +74,7 @@ def _conversations(prompts: Prompts, rollouts: Rollouts) -> list[Conversation]:
             policy_tokens=torch.cat([prompts.tokens_QP[row][prompts.mask_QP[row]], tokens[mask]]).tolist(),
             num_prompt_tokens=int(prompts.mask_QP[row].sum()),
             columns=prompts.columns[row],
-            ends_with_eos=reason == "eos",
+            finish_reason=reason,
         )
         for row, text, tokens, mask, reason in rows
     ]
