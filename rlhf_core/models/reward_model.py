@@ -73,7 +73,7 @@ class RewardModel:
     def score(self, conversations: Sequence[Conversation]) -> Tensor | list[float | Failure]:
         """[B] float32 raw scores on the CPU; a list where a conversation cannot be read, which fails alone."""
         if any(self.reader.source(is_chat=bool(c.messages)) == "own" for c in conversations):
-            check_template(self.tokenizer.chat_template, PROBE, f"the reward model {self.tokenizer.name_or_path!r}")
+            check_template(self.tokenizer.chat_template, PROBE, self.reader.named)
         rows = [self._token_ids(conversation) for conversation in conversations]
         read = {i: row for i, row in enumerate(rows) if not isinstance(row, Failure)}
         scores_B = torch.zeros(len(rows))

@@ -139,6 +139,11 @@ class RewardReader:
         )
 
     @property
+    def named(self) -> str:
+        """The reward model as messages name it."""
+        return f"the reward model {self.tokenizer.name_or_path!r}"
+
+    @property
     def has_own_template(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))

@@ -98,7 +98,7 @@ def check_reader(
         notes.append(f"{field}.template_options change nothing: {named} reads these prompts by no chat template")
     sources = {is_chat: reader.source(is_chat=is_chat) for is_chat in (True, False)}
     if "own" in _sources(reader, entries):
-        check_template(reader.tokenizer.chat_template, PROBE, named)
+        check_template(reader.tokenizer.chat_template, PROBE, reader.named)
     refused: list[tuple[int, str]] = []
     for row, entry in enumerate(entries):
         if sources[not isinstance(entry, str)] not in ("own", "given"):

@@ -74,6 +74,23 @@ def ids_of(prompts: Any, rollouts: Any) -> list[tuple[list[int], list[int]]]:
     return [(prompts.tokens_QP[q][prompts.mask_QP[q]].tolist(), tokens[mask].tolist()) for q, tokens, mask in rows]
 
 
+Save = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Save:
+    """As ``save``, once for the same tokenizer and settings: a template is tried once for the same folder."""
+    root, found = tmp_path_factory.mktemp("folders"), dict[str, Path]()
+
+    def make(tokenizer: Any, **settings: Any) -> Path:
+        key = str((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(settings.items())))
+        if key not in found:
+            found[key] = save(root / str(len(found)), tokenizer, **settings)
+        return found[key]
+
+    return make
+
+
 @pytest.fixture
 def configure(tmp_path: Path, tiny: Any) -> Callable[..., Any]:
     """A config of a policy folder, prompts and components, with further overrides."""
@@ -111,12 +128,12 @@ PLAIN = [{"prompt": text} for text in SENTENCES]
     "make", [sentencepiece, lambda: sentencepiece("metaspace"), word_pieces], ids=["llama2", "metaspace", "words"]
 )
 def test_a_reward_model_with_another_tokenizer_reads_what_the_policy_wrote(
-    make: Callable[[], Any], configure: Any, tmp_path: Path
+    make: Callable[[], Any], configure: Any, saved: Save
 ) -> None:
     tokenizer, other = make(), byte_level()
-    reward = save(tmp_path / "reward", other, num_labels=1)
+    reward = saved(other, num_labels=1)
     rows = [{"prompt": text.lower()} for text in SENTENCES]  # as BERT's tokenizer writes them again
-    bench = Bench.of(configure(save(tmp_path / "policy", tokenizer), rows, {"model": str(reward)}))
+    bench = Bench.of(configure(saved(tokenizer), rows, {"model": str(reward)}))
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
     whole = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in ids_of(prompts, rollouts)]
@@ -128,9 +145,9 @@ def test_a_reward_model_with_another_tokenizer_reads_what_the_policy_wrote(
 
 
 @pytest.mark.parametrize("engine", ["own", "transformers"])
-def test_a_special_token_stops(engine: str, configure: Any, tmp_path: Path) -> None:
+def test_a_special_token_stops(engine: str, configure: Any, saved: Save) -> None:
     tokenizer = byte_level(CHAT_MARKS, chat_template=CHATML)
-    policy = save(tmp_path / "policy", tokenizer, likely=["<|im_end|>"])
+    policy = saved(tokenizer, likely=["<|im_end|>"])
     overrides = ["generation.stop=[<|im_end|>]", "generation.max_new_tokens=30", f"generation.engine={engine}"]
     config = configure(policy, CHATS, LENGTH, overrides=overrides)
     bench = Bench.of(config)
@@ -155,8 +172,8 @@ def test_a_special_token_stops(engine: str, configure: Any, tmp_path: Path) -> N
         ("<|im_end|>", ""),
     ],
 )
-def test_stop_sequences_that_are_not_needed_are_noted(stop: str, sentence: str, configure: Any, tmp_path: Path) -> None:
-    policy = save(tmp_path / "policy", byte_level(CHAT_MARKS))
+def test_stop_sequences_that_are_not_needed_are_noted(stop: str, sentence: str, configure: Any, saved: Save) -> None:
+    policy = saved(byte_level(CHAT_MARKS))
     found = notes(configure(policy, PLAIN, LENGTH, overrides=[f"generation.stop={json.dumps([stop])}"]))
     assert sentence in found
     assert ("generation.stop" in found) == bool(sentence)
@@ -181,9 +198,9 @@ class TestSpecialTokens:
         sys.modules.pop("mark_rewards", None)
 
     @pytest.mark.parametrize("keep", [False, True])
-    def test_a_function_sees_them_where_it_asks(self, keep: bool, configure: Any, tmp_path: Path) -> None:
+    def test_a_function_sees_them_where_it_asks(self, keep: bool, configure: Any, saved: Save) -> None:
         tokenizer = byte_level(("<|endoftext|>", "<|pad|>", "<think>", "</think>"))
-        policy = save(tmp_path / "policy", tokenizer, likely=["<think>", "<|endoftext|>"])
+        policy = saved(tokenizer, likely=["<think>", "<|endoftext|>"])
         component = {"kind": "function", "function": "mark_rewards:marks", "keep_special_tokens": keep}
         config = configure(policy, PLAIN, component, overrides=["generation.max_new_tokens=30"])
         remark = "reward.components.0 reads responses without special tokens, and <think>, </think> are such"
@@ -205,8 +222,8 @@ class TestSpecialTokens:
         assert texts == completions == shown
         assert list(rollouts.texts) == [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
-    def test_a_ready_made_pattern_that_names_one(self, configure: Any, tmp_path: Path) -> None:
-        policy = save(tmp_path / "policy", byte_level(("<|endoftext|>", "<|pad|>", "<answer>")))
+    def test_a_ready_made_pattern_that_names_one(self, configure: Any, saved: Save) -> None:
+        policy = saved(byte_level(("<|endoftext|>", "<|pad|>", "<answer>")))
         of = {"kind": "function", "function": "format"}
         assert "and <answer> is one in the tokenizer" in notes(configure(policy, PLAIN, of))
         assert "special tokens" not in notes(configure(policy, PLAIN, of | {"keep_special_tokens": True}))
@@ -231,8 +248,8 @@ class TestOpenedThought:
             ),
         ],
     )
-    def test_beside_format(self, template: str, params: Any, sentence: str, configure: Any, tmp_path: Path) -> None:
-        policy = save(tmp_path / "policy", byte_level(CHAT_MARKS, chat_template=template))
+    def test_beside_format(self, template: str, params: Any, sentence: str, configure: Any, saved: Save) -> None:
+        policy = saved(byte_level(CHAT_MARKS, chat_template=template))
         found = notes(configure(policy, CHATS, {"kind": "function", "function": "format", "params": params}))
         assert sentence in found
         assert ("<think>" in found or "opened" in found) == bool(sentence)
@@ -240,8 +257,8 @@ class TestOpenedThought:
 
 class TestRewardModelsOfChats:
     @pytest.fixture
-    def policy(self, tmp_path: Path) -> Path:
-        return save(tmp_path / "policy", byte_level(CHAT_MARKS, chat_template=CHATML))
+    def policy(self, saved: Save) -> Path:
+        return saved(byte_level(CHAT_MARKS, chat_template=CHATML))
 
     @pytest.mark.parametrize("shares", [False, True])
     @pytest.mark.parametrize(
@@ -266,10 +283,10 @@ class TestRewardModelsOfChats:
         sentence: str,
         policy: Path,
         configure: Any,
-        tmp_path: Path,
+        saved: Save,
     ) -> None:
         tokenizer = byte_level(CHAT_MARKS, size=300 if shares else 290, chat_template=own)
-        reward = save(tmp_path / "reward", tokenizer, num_labels=1)
+        reward = saved(tokenizer, num_labels=1)
         config = configure(policy, CHATS, {"model": str(reward), "chat_template": chosen})
         if own is None and chosen is None:
             assert sentence in problems(config)
@@ -296,9 +313,9 @@ class TestRewardModelsOfChats:
 
     @pytest.mark.parametrize("on_error", ["fail", "drop", "substitute"])
     def test_one_conversation_that_its_template_refuses(
-        self, on_error: str, policy: Path, configure: Any, tmp_path: Path
+        self, on_error: str, policy: Path, configure: Any, saved: Save
     ) -> None:
-        reward = save(tmp_path / "reward", byte_level(CHAT_MARKS, size=290, chat_template=STRICT), num_labels=1)
+        reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=STRICT), num_labels=1)
         component = {"model": str(reward), "on_error": on_error} | (
             {"substitute": -4.0} if on_error == "substitute" else {}
         )
@@ -328,15 +345,15 @@ class TestRewardModelsOfChats:
         if on_error == "substitute":
             assert result.batch.components_BC[0, 0] == -4.0
 
-    def test_a_template_that_leaves_thoughts_out(self, policy: Path, configure: Any, tmp_path: Path) -> None:
+    def test_a_template_that_leaves_thoughts_out(self, policy: Path, configure: Any, saved: Save) -> None:
         forgetful = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
-        reward = save(tmp_path / "reward", byte_level(CHAT_MARKS, size=290, chat_template=forgetful), num_labels=1)
+        reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=forgetful), num_labels=1)
         found = notes(configure(policy, CHATS, {"model": str(reward)}))
         assert "its chat template leaves out what stands in <think>…</think> of an answer" in found
 
 
 @pytest.mark.parametrize("max_len", [4, 8, 64])
-def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, tmp_path: Path) -> None:
+def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, saved: Save, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     other = word_pieces()
@@ -348,7 +365,7 @@ def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, tmp
         torch.manual_seed(3)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
     other.save_pretrained(tmp_path / "reward")
-    policy = save(tmp_path / "policy", byte_level())
+    policy = saved(byte_level())
     bench = Bench.of(configure(policy, PLAIN, {"model": str(tmp_path / "reward"), "max_len": max_len}))
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
@@ -364,9 +381,9 @@ def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, tmp
 @pytest.mark.parametrize("answer", [None, "", "twelve", True, [72], {"a": 1}, r"\sqrt{3}"])
 @pytest.mark.parametrize("on_error", ["fail", "drop"])
 def test_an_answer_that_is_no_number_is_found_before_the_run(
-    answer: Any, on_error: str, configure: Any, tmp_path: Path
+    answer: Any, on_error: str, configure: Any, saved: Save
 ) -> None:
-    policy = save(tmp_path / "policy", byte_level())
+    policy = saved(byte_level())
     rows = [row | {"gold": "#### 72" if i else answer} for i, row in enumerate(PLAIN)]
     component = {"kind": "function", "function": "numeric_match", "params": {"column": "gold"}, "on_error": on_error}
     config = configure(policy, rows, component, LENGTH, overrides=["prompts.columns=[gold]"])
@@ -376,11 +393,11 @@ def test_an_answer_that_is_no_number_is_found_before_the_run(
     assert sentence in (problems(config) if on_error == "fail" else notes(config))
 
 
-def test_every_response_is_its_eos_alone(configure: Any, tmp_path: Path) -> None:
+def test_every_response_is_its_eos_alone(configure: Any, saved: Save) -> None:
     """A reward model with another tokenizer then reads the prompt."""
     tokenizer, other = byte_level(), byte_level(size=290)
-    reward = save(tmp_path / "reward", other, num_labels=1)
-    bench = Bench.of(configure(save(tmp_path / "policy", tokenizer), PLAIN, {"model": str(reward)}))
+    reward = saved(other, num_labels=1)
+    bench = Bench.of(configure(saved(tokenizer), PLAIN, {"model": str(reward)}))
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
     rollouts.tokens_BR[:, 0], rollouts.response_mask_BR[:] = tokenizer.eos_token_id, False
