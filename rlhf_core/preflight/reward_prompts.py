@@ -85,6 +85,8 @@ def check_reader(
     """
     named = f"{field}.model {component.model!r}"
     chats = [row for row, entry in enumerate(entries) if not isinstance(entry, str)]
+    if chats and reader.policy is not None and not reader.policy.chat_template:
+        return  # told of policy.model
     if chats and reader.source(is_chat=True) is None:
         as_read = "the policy's tokens" if reader.shares_vocabulary else "the policy's rendered text"
         raise UserError(

@@ -52,6 +52,6 @@ def some_of(sample_ids: Sequence[str]) -> str:
 
 
 def _remedy(config: ComponentSection, failure: Failure) -> str:
-    has_computed = isinstance(config, ModelReward) and failure.reason.startswith("gave")
+    has_computed = isinstance(config, ModelReward) and failure.reason.startswith(("gave", "raised"))
     check = "check the model's weights and dtype" if has_computed else "mend it"
     return f"a score must be finite: {check}, or set its on_error to drop or substitute"

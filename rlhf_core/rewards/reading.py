@@ -9,7 +9,7 @@ from typing import cast
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.reward_config import ComponentReward, ModelReward
 from rlhf_core.models.reward_text import Conversation, RewardReader, text_with_special_tokens
-from rlhf_core.models.texts import token_texts
+from rlhf_core.models.texts import prompt_ends, response_text, token_texts
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 
 
@@ -56,16 +56,18 @@ def component_input(
     own = tokenizer.tokenizer
     written = cast("list[int]", own(response, add_special_tokens=False)["input_ids"])
     ended = [] if own.eos_token_id is None else [cast("int", own.eos_token_id)]
+    (end,) = prompt_ends(own, [prompt_ids])
     conversation = Conversation(
         prompt_text=prompt_text,
-        response_text=response,
+        response_text=response_text(own, end, written),
         messages=messages,
         policy_tokens=[*prompt_ids, *written, *ended],
         num_prompt_tokens=len(prompt_ids),
         finish_reason="eos" if ended else "length",
     )
     if not isinstance(config, ModelReward):
-        text = text_with_special_tokens(own, conversation) if config.keep_special_tokens else response
+        keeps = config.keep_special_tokens
+        text = text_with_special_tokens(own, conversation) if keeps else conversation.response_text
         return ComponentInput(text, [], [])
     reader = RewardReader.load(
         config, field=field, policy_vocabulary=vocabulary_digest(own), template_date=template_date

@@ -69,7 +69,7 @@ def test_of_byte_level_tokens_it_is_their_own_decoding(made: Any) -> None:
         ("llama2", ["▁The"], ["<0xC3>", "<0xA9>"], "é"),
         ("llama2", ["▁The", "<0xC3>"], ["<0xA9>", "▁film"], "é film"),  # begins with the completed character
         ("llama2", ["▁The", "<0xC3>", "<0xA9>"], ["<0xFF>", "▁film"], "� film"),  # the prompt's é stays
-        ("llama2", ["▁The", *["<0xC3>", "<0xA9>"] * 20], ["<0xC3>", "<0xA9>"], "é"),
+        ("llama2", ["▁The", *["<0xE6>", "<0x96>", "<0x87>"] * 12], ["<0xC3>", "<0xA9>"], "é"),
         ("llama2", ["<0xC3>", "<0xA9>"], ["<0xFF>"], "�"),
         ("metaspace", ["▁The"], ["▁film"], " film"),
         ("unigram, clean up", ["▁s", "lo"], ["▁w", "on"], " won"),

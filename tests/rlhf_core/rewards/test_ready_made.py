@@ -76,6 +76,9 @@ def test_format() -> None:
     ]
     assert scores("format", [right, f"\n{right}  ", *wrong]) == [1.0, 1.0, *[0.0] * 6]
     assert scores("format", ["{1,\n2}", "[1]"], pattern=r"\{.*\}") == [1.0, 0.0]
+    rest = right.removeprefix("<think>")
+    assert scores("format", [rest, right], opened=True) == [1.0, 0.0]
+    assert scores("format", ["<answer>4</answer>", rest], opened="<think>\n\n</think>\n\n") == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +186,7 @@ def test_repetition(text: str, params: dict[str, Any], expected: float) -> None:
         ("regex", {"pattern": "a", "mode": "find"}, "mode is 'find'; known are search, whole, count"),
         ("regex", {"pattern": "a", "dot_all": 1}, "dot_all is 1; give true or false"),
         ("format", {"pattern": "["}, "pattern '[' is no regular expression"),
+        ("format", {"opened": 1}, "opened is 1; give true, false, or the text that the prompt ends with"),
         ("exact_match", {}, "column is 'answer', which is not among prompts.columns"),
         ("exact_match", {"column": "prompts"}, "column is 'prompts', which is not among prompts.columns"),
         ("exact_match", {"column": "gold", "extract": 3}, "extract is 3; give a regular expression"),
