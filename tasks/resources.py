@@ -181,7 +181,7 @@ class Resources:
                     policy_vocabulary=vocabulary,
                     device=self.device,
                     frozen=self._models,
-                    date=self.run.config.prompts.template_date,
+                    template_date=self.run.config.prompts.template_date,
                 )
                 for i, component in enumerate(self.run.config.reward.components)
             ]

@@ -12,7 +12,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.hub import folder_of
-from rlhf_core.models.reward_model import chat_template_text
+from rlhf_core.models.reward_text import chat_template_text
 from rlhf_core.models.untrusted import MAX_CONFIG_BYTES
 
 CLOCK: Final = "strftime_now"

@@ -9,7 +9,7 @@ from torch import nn
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.model_files import config_of
-from rlhf_core.models.reward_model import load_reward_tokenizer
+from rlhf_core.models.reward_text import load_reward_tokenizer
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.tokenizers import drawable_tokens, load_tokenizer_of, vocabulary_digest
 

@@ -12,6 +12,7 @@ from rlhf_core.models.ending import EndIds, end_ids
 from rlhf_core.models.ending import pad_token as choose_pad
 from rlhf_core.models.hub import folder_of
 from rlhf_core.models.model_files import config_of, first_file
+from rlhf_core.models.texts import decoded
 from rlhf_core.models.untrusted import check_is_data
 from rlhf_core.models.vocabulary import DrawableTokens, vocabulary
 
@@ -42,8 +43,8 @@ class PolicyTokenizer:
         return cast("list[int]", ids)
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return cast("str", self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        """Text of tokens that stand alone, special ones left out; of a response: :mod:`rlhf_core.models.texts`."""
+        return decoded(self.tokenizer, token_ids)
 
 
 def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
@@ -148,9 +149,17 @@ def drawable_tokens(name: str, adapter: str | None = None) -> DrawableTokens:
     return DrawableTokens.of(tokenizer, rows)
 
 
-def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+class VocabularyDigest(str):
+    """Identity of a vocabulary, which knows the tokenizer that it was made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> VocabularyDigest:
     """Identity of a vocabulary: equal digests mean that token ids mean the same to both models."""
-    return digest_json(cast("dict[str, int]", tokenizer.get_vocab()))
+    digest = VocabularyDigest(digest_json(cast("dict[str, int]", tokenizer.get_vocab())))
+    digest.tokenizer = tokenizer
+    return digest
 
 
 def _ends_note(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], ends: EndIds, own: int) -> str:

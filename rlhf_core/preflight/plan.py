@@ -27,7 +27,9 @@ from rlhf_core.preflight.policies import (
     prompt_and_context_limits,
 )
 from rlhf_core.preflight.prompts import check_prompts
+from rlhf_core.preflight.reward_prompts import check_reward_prompts
 from rlhf_core.preflight.rewards import check_reward
+from rlhf_core.preflight.stopping import check_stop
 from rlhf_core.preflight.vocabularies import check_policy_rows, check_spelled, rows_of, sampling_note
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
 
@@ -73,7 +75,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         try:
             return find()
         except UserError as error:
-            problems.extend(error.problems)
+            problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
     attempt(lambda: check_mathematics(config, begun=begun, notes=found))
@@ -115,6 +117,11 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         attempt(lambda: check_prompts(config, prompt_set, tokenizer, limits[0], found))
         attempt(lambda: check_message_keys(config, prompt_set, tokenizer))
         attempt(lambda: check_spelled(prompt_set, tokenizer, rows_of(policy)))
+    if tokenizer is not None:
+        attempt(lambda: check_stop(config.generation, tokenizer, found))
+    if prompt_set is not None and tokenizer is not None:
+        date = config.prompts.template_date
+        attempt(lambda: check_reward_prompts(config, tokenizer, prompt_set, found, template_date=date))
     if limits is not None:
         attempt(lambda: check_critic(config, rewards, found))
         attempt(

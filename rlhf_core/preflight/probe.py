@@ -26,7 +26,8 @@ from rlhf_core.models.devices import using_threads
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
-from rlhf_core.models.reward_model import Conversation, RewardModel
+from rlhf_core.models.reward_model import RewardModel
+from rlhf_core.models.reward_text import Conversation, Failure
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.soundness import (
@@ -136,7 +137,7 @@ def probe_reward(model: RewardModel, tokens: Sequence[int], *, longest: int, nam
     Returns: ``rows`` -> the largest difference of a score from transformers' score of the row alone, relative to it.
     Raises: UserError if a score is not finite, or depends on the rows beside it.
     """
-    rows = rows_of(tokens, _lengths(min(longest, model.max_len), None))
+    rows = rows_of(tokens, _lengths(min(longest, model.reader.max_len or longest), None))
     with torch.no_grad():
         found = model.score_ids(rows)
         alone = [model.model(input_ids=torch.tensor([row], device=model.device)).logits[0, 0].float() for row in rows]
@@ -313,6 +314,7 @@ class _Probe:
             policy_vocabulary=vocabulary_digest(self.plan.tokenizer.tokenizer),
             device=self.device,
             frozen=self.loaded.frozen,
+            template_date=self.config.prompts.template_date,
         )
 
     def _reward(self, index: int, component: ModelReward) -> None:
@@ -323,12 +325,15 @@ class _Probe:
         name = f"reward.components.{index}.model {component.model!r}"
         text = self.plan.tokenizer.decode(list(self.tokens))
         own = cast("list[int]", model.tokenizer(text, add_special_tokens=False)["input_ids"])
-        tokens = list(self.tokens) if model.reads_policy_tokens else own or plain_tokens(model.model.config, 64)
+        tokens = list(self.tokens) if model.reader.shares_vocabulary else own or plain_tokens(model.model.config, 64)
         pad = model.tokenizer.pad_token_id
         tokens = [token for token in tokens if token != pad] or plain_tokens(model.model.config, 64)
         longest = affordable(model.model, self.expected, self.device)
         asked, said = (self.plan.tokenizer.encode(text, is_chat=True) for text in (QUESTION, ANSWER))
-        score = float(model.score([Conversation(QUESTION, ANSWER, (), [*asked, *said], len(asked))])[0])
+        outcome = model.score([Conversation(QUESTION, ANSWER, (), [*asked, *said], len(asked))])[0]
+        if isinstance(outcome, Failure):
+            raise UserError(f"{name} {outcome.reason} of a plain question and answer")
+        score = float(outcome)
         if not math.isfinite(score) and component.on_error != "fail":
             self.notes.append(f"probe: {name} gives {score} for a plain question and answer")
             return

@@ -11,9 +11,9 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.places import model_places, put_place
-from rlhf_core.contracts.reward_config import ModelReward
+from rlhf_core.contracts.reward_config import RAW, ModelReward
 from rlhf_core.models.hub import files_of, folder_of
-from rlhf_core.models.reward_model import chat_template_text
+from rlhf_core.models.reward_text import chat_template_text
 from rlhf_core.preflight import Plan, preflight
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import PROMPTS, BundleRecord
@@ -152,4 +152,4 @@ def _templates(config: RunConfig) -> dict[str, str]:
 
 
 def _is_file(template: str) -> bool:
-    return "{{" not in template and "{%" not in template
+    return template != RAW and "{{" not in template and "{%" not in template
