@@ -129,8 +129,11 @@ def _plan(config: RunConfig, *, begun: bool, reads_prompts: bool, progress: Prog
         found.attempt(lambda: check_architectures(config, policy.shape, rewards, longest, found.notes))
     if found.problems:
         raise UserError(*found.problems)
-    assert prompt_set is not None and device is not None and policy.tokenizer is not None, "or there was a problem"
-    assert policy.tokens is not None and policy.limits is not None, "or there was a problem"
+    assert prompt_set is not None, "or there was a problem"
+    assert device is not None, "likewise"
+    assert policy.tokenizer is not None, "likewise"
+    assert policy.tokens is not None, "likewise"
+    assert policy.limits is not None, "likewise"
     config = with_critic_start(config)
     parameters = parameter_counts(config, policy.shape, rewards)
     memory = memory_parts(config, policy.shape, parameters, policy.limits[0], device.type)
