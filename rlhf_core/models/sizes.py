@@ -31,6 +31,10 @@ def empty_model(model_config: Any, auto_class: str = "AutoModelForCausalLM") -> 
             return getattr(transformers, auto_class).from_config(model_config, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        text = model_config.get_text_config()
+        rows, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+        if isinstance(rows, int) and isinstance(pad, int) and not -rows <= pad < rows:
+            reason = f"its pad_token_id is {pad} and its vocab_size {rows}; set pad_token_id to null there"
         raise UserError(
             f"the config.json of {model_config.name_or_path!r} describes nothing that {auto_class} can build: {reason}"
         ) from None

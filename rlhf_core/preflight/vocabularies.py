@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
-
-from safetensors import SafetensorError, safe_open
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.models.model_files import generation_config_of, place_of
-from rlhf_core.models.sizes import empty_model
+from rlhf_core.models.model_files import generation_config_of
 from rlhf_core.models.tokenizers import PolicyTokenizer, has_tokenizer, load_tokenizer, tokenizer_differences
 from rlhf_core.models.vocabulary import DrawableTokens, tokens_without_row, vocabulary
 from rlhf_core.prompts.sources import PromptSet
@@ -38,7 +34,6 @@ def check_policy_rows(config: RunConfig, policy: Any, tokenizer: PolicyTokenizer
     Returns: the ids that it can draw.
     Raises: UserError naming the tokens, and the rows that there are.
     """
-    check_stored_rows(policy, config.policy.model, "policy.model", "AutoModelForCausalLM")
     rows, own = rows_of(policy), tokenizer.tokenizer
     _check_tokens(own, rows, f"policy.model {config.policy.model!r}", notes)
     tokens = DrawableTokens.of(own, rows)
@@ -67,13 +62,11 @@ def check_reference_rows(
     Raises: UserError.
     """
     named = f"reference.model {config.reference.model!r}"
-    if config.reference.model is not None:
-        check_stored_rows(reference, config.reference.model, "reference.model", "AutoModelForCausalLM")
-        if rows_of(reference) < tokens.num_tokens:
-            raise UserError(
-                f"{named} has a vocabulary of {rows_of(reference)}, policy.model of {tokens.num_tokens}; "
-                "KL needs one vocabulary: take the model that the policy started from"
-            )
+    if config.reference.model is not None and rows_of(reference) < tokens.num_tokens:
+        raise UserError(
+            f"{named} has a vocabulary of {rows_of(reference)}, policy.model of {tokens.num_tokens}; "
+            "KL needs one vocabulary: take the model that the policy started from"
+        )
     folders = {"reference.model": config.reference.model, "reference.adapter": config.reference.adapter}
     for field, name in folders.items():
         if name is None or name in (config.policy.model, config.policy.adapter) or not has_tokenizer(name):
@@ -115,7 +108,6 @@ def check_reward_rows(
     """
     component: Any = config.reward.components[index]
     field = f"reward.components.{index}"
-    check_stored_rows(model, component.model, f"{field}.model", "AutoModelForSequenceClassification")
     rows = rows_of(model)
     where = "model" if component.tokenizer is None else "tokenizer"
     _check_tokens(own, rows, f"{field}.{where} {getattr(component, where)!r}", notes)
@@ -156,40 +148,6 @@ def check_spelled(prompts: PromptSet, tokenizer: PolicyTokenizer, rows: int) -> 
                 f"tokenizer, and policy.model has {rows} rows in its embedding; take that text out, or resize the "
                 "embedding and train the new row"
             )
-
-
-def check_stored_rows(model_config: Any, name: str, field: str, auto_class: str) -> None:
-    """Refuse a folder whose weights have another number of embedding rows than its config.json says.
-
-    Raises: UserError with both numbers; or with those of a padding id that no embedding can have.
-    """
-    rows, pad = rows_of(model_config), getattr(model_config.get_text_config(), "pad_token_id", None)
-    try:
-        model = empty_model(model_config, auto_class)
-    except UserError:
-        if isinstance(pad, int) and not -rows <= pad < rows:
-            raise UserError(
-                f"{field} {name!r} has the pad_token_id {pad} in its config.json, and an embedding of {rows} rows; set "
-                "it to null, or to a token below that"
-            ) from None
-        raise
-    embedding = model.get_input_embeddings().weight
-    places = [key for key, p in model.named_parameters(remove_duplicate=False) if p is embedding]
-    folder = Path(place_of(name))
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() and places else []:
-        try:
-            with safe_open(file, "pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - not a dict
-                    if key.endswith(places[0]) or places[0].endswith(f".{key}"):
-                        found = int(weights.get_slice(key).get_shape()[0])
-                        if found != rows:
-                            raise UserError(
-                                f"{field} {name!r} has {found} rows in its embedding ({key} in {file.name}), and "
-                                f"vocab_size {rows} in its config.json; set vocab_size to {found}, or save the model "
-                                "again with save_pretrained"
-                            )
-        except (OSError, SafetensorError):  # told where the weights are read
-            continue
 
 
 def sampling_note(name: str) -> str | None:
