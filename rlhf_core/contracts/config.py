@@ -9,13 +9,12 @@ model stand in :mod:`rlhf_core.preflight`.
 from __future__ import annotations
 
 import datetime
-import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_core.contracts.algorithm_config import KLConfig, PPOConfig, ShapingConfig
+from rlhf_core.contracts.batch_sizes import batch_problems
 from rlhf_core.contracts.execution_config import ExecutionConfig
 from rlhf_core.contracts.generation_config import GenerationConfig
 from rlhf_core.contracts.guard_config import GuardsConfig
@@ -224,7 +223,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems, batch = self._batch_problems(), self.prompts.batch_size
+        problems, batch = (
+            batch_problems(self.prompts.batch_size, self.prompts.samples_per_prompt, self.ppo.num_minibatches),
+            self.prompts.batch_size,
+        )
         if self.kl.controller == "adaptive" and self.kl.horizon < 0.2 * batch:
             problems.append(
                 f"kl.horizon {self.kl.horizon:g} is below 0.2 x prompts.batch_size = {0.2 * batch:g}: "
@@ -250,24 +252,6 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def _batch_problems(self) -> list[str]:
-        """A batch that is no whole number of minibatches or of prompts' groups, with the numbers that would do."""
-        batch, step = self.prompts.batch_size, math.lcm(self.prompts.samples_per_prompt, self.ppo.num_minibatches)
-        parts = {
-            "prompts.samples_per_prompt": self.prompts.samples_per_prompt,
-            "ppo.num_minibatches": self.ppo.num_minibatches,
-        }
-        wrong = {name: count for name, count in parts.items() if batch % count}
-        if not wrong:
-            return []
-        sizes = [size for size in (batch // step * step, batch // step * step + step) if size]
-        others = [f"{name} {_or(_nearest_divisors(batch, count))}" for name, count in wrong.items()]
-        return [
-            f"prompts.batch_size {batch} is not a multiple of "
-            + " nor of ".join(f"{name} {count}" for name, count in wrong.items())
-            + f"; use prompts.batch_size {_or(sizes)}, or {' and '.join(others)}"
-        ]
 
     def _estimator_problems(self) -> list[str]:
         problems: list[str] = []
@@ -303,17 +287,6 @@ class RunConfig(Section):
                 f"{self.num_iterations} to the policy; use fewer"
             )
         return problems
-
-
-def _nearest_divisors(number: int, wanted: int) -> list[int]:
-    """The largest divisor below what is wanted and the smallest one above."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below, above = [n for n in divisors if n < wanted], [n for n in divisors if n > wanted]
-    return [*below[-1:], *above[:1]]
-
-
-def _or(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))
 
 
 def _with(adapter: str | None) -> str:

@@ -29,6 +29,8 @@ _PLACES: Final[Mapping[str, Callable[[Path], bool]]] = {
 _NAMED: Final = re.compile(
     r"(?:prompts|policy|reference|reward)\.[\w.]+ (?P<value>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
 )
+_POINT: Final = re.compile(r" \(at [^()]+\)$")
+"""End of a sentence about some points of a sweep."""
 _NO_MODULE: Final = "neither installed nor in the working folder"
 
 
@@ -166,4 +168,6 @@ def _with_places(problem: str, folders: Sequence[Path]) -> str:
     value = ast.literal_eval(named["value"])
     if not _is_relative(value) or _found(value, folders, Path.exists):
         return problem
-    return f"{problem}; looked for in {' and in '.join(where)}"
+    at = _POINT.search(problem)
+    end = at.start() if at else len(problem)
+    return f"{problem[:end]}; looked for in {' and in '.join(where)}{problem[end:]}"

@@ -299,7 +299,7 @@ def test_what_lies_between_is_a_table_and_no_metric_of_its_own(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gone"], "gone does not exist: there is no such run and no such model folder here; a model of the hub needs"),
+        (["gone"], "gone does not exist: there is no such run and no such model folder here; beside it: the run begun"),
         (["./gone"], "./gone does not exist: there is no such run and no such model folder here"),
         (["full/gone", "--config", "own.yaml"], "full/gone does not exist: there is no such run and no such model"),
         (["empty"], "empty is neither a run folder (it has no run.json) nor a model folder (no config.json)"),

@@ -49,7 +49,7 @@ MISTAKES = {
     "function, and reward.components.0.kind is model; set reward.components.0.kind: function",
     "reward: {components: [{kind: http, function: length}]}": "is a key of the kind function, and "
     "reward.components.0.kind is http; set reward.components.0.kind: function",
-    "reward: {components: [{fuction: length}]}": "components.0.fuction is not a known key; did you mean "
+    "reward: {components: [{functionn: length}]}": "components.0.functionn is not a known key; did you mean "
     "reward.components.N.function?",
     "reward: {components: [length]}": "so a mapping of keys is needed: {kind: function, function: length}",
     "reward: {components: length}": "input should be a valid list; write [{kind: function, function: length}]",
@@ -139,7 +139,7 @@ def test_a_path_that_is_no_config(tmp_path: Path) -> None:
     assert f"is a folder; `rlhf config > {tmp_path}/exp/config.yaml` writes a template" in refused(tmp_path / "exp")
     (tmp_path / "exp" / "config.yaml").touch()
     assert f"is a folder; name a file in it: {tmp_path}/exp/config.yaml" in refused(tmp_path / "exp")
-    assert f"is not a file; did you mean {tmp_path}/exp/config.yaml?" in refused(tmp_path / "exp" / "confg.yaml")
+    assert f"is not a file; did you mean {tmp_path}/exp/config.yaml?" in refused(tmp_path / "exp" / "configg.yaml")
     assert "is not a file; `rlhf config > " in refused(tmp_path / "none" / "x")
     (tmp_path / "exp" / "run.json").touch()
     assert "it holds a run, which goes on by `rlhf resume" in refused(tmp_path / "exp")
@@ -176,7 +176,7 @@ def test_an_empty_config_says_all_that_is_missing(tmp_path: Path) -> None:
             "minee:score",
             "neither installed nor in EXP (the config's folder) nor in WORK (the working folder); did you mean",
         ),
-        ("lenght", "did you mean length?"),
+        ("regexx", "did you mean regex?"),
     ],
 )
 def test_a_function_that_is_not_found(

@@ -25,7 +25,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("runs/revews", "there is no such folder; did you mean runs/reviews?"),
+        ("runs/reviewz", "there is no such folder; did you mean runs/reviews?"),
         ("alone/zzz", "there is no such folder; beside it: the run alone/first"),
         ("none/zzz", "there is no such folder"),
         ("empty/zzz", "there is no such folder"),
