@@ -130,6 +130,7 @@ def compare(
                 state_dict={key: torch.empty(shape, device="meta") for key, shape in shapes.items()},
                 device_map={"": "meta"},
                 dtype=torch.float32,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 key_mapping=key_mapping,

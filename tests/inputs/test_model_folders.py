@@ -38,14 +38,15 @@ def folders(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
     root, tokenizer = tmp_path_factory.mktemp("brought"), load_tokenizer(str(tiny.policy), field="x")
     sizes: dict[str, Any] = {**SMALL, "vocab_size": len(tokenizer)}
+    one, two = {**sizes, "num_labels": 1}, {**sizes, "num_labels": 2}
     made = {
         "policy": (t.LlamaConfig(**sizes), "AutoModelForCausalLM"),
         "tied": (t.LlamaConfig(**sizes, tie_word_embeddings=True), "AutoModelForCausalLM"),
-        "reward": (t.LlamaConfig(**sizes, num_labels=1), "AutoModelForSequenceClassification"),
-        "encoder": (t.BertConfig(**sizes, num_labels=1), "AutoModelForSequenceClassification"),
+        "reward": (t.LlamaConfig(**one), "AutoModelForSequenceClassification"),
+        "encoder": (t.BertConfig(**one), "AutoModelForSequenceClassification"),
         "masked": (t.BertConfig(**sizes), "AutoModelForMaskedLM"),
-        "tokens": (t.LlamaConfig(**sizes, num_labels=1), "AutoModelForTokenClassification"),
-        "steps": (t.LlamaConfig(**sizes, num_labels=2), "AutoModelForTokenClassification"),
+        "tokens": (t.LlamaConfig(**one), "AutoModelForTokenClassification"),
+        "steps": (t.LlamaConfig(**two), "AutoModelForTokenClassification"),
         "t5": (
             t.T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2),
             "AutoModelForSeq2SeqLM",

@@ -50,7 +50,8 @@ def configs(vocab_size: int) -> dict[str, tuple[Any, str]]:
         intermediate_size_mlp=64,
         attention_chunk_size=8,
     )
-    fnet = t.FNetConfig(**{k: v for k, v in sizes.items() if k != "num_attention_heads"}, num_labels=1)
+    unheaded: dict[str, Any] = {k: v for k, v in sizes.items() if k != "num_attention_heads"}
+    fnet = t.FNetConfig(**{**unheaded, "num_labels": 1})
     return {
         "mamba": (mamba, "AutoModelForCausalLM"),
         "rwkv": (rwkv, "AutoModelForCausalLM"),
