@@ -13,6 +13,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer
 from rlhf_core.selection import Selection, select_samples, spread
 from rlhf_core.tables import RunTables
@@ -224,7 +225,7 @@ def _token_texts(run: RunFolder, token_ids: list[int]) -> list[str]:
         tokenizer = load_tokenizer(run.config.policy.model, field="policy.model")
     except UserError:
         return ["?"] * len(token_ids)
-    return [repr(tokenizer.decode([token_id]))[1:-1] for token_id in token_ids]
+    return [repr(text)[1:-1] for text in token_texts(tokenizer, token_ids)]
 
 
 def latest_iteration(run: RunFolder) -> int:

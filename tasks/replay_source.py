@@ -20,6 +20,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.identity import identity_drift, run_identity, source_digest
 from rlhf_core.models.devices import using_threads
+from rlhf_core.models.texts import token_texts
 from rlhf_core.preflight import Plan, preflight
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import BundleRecord, is_bundle
@@ -78,7 +79,7 @@ class Source:
         """The text of a token, as it is written in Python; "?" where there is no tokenizer."""
         if self.bundle is not None and not self.bundle.with_models:
             return "?"
-        return repr(self.plan.tokenizer.tokenizer.decode([token]))[1:-1]
+        return repr(token_texts(self.plan.tokenizer.tokenizer, [token])[0])[1:-1]
 
     def conditions(self, num_threads: int) -> list[str]:
         """What differs between the identity of the run and that of this machine, one line each.

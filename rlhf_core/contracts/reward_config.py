@@ -16,6 +16,8 @@ from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloa
 FLOAT32_MAX = 3.4028234663852886e38
 GIVEN = ("prompts", "completions", "responses", "prompt_ids", "completion_ids")
 """Arguments that every reward function may take, beside dataset columns and its own params."""
+RAW = "raw"
+"""A ``chat_template`` that stands for none: what the policy has read and written, as it is."""
 
 _HOST = r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])"
 _ALLOWED = re.compile(rf"{_HOST}(?::[0-9]{{1,5}})?")
@@ -29,6 +31,11 @@ class ComponentSection(Section):
     kind: str = Field(default="", description="where the score comes from")
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="null: rewardN")
     weight: float = Field(default=1.0, description="factor of the raw score, before components combine")
+    keep_special_tokens: bool = Field(
+        default=False,
+        description="the response's text has its special tokens, such as <think> where that is one; without the one "
+        "that ended it",
+    )
     on_error: Literal["fail", "drop", "substitute"] = Field(
         default="fail",
         description="on a response that it cannot score: stop the run, leave it out there, or take `substitute`",
@@ -57,8 +64,11 @@ class ModelReward(ComponentSection):
     tokenizer: ModelName | None = Field(default=None, description="folder or hub id; null: the model's")
     chat_template: str | None = Field(
         default=None,
-        description="Jinja text or a file of it, for chats, and for plain prompts as a user's; null: the tokenizer's, "
-        "for chats alone",
+        description="Jinja text or a file of it, for chats, and for plain prompts as a user's; raw: chats as the "
+        "policy has them; null: the tokenizer's, for chats alone",
+    )
+    template_options: dict[str, Any] = Field(
+        default={}, description="variables of the chat template: {enable_thinking: false}"
     )
     dtype: Dtype = "float32"
     batch_size: Positive = Field(default=64, description="responses scored at a time")

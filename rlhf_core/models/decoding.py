@@ -29,8 +29,8 @@ class DecodingRules:
     top_k: int | None
     top_p: float
     eos_ids: frozenset[int]
-    has_stop: Callable[[list[int]], bool] | None = None
-    """Whether the tokens so far contain a stop sequence."""
+    has_stop: Callable[[int, list[int]], bool] | None = None
+    """Whether the tokens so far of a row contain a stop sequence."""
 
 
 @dataclass
@@ -142,13 +142,13 @@ def _new_record(rows: int, rules: DecodingRules, has_values: bool, device: torch
 
 
 def _stopped(
-    record: _Record, rows_b: Tensor, check_b: Tensor, step: int, has_stop: Callable[[list[int]], bool]
+    record: _Record, rows_b: Tensor, check_b: Tensor, step: int, has_stop: Callable[[int, list[int]], bool]
 ) -> Tensor:
     """[b] bool: rows whose response now contains a stop sequence; notes their finish reason."""
     stopped_b = torch.zeros_like(check_b)
     for i in check_b.nonzero()[:, 0].tolist():
         row = int(rows_b[i])
-        if has_stop(record.tokens_BR[row, : step + 1].tolist()):
+        if has_stop(row, record.tokens_BR[row, : step + 1].tolist()):
             stopped_b[i] = record.met_stop_B[row] = True
     return stopped_b
 

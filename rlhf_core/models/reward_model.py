@@ -2,89 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.causality import is_causal
 from rlhf_core.models.frozen import FrozenModels
 from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.packing import PackedRows
+from rlhf_core.models.reward_text import PROBE, Conversation, Failure, RewardReader, in_a_line
 from rlhf_core.models.templates import check_template
-from rlhf_core.models.tokenizers import load_tokenizer, vocabulary_digest
 from rlhf_core.models.trunk import Trunk
-from rlhf_core.models.untrusted import MAX_TEXT_BYTES
-from rlhf_core.prompts.rendering import render_chat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-PROBE: Final[tuple[Message, ...]] = (
-    {"role": "user", "content": "question"},
-    {"role": "assistant", "content": "answer"},
-)
-"""What a chat template must be able to render."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What is scored: the prompt with its response, as text and as the policy's tokens."""
-
-    prompt_text: str
-    response_text: str
-    messages: Sequence[Message]
-    """The prompt as chat messages; empty for plain text."""
-    policy_tokens: Sequence[int]
-    """Prompt and response, the EOS included."""
-    num_prompt_tokens: int = 0
-    """How many of them are the prompt."""
-    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The dataset columns of the prompt, for functions and services."""
 
 
 class RewardModel:
     """An ``AutoModelForSequenceClassification`` with one logit and its own tokenizer.
 
-    A model with the policy's vocabulary reads the policy's tokens as they are, EOS included: what was
-    sampled is what is scored. Any other one, or one with a chat template of the config, reads text: the chat
-    through the template when it has one, else prompt and response one after the other.
+    What it reads, :class:`RewardReader` says.
 
     Args:
         model: the transformers model.
-        tokenizer: its tokenizer.
-        reads_policy_tokens: whether its vocabulary is the policy's.
-        max_len: tokens read; a longer conversation loses its beginning.
+        reader: turns conversations into its tokens.
         batch_size: rows at a time, sorted by length.
         device: where it lives.
-        chat_template: of the config: Jinja, for chats and for plain prompts, which are a user's message then.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        reads_policy_tokens: bool,
-        max_len: int,
-        batch_size: int,
-        device: torch.device,
-        chat_template: str | None = None,
-    ) -> None:
+    def __init__(self, model: Any, reader: RewardReader, *, batch_size: int, device: torch.device) -> None:
         self.model = cast("nn.Module", model.to(device).eval().requires_grad_(False))
         self.is_decoder = isinstance(getattr(model, "score", None), nn.Linear) and is_causal(model.base_model)
         self._trunk = Trunk(model.base_model, dtype=torch.float32) if self.is_decoder else None
-        self.tokenizer = tokenizer
-        self.tokenizer.truncation_side = "left"
-        self.reads_policy_tokens = reads_policy_tokens
-        self.max_len, self.batch_size, self.device = max_len, batch_size, device
-        self.chat_template = chat_template
+        self.reader, self.tokenizer = reader, reader.tokenizer
+        self.batch_size, self.device = batch_size, device
 
     @classmethod
     def load(
@@ -95,12 +48,15 @@ class RewardModel:
         policy_vocabulary: str,
         device: torch.device,
         frozen: FrozenModels | None = None,
+        template_date: str | None = None,
     ) -> RewardModel:
         """Load from a folder or hub id, or take the copy in ``frozen``.
 
         Raises: UserError naming ``field``; more than one logit is refused.
         """
-        tokenizer, template = load_reward_tokenizer(config, field=field)
+        reader = RewardReader.load(
+            config, field=field, policy_vocabulary=policy_vocabulary, template_date=template_date
+        )
         model = (frozen or FrozenModels()).load(
             "AutoModelForSequenceClassification", config.model, DTYPES[config.dtype], f"{field}.model"
         )
@@ -109,44 +65,36 @@ class RewardModel:
                 f"{field}.model {config.model!r} has {model.config.num_labels} logits; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        context = num_positions(model) or tokenizer.model_max_length
-        return cls(
-            model,
-            tokenizer,
-            reads_policy_tokens=template is None and vocabulary_digest(tokenizer) == policy_vocabulary,
-            max_len=min(config.max_len or context, context),
-            batch_size=config.batch_size,
-            device=device,
-            chat_template=template,
-        )
+        context = num_positions(model) or reader.tokenizer.model_max_length
+        reader = replace(reader, max_len=min(config.max_len or context, context))
+        return cls(model, reader, batch_size=config.batch_size, device=device)
 
     @torch.no_grad()
-    def score(self, conversations: Sequence[Conversation]) -> Tensor:
-        """[B] float32 raw scores on the CPU."""
-        if not (self.chat_template or self.reads_policy_tokens) and any(c.messages for c in conversations):
-            check_template(self.tokenizer.chat_template, PROBE, f"the reward model {self.tokenizer.name_or_path!r}")
-        rows = [self._token_ids(c)[-self.max_len :] for c in conversations]
+    def score(self, conversations: Sequence[Conversation]) -> Tensor | list[float | Failure]:
+        """[B] float32 raw scores on the CPU; a list where a conversation cannot be read, which fails alone."""
+        if any(self.reader.source(is_chat=bool(c.messages)) == "own" for c in conversations):
+            check_template(self.tokenizer.chat_template, PROBE, self.reader.named)
+        rows = [self._token_ids(conversation) for conversation in conversations]
+        read = {i: row for i, row in enumerate(rows) if not isinstance(row, Failure)}
         scores_B = torch.zeros(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+        order = sorted(read, key=lambda i: (len(read[i]), i))
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
-            scores_B[index] = self._score_rows([rows[i] for i in index]).cpu()
-        return scores_B
+            scores_B[index] = self._score_rows([read[i] for i in index]).cpu()
+        if len(read) == len(rows):
+            return scores_B
+        scores = cast("list[float]", scores_B.tolist())
+        return [row if isinstance(row, Failure) else score for row, score in zip(rows, scores, strict=True)]
 
-    def _token_ids(self, conversation: Conversation) -> Sequence[int]:
-        if self.reads_policy_tokens:
-            return conversation.policy_tokens
-        if self.chat_template or (conversation.messages and getattr(self.tokenizer, "chat_template", None)):
-            question: Message = {"role": "user", "content": conversation.prompt_text}
-            asked = conversation.messages or [question]
-            reply: Message = {"role": "assistant", "content": conversation.response_text}
-            text = render_chat(
-                self.tokenizer, [*asked, reply], add_generation_prompt=False, template=self.chat_template
-            )
-            return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        text = conversation.prompt_text + conversation.response_text
-        # truncated by the tokenizer, which keeps the tokens that frame a text: an encoder's score is read at [CLS]
-        return cast("list[int]", self.tokenizer(text, truncation=True, max_length=self.max_len)["input_ids"])
+    def _token_ids(self, conversation: Conversation) -> list[int] | Failure:
+        try:
+            ids = self.reader.token_ids(conversation)
+        except Exception as error:  # jinja2's, and whatever a template or a tokenizer raises
+            return Failure(f"could not read the conversation ({in_a_line(error)})", error)
+        known = len(cast("Any", self.model).get_input_embeddings().weight)
+        if not ids:
+            return Failure("found no token in prompt and response")
+        return ids if max(ids) < known else Failure(f"has no embedding for the token {max(ids)}, only for {known},")
 
     def _score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if self._trunk is not None:
@@ -175,40 +123,3 @@ def num_positions(model: Any) -> int | None:
         if name.endswith("position_embeddings") and isinstance(padding := getattr(module, "padding_idx", None), int):
             return int(length) - padding - 1
     return int(length)
-
-
-def load_reward_tokenizer(config: ModelReward, *, field: str) -> tuple[PreTrainedTokenizerBase, str | None]:
-    """The tokenizer of a reward model, and the text of the config's chat template.
-
-    Args:
-        config: its ``tokenizer``, or null for the model's, and its ``chat_template``.
-        field: of the component, for messages.
-    Raises: UserError naming ``field``: no tokenizer, no such file, or a template that renders no plain chat.
-    """
-    name = "tokenizer" if config.tokenizer is not None else "model"
-    tokenizer = load_tokenizer(config.tokenizer or config.model, field=f"{field}.{name}")
-    if config.chat_template is None:
-        return tokenizer, None
-    template = chat_template_text(config.chat_template, field=f"{field}.chat_template")
-    check_template(template, PROBE, f"{field}.chat_template")
-    try:
-        text = render_chat(tokenizer, PROBE, add_generation_prompt=False, template=template)
-    except Exception as error:  # jinja2's, and whatever a template raises
-        reason = " ".join(str(error).split())
-        raise UserError(f"{field}.chat_template does not render a question and its answer: {reason}") from None
-    if "answer" not in text:
-        raise UserError(f"{field}.chat_template leaves the answer out: it renders {text[:80]!r}")
-    return tokenizer, template
-
-
-def chat_template_text(template: str, *, field: str) -> str:
-    """A Jinja text as it is, or what the file of that name holds. Raises UserError naming ``field``."""
-    if "{{" in template or "{%" in template:
-        return template
-    try:
-        path = Path(template).expanduser()
-        if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:  # a pipe or a device would never end
-            raise OSError
-        return path.read_text(encoding="utf-8")
-    except (OSError, RuntimeError, ValueError):
-        raise UserError(f"{field} {template!r} is neither Jinja ({{{{ … }}}} or {{% … %}}) nor a file of it") from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.texts import decoded
 from rlhf_core.models.untrusted import check_is_data
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class PolicyTokenizer:
         return cast("list[int]", ids)
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return cast("str", self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        """Text of tokens that stand alone, special ones left out; of a response: :mod:`rlhf_core.models.texts`."""
+        return decoded(self.tokenizer, token_ids)
 
 
 def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
@@ -75,9 +76,17 @@ def load_policy_tokenizer(name: str, pad_token: str | None) -> PolicyTokenizer:
     return PolicyTokenizer(tokenizer, frozenset(eos_ids), pad_id)
 
 
-def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+class VocabularyDigest(str):
+    """Identity of a vocabulary, which knows the tokenizer that it was made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> VocabularyDigest:
     """Identity of a vocabulary: equal digests mean that token ids mean the same to both models."""
-    return digest_json(cast("dict[str, int]", tokenizer.get_vocab()))
+    digest = VocabularyDigest(digest_json(cast("dict[str, int]", tokenizer.get_vocab())))
+    digest.tokenizer = tokenizer
+    return digest
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, name: str, pad_token: str | None, eos_ids: set[int]) -> int:

@@ -21,7 +21,9 @@ from rlhf_core.preflight.policies import (
     prompt_and_context_limits,
 )
 from rlhf_core.preflight.prompts import check_prompts
+from rlhf_core.preflight.reward_prompts import check_reward_prompts
 from rlhf_core.preflight.rewards import check_reward
+from rlhf_core.preflight.stopping import check_stop
 from rlhf_core.prompts.sources import PromptSet, load_prompt_set
 
 Found = TypeVar("Found")
@@ -64,7 +66,7 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         try:
             return find()
         except UserError as error:
-            problems.extend(error.problems)
+            problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
     attempt(lambda: check_mathematics(config, begun=begun, notes=found))
@@ -91,6 +93,10 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
     limits = policy and attempt(lambda: prompt_and_context_limits(config, policy))
     if prompt_set is not None and tokenizer is not None and limits is not None:
         attempt(lambda: check_prompts(config, prompt_set, tokenizer, limits[0], found))
+    if tokenizer is not None:
+        attempt(lambda: check_stop(config.generation, tokenizer, found))
+    if prompt_set is not None and tokenizer is not None:
+        attempt(lambda: check_reward_prompts(config, tokenizer, prompt_set, found))
     if limits is not None:
         attempt(lambda: check_critic(config, rewards, limits[0] + config.generation.max_new_tokens, found))
     if problems or policy is None or tokenizer is None or limits is None or prompt_set is None or device is None:

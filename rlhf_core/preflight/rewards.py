@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward
-from rlhf_core.models.reward_model import load_reward_tokenizer
+from rlhf_core.models.reward_text import load_reward_tokenizer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.policies import critic_starts_from_reward

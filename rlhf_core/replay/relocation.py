@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar, overload
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.errors import IntegrityError, UserError
-from rlhf_core.contracts.reward_config import ModelReward
-from rlhf_core.models.reward_model import chat_template_text
+from rlhf_core.contracts.reward_config import RAW, ModelReward
+from rlhf_core.models.reward_text import chat_template_text
 from rlhf_core.preflight import Plan, preflight
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import PROMPTS, BundleRecord
@@ -183,7 +183,7 @@ def _templates(config: RunConfig) -> dict[str, str]:
 
 
 def _is_file(template: str) -> bool:
-    return "{{" not in template and "{%" not in template
+    return template != RAW and "{{" not in template and "{%" not in template
 
 
 def _put(tree: Any, field: str, value: str) -> None:

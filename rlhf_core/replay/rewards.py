@@ -10,7 +10,7 @@ from rlhf_core.contracts.batches import Scores
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward, ModelReward
-from rlhf_core.models.reward_model import Conversation
+from rlhf_core.models.reward_text import Conversation
 from rlhf_core.rewards.foreign import changed_functions, module_file
 from rlhf_core.rewards.ready_made import READY_MADE
 from rlhf_core.rewards.scoring import Failure

@@ -17,7 +17,7 @@ from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
-from rlhf_core.models.reward_model import Conversation
+from rlhf_core.models.reward_text import Conversation
 from rlhf_core.rewards.foreign import DEFINES
 from rlhf_core.rewards.imports import (
     OWN,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import HttpReward
 from rlhf_core.contracts.secrets import HIDDEN
-from rlhf_core.models.reward_model import Conversation
+from rlhf_core.models.reward_text import Conversation
 from rlhf_core.prompts.entries import shown
 from rlhf_core.rewards.function import asked
 from rlhf_core.rewards.scoring import Failure, Outcome, checked

@@ -37,7 +37,7 @@ def settle(
             f"reward component {name} {first.reason} for {len(some)} of {len(sample_ids)} samples ({some_of(some)})"
         )
         if config.on_error == "fail":
-            raise NumericalError(f"{problem}; {_remedy(config)}") from first.error
+            raise NumericalError(f"{problem}; {_remedy(config, first)}") from first.error
         done = "left out there" if config.on_error == "drop" else f"{config.substitute:g} stands in"
         logger.warning("%s; %s", problem, done)
     stands_in = config.substitute if config.on_error == "substitute" and config.substitute is not None else 0.0
@@ -51,6 +51,7 @@ def some_of(sample_ids: Sequence[str]) -> str:
     return ", ".join(sample_ids[:SHOWN]) + (" …" if len(sample_ids) > SHOWN else "")
 
 
-def _remedy(config: ComponentSection) -> str:
-    check = "check the model's weights and dtype" if isinstance(config, ModelReward) else "mend it"
+def _remedy(config: ComponentSection, failure: Failure) -> str:
+    has_computed = isinstance(config, ModelReward) and failure.reason.startswith(("gave", "raised"))
+    check = "check the model's weights and dtype" if has_computed else "mend it"
     return f"a score must be finite: {check}, or set its on_error to drop or substitute"

@@ -12,14 +12,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_core.contracts.reward_config import GIVEN
+from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
+from rlhf_core.models.reward_text import Failure
+from rlhf_core.prompts.entries import shown
+from rlhf_core.rewards.numbers import last_number
 
+THINK = "<think>"
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+"""How a chat template begins an answer with a thought, or with an empty one."""
 THINK_THEN_ANSWER = r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"
-NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])[-+−])?"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-)
-"""A sign only where it is no minus between two terms; thousands may have commas."""
 
 
 def length(
@@ -69,15 +70,44 @@ def regex(
     return [float(found(text.strip() if mode == "whole" else text) is not None) for text in responses]
 
 
-def format_(responses: Sequence[str], *, pattern: Any = THINK_THEN_ANSWER) -> list[float]:
+def format_(responses: Sequence[str], *, pattern: Any = THINK_THEN_ANSWER, opened: Any = False) -> list[float]:
     """1 if the whole response has a form, else 0.
 
     Args:
         responses: texts; white space around them is ignored.
         pattern: the form, a regular expression whose dot is a line break too; default: one
             ``<think>…</think>``, then one ``<answer>…</answer>``.
+        opened: what the prompt ends with and the form begins with: true for ``<think>``, or another text; a chat
+            template may open the answer so.
     """
-    return regex(responses, pattern=pattern, mode="whole", dot_all=True)
+    if not isinstance(opened, bool | str):
+        raise ValueError(f"opened is {opened!r}; give true, false, or the text that the prompt ends with")
+    before = opened if isinstance(opened, str) else THINK if opened else ""
+    return regex([before + text for text in responses], pattern=pattern, mode="whole", dot_all=True)
+
+
+def opened_by_prompt(config: FunctionReward, field: str, prompt_text: str) -> str | None:
+    """A sentence where a prompt's end and the ``opened`` of the ready-made ``format`` do not agree; else None.
+
+    Args:
+        config: of the component.
+        field: its place in the config.
+        prompt_text: a prompt as the policy reads it.
+    """
+    pattern, opened = config.params.get("pattern", THINK_THEN_ANSWER), config.params.get("opened", False)
+    if config.function != "format" or THINK not in str(pattern):
+        return None
+    before = opened if isinstance(opened, str) else THINK if opened else ""
+    found = OPENED.search(prompt_text)
+    if found is None or before:
+        if before and not prompt_text.rstrip().endswith(before.rstrip()):
+            return f"{field}.params has opened: {opened!r}, but prompts end with {prompt_text[-24:]!r}"
+        return None
+    remedy = "true" if "</" not in found[0] else repr(found[0])
+    return (
+        f"prompts end with {found[0]!r}, and {field} (format) looks for it in the response, where it is not: every "
+        f"answer scores 0; set {field}.params: {{opened: {remedy}}}"
+    )
 
 
 def exact_match(
@@ -87,7 +117,7 @@ def exact_match(
     extract: Any = None,
     ignore_case: bool = False,
     **columns: Sequence[Any],
-) -> list[float | None]:
+) -> list[float | Failure | None]:
     """1 if the response is the answer, white space aside, else 0.
 
     Args:
@@ -107,8 +137,14 @@ def exact_match(
         return joined.casefold() if joined is not None and ignore_case else joined
 
     given = [plain(text if compiled is None else _last(compiled, text)) for text in responses]
-    wanted = [None if answer is None else plain(str(answer)) for answer in answers]
-    return [None if w is None else float(g == w) for g, w in zip(given, wanted, strict=True)]
+    return [
+        Failure(f"has the answer {shown(answer)}, which is no text,")
+        if isinstance(answer, list | dict)
+        else None
+        if answer is None
+        else float(response == plain(str(answer)))
+        for response, answer in zip(given, answers, strict=True)
+    ]
 
 
 def numeric_match(
@@ -118,8 +154,12 @@ def numeric_match(
     tolerance: Any = 1e-6,
     relative_tolerance: Any = 0.0,
     **columns: Sequence[Any],
-) -> list[float | None]:
-    """1 if the last number in the response is the answer, else 0.
+) -> list[float | Failure | None]:
+    r"""1 if the last number in the response is the answer, else 0.
+
+    Numbers may be fractions (``3/4``, ``\frac{3}{4}``), have commas, a unit or a per cent sign, which changes nothing;
+    one in ``\boxed{…}`` or behind ``####`` counts before others. What cannot be read with certainty, such as
+    ``\sqrt{3}``, is no number: see :mod:`rlhf_core.rewards.numbers`.
 
     Args:
         responses: texts.
@@ -132,15 +172,22 @@ def numeric_match(
     answers = _answers(column, columns)
     _number("tolerance", tolerance, least=0)
     _number("relative_tolerance", relative_tolerance, least=0)
-    scores: list[float | None] = []
+    scores: list[float | Failure | None] = []
     for text, answer in zip(responses, answers, strict=True):
-        given, wanted = last_number(text), None if answer is None else last_number(str(answer))
-        if wanted is None:
-            scores.append(None)
+        given, wanted = last_number(text), number_of(answer)
+        if wanted is None or isinstance(wanted, Failure):
+            scores.append(wanted)
         else:
             near = given is not None and math.isclose(given, wanted, rel_tol=relative_tolerance, abs_tol=tolerance)
             scores.append(float(near))
     return scores
+
+
+def number_of(answer: Any) -> float | Failure | None:
+    """The number of an answer; None: not to be scored; a Failure where it is neither a number nor a text."""
+    if isinstance(answer, bool) or not (answer is None or isinstance(answer, int | float | str)):
+        return Failure(f"has the answer {shown(answer)}, which is neither a number nor a text,")
+    return None if answer is None else last_number(str(answer))
 
 
 def sentiment(responses: Sequence[str]) -> list[float]:
@@ -186,17 +233,6 @@ READY_MADE: dict[str, Callable[..., Any]] = {
     "repetition": repetition,
 }
 """By the names that a config uses."""
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; None without one, or where it is beyond a float.
-
-    Args:
-        text: any.
-    """
-    found = NUMBER.findall(text)
-    number = float(found[-1].replace(",", "").replace("−", "-")) if found else math.inf
-    return number if math.isfinite(number) else None
 
 
 @functools.cache

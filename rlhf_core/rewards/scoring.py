@@ -8,26 +8,11 @@ import math
 import numbers
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from rlhf_core.contracts.reward_config import FLOAT32_MAX
-from rlhf_core.models.reward_model import Conversation
+from rlhf_core.models.reward_text import Conversation, Failure, in_a_line
 from rlhf_core.prompts.entries import shown
-
-MAX_REASON = 300
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a component has no score for a response; the reason follows its name in a sentence.
-
-    Example: ``Failure("gave nan")``, ``Failure("raised KeyError: 'x'")``
-    """
-
-    reason: str
-    error: Exception | None = None
-
 
 Outcome = float | Failure
 
@@ -113,6 +98,5 @@ def _wait(results: Sequence[Awaitable[object]], count: int) -> list[list[Outcome
 
 
 def _raised(error: Exception, count: int) -> list[Outcome]:
-    text = " ".join(str(error).split())
-    text = text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…"
+    text = in_a_line(error)
     return [Failure(f"raised {type(error).__name__}{': ' if text else ''}{text}", error)] * count

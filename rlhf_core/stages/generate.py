@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.decoding import Decoded, DecodingRules, decode
 from rlhf_core.models.engines import Drawn, draw_with_transformers
 from rlhf_core.models.sequences import Sequences, by_length
+from rlhf_core.models.texts import StopDetector, prompt_ends, response_text
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.models.vllm_engine import draw_with_vllm
 from rlhf_core.ops.randomness import seeded_generator, uniforms
@@ -56,11 +58,11 @@ def generate(
         top_k=config.top_k,
         top_p=config.top_p,
         eos_ids=tokenizer.eos_ids,
-        has_stop=_stop_detector(tokenizer, config.stop) if config.stop else None,
     )
+    texts = _Texts(tokenizer, prompts, config.stop, samples_per_prompt)
     if config.engine != "own":
-        drawn = _drawn_elsewhere(actor_critic, tokenizer, prompts, config, samples_per_prompt, (seed, iteration))
-        rollouts = _as_rollouts([drawn], prompts, tokenizer, samples_per_prompt, iteration)
+        drawn = _drawn_elsewhere(actor_critic, tokenizer, prompts, config, samples_per_prompt, (seed, iteration), texts)
+        rollouts = _as_rollouts([drawn], prompts, texts, samples_per_prompt, iteration)
         rollouts = _evaluated(rollouts, prompts, actor_critic, config.temperature)
         _check_finite(rollouts)
         return StageResult(rollouts, rollout_metrics(rollouts))
@@ -77,12 +79,12 @@ def generate(
                 [t[m].tolist() for t, m in zip(prompts.tokens_QP[part], prompts.mask_QP[part], strict=True)],
                 _uniforms(seed, iteration, ids, samples_per_prompt, config.max_new_tokens),
                 samples_per_prompt=samples_per_prompt,
-                rules=rules,
+                rules=replace(rules, has_stop=texts.stop_detector(start * samples_per_prompt)),
                 pad_id=tokenizer.pad_id,
                 value_of=value_of,
             )
         )
-    rollouts = _as_rollouts(parts, prompts, tokenizer, samples_per_prompt, iteration)
+    rollouts = _as_rollouts(parts, prompts, texts, samples_per_prompt, iteration)
     if critic is not None and critic.trunk is not None:
         rollouts = _with_values(rollouts, prompts, actor_critic)
     _check_finite(rollouts)
@@ -96,6 +98,7 @@ def _drawn_elsewhere(
     config: GenerationConfig,
     k: int,
     seeds: tuple[int, int],
+    texts: _Texts,
 ) -> Decoded:
     """What another engine has drawn, cut where a stop sequence is complete; entropies and values are still missing."""
     asked = [t[m].tolist() for t, m in zip(prompts.tokens_QP, prompts.mask_QP, strict=True) for _ in range(k)]
@@ -114,11 +117,11 @@ def _drawn_elsewhere(
     else:
         pad_id = tokenizer.pad_id
         drawn = draw_with_transformers(actor_critic.policy, asked, seed=seed_of[0], pad_id=pad_id, **rules)
-    has_stop = _stop_detector(tokenizer, config.stop) if config.stop else None
+    has_stop = texts.stop_detector(0)
     rows: list[Drawn] = []
     reasons: list[str] = []
-    for each in drawn:
-        length = next((n for n in range(1, len(each.tokens) + 1) if has_stop and has_stop(each.tokens[:n])), None)
+    for row, each in enumerate(drawn):
+        length = next((n for n in range(1, len(each.tokens) + 1) if has_stop and has_stop(row, each.tokens[:n])), None)
         kept = each if length is None else Drawn(each.tokens[:length], each.logprobs[:length])
         rows.append(kept)
         reasons.append("eos" if kept.tokens[-1] in tokenizer.eos_ids else "length" if length is None else "stop")
@@ -159,20 +162,29 @@ def _uniforms(seed: int, iteration: int, prompt_ids: Sequence[int], k: int, leng
     return torch.from_numpy(np.stack(rows))
 
 
-def _stop_detector(tokenizer: PolicyTokenizer, stop: list[str]) -> Callable[[list[int]], bool]:
-    """Whether a response's text contains a stop sequence. Only its tail is decoded: the rest was seen before."""
-    longest = max(len(text.encode()) for text in stop) + 4  # a token is at least a byte; 4 for a split character
+class _Texts:
+    """Texts of responses, each behind its own prompt; rows are those of the whole batch, k after k."""
 
-    def has_stop(token_ids: list[int]) -> bool:
-        tail = tokenizer.decode(token_ids[-longest:])
-        return any(text in tail for text in stop)
+    def __init__(self, tokenizer: PolicyTokenizer, prompts: Prompts, stop: list[str], k: int) -> None:
+        self._tokenizer, self._k = tokenizer.tokenizer, k
+        self._ends = prompt_ends(
+            tokenizer.tokenizer,
+            [t[m].tolist() for t, m in zip(prompts.tokens_QP, prompts.mask_QP, strict=True)],
+        )
+        self._detector = StopDetector(tokenizer.tokenizer, stop) if stop else None
 
-    return has_stop
+    def text(self, row: int, token_ids: list[int]) -> str:
+        return response_text(self._tokenizer, self._ends[row // self._k], token_ids)
+
+    def stop_detector(self, first: int) -> Callable[[int, list[int]], bool] | None:
+        """Whether a response contains a stop sequence; rows count from ``first`` on. None: there are none."""
+        detector = self._detector
+        if detector is None:
+            return None
+        return lambda row, token_ids: detector.has_stop(self._ends[(first + row) // self._k], token_ids)
 
 
-def _as_rollouts(
-    parts: list[Decoded], prompts: Prompts, tokenizer: PolicyTokenizer, k: int, iteration: int
-) -> Rollouts:
+def _as_rollouts(parts: list[Decoded], prompts: Prompts, texts: _Texts, k: int, iteration: int) -> Rollouts:
     width = max(part.tokens_BR.shape[1] for part in parts)
 
     def join(tensors: list[Tensor]) -> Tensor:
@@ -186,7 +198,7 @@ def _as_rollouts(
         sample_ids=[f"i{iteration:06d}-p{prompts.prompt_ids[row // k]:06d}-s{row % k}" for row in rows],
         prompt_rows=torch.arange(len(prompts.prompt_ids)).repeat_interleave(k),
         sample_indices=[row % k for row in rows],
-        texts=[tokenizer.decode(t[m].tolist()) for t, m in zip(tokens_BR, mask_BR, strict=True)],
+        texts=[texts.text(row, tokens_BR[row][mask_BR[row]].tolist()) for row in rows],
         tokens_BR=tokens_BR,
         response_mask_BR=mask_BR,
         logprobs_BR=join([p.logprobs_BR for p in parts]),

@@ -11,7 +11,7 @@ from rlhf_core.batch_metrics import score_metrics
 from rlhf_core.contracts.batches import Prompts, Rollouts, Scores, StageResult
 from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.contracts.reward_config import RewardConfig
-from rlhf_core.models.reward_model import Conversation
+from rlhf_core.models.reward_text import Conversation
 from rlhf_core.ops.rewards import combined_score
 from rlhf_core.rewards.policies import settle, some_of
 from rlhf_core.rewards.scoring import Component, Failure, score_all
@@ -58,7 +58,14 @@ def score_rewards(
 
 def _conversations(prompts: Prompts, rollouts: Rollouts) -> list[Conversation]:
     prompt_rows = cast("list[int]", rollouts.prompt_rows.tolist())
-    rows = zip(prompt_rows, rollouts.texts, rollouts.tokens_BR, rollouts.response_mask_BR, strict=True)
+    rows = zip(
+        prompt_rows,
+        rollouts.texts,
+        rollouts.tokens_BR,
+        rollouts.response_mask_BR,
+        rollouts.finish_reasons,
+        strict=True,
+    )
     return [
         Conversation(
             prompt_text=prompts.texts[row],
@@ -67,8 +74,9 @@ def _conversations(prompts: Prompts, rollouts: Rollouts) -> list[Conversation]:
             policy_tokens=torch.cat([prompts.tokens_QP[row][prompts.mask_QP[row]], tokens[mask]]).tolist(),
             num_prompt_tokens=int(prompts.mask_QP[row].sum()),
             columns=prompts.columns[row],
+            finish_reason=reason,
         )
-        for row, text, tokens, mask in rows
+        for row, text, tokens, mask, reason in rows
     ]
 
 

@@ -27,6 +27,7 @@ import pyarrow as pa
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after, iteration_rows
+from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer
 from rlhf_core.store.address import shown
 from rlhf_core.tables import PER_TOKEN, SAMPLES, RunTables
@@ -48,8 +49,6 @@ NUMBERS: Final[Mapping[str, str]] = {
 }
 """Column of the page's samples -> column of the run's table."""
 NO_TOKENIZER = "The policy's tokenizer is not at hand, so tokens are shown by their ids."
-ANCHOR = "a"
-"""Before a token that is decoded alone: some tokenizers take the space off the beginning of a text."""
 
 Json = dict[str, Any]
 
@@ -148,20 +147,6 @@ def newest_evaluation(run: RunFolder) -> Json | None:
             ],
         },
     )
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The text of each token as it stands inside a text, its leading space included; special tokens by their names."""
-    anchor = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
-    before = str(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
-
-    def text(token_id: int) -> str:
-        after = str(tokenizer.decode([*anchor, token_id], clean_up_tokenization_spaces=False))
-        if after.startswith(before):
-            return after.removeprefix(before)
-        return str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-
-    return [text(token_id) for token_id in token_ids]
 
 
 def _samples(run: RunFolder, iterations: Sequence[int], limit: int | None) -> tuple[pa.Table, int]:

@@ -65,7 +65,9 @@ def test_a_replayed_step_is_the_step(family: str, dtype: torch.dtype, monkeypatc
     assert set(found.finish_reasons) == {"eos", "length"}
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 5}, {"top_p": 0.7}, {"has_stop": lambda ids: ids[-1] >= 200}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 5}, {"top_p": 0.7}, {"has_stop": lambda _row, ids: ids[-1] >= 200}], ids=str
+)
 def test_truncation_and_stops_beside_a_graph(changes: dict[str, Any]) -> None:
     found = decoded(policy_of("llama", torch.float32), **changes)
     lens = found.mask_BR.sum(dim=1).tolist()

@@ -116,7 +116,7 @@ def test_a_stop_sequence_ends_a_response_and_is_kept(policy: LanguageModel, toke
     u = uniforms(30, 20)
     free = run(policy, tokenizer, u, [[40, 41]])
     target = next(r[2] for r, why in zip(rows_of(free), free.finish_reasons, strict=True) if len(r) > 4)
-    stopped = run(policy, tokenizer, u, [[40, 41]], has_stop=lambda ids: target in ids)
+    stopped = run(policy, tokenizer, u, [[40, 41]], has_stop=lambda _row, ids: target in ids)
     assert "stop" in stopped.finish_reasons
     for before, after, reason in zip(rows_of(free), rows_of(stopped), stopped.finish_reasons, strict=True):
         assert after == before[: len(after)]

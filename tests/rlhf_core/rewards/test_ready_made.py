@@ -10,7 +10,8 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward
 from rlhf_core.models.reward_model import Conversation
 from rlhf_core.rewards.function import load_function
-from rlhf_core.rewards.ready_made import READY_MADE, last_number
+from rlhf_core.rewards.numbers import last_number
+from rlhf_core.rewards.ready_made import READY_MADE
 
 
 def scores(function: str, responses: list[str], columns: dict[str, list[Any]] | None = None, **params: Any) -> Any:
@@ -75,6 +76,9 @@ def test_format() -> None:
     ]
     assert scores("format", [right, f"\n{right}  ", *wrong]) == [1.0, 1.0, *[0.0] * 6]
     assert scores("format", ["{1,\n2}", "[1]"], pattern=r"\{.*\}") == [1.0, 0.0]
+    rest = right.removeprefix("<think>")
+    assert scores("format", [rest, right], opened=True) == [1.0, 0.0]
+    assert scores("format", ["<answer>4</answer>", rest], opened="<think>\n\n</think>\n\n") == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_numeric_match(response: str, answer: Any, params: dict[str, Any], expec
         ("1e-3", 0.001),
         ("2.5E2", 250.0),
         ("1,234,567.8", 1234567.8),
-        ("1,2345", 2345.0),
+        ("1,2345", None),
         ("12.", 12.0),
         ("50 %", 50.0),
         ("9" * 400, None),
@@ -182,6 +186,7 @@ def test_repetition(text: str, params: dict[str, Any], expected: float) -> None:
         ("regex", {"pattern": "a", "mode": "find"}, "mode is 'find'; known are search, whole, count"),
         ("regex", {"pattern": "a", "dot_all": 1}, "dot_all is 1; give true or false"),
         ("format", {"pattern": "["}, "pattern '[' is no regular expression"),
+        ("format", {"opened": 1}, "opened is 1; give true, false, or the text that the prompt ends with"),
         ("exact_match", {}, "column is 'answer', which is not among prompts.columns"),
         ("exact_match", {"column": "prompts"}, "column is 'prompts', which is not among prompts.columns"),
         ("exact_match", {"column": "gold", "extract": 3}, "extract is 3; give a regular expression"),
