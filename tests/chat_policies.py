@@ -77,7 +77,9 @@ def chat_policy(
         ids = [(token, made.token_to_id(token)) for token in (BOS, EOS)]
         made.post_processor = processors.TemplateProcessing(single=f"{before}$A{behind}", special_tokens=ids)
     names = {"unk_token": unknown} if unknown else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=EOS, pad_token=PAD, bos_token=BOS, **names)
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=EOS, pad_token=PAD, bos_token=BOS, **names
+    )
     tokenizer.chat_template = template
     sizes = LlamaConfig(
         vocab_size=len(tokenizer),

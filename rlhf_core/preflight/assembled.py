@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config import PromptsConfig
@@ -83,7 +83,6 @@ class Findings:
     own_bos: Tally = field(default_factory=Tally)
     without_bos: Tally = field(default_factory=Tally)
     ends_with_eos: Tally = field(default_factory=lambda: Tally(show=end_of))
-    opens_think: Tally = field(default_factory=lambda: Tally(show=end_of))
     marks_in_text: Tally = field(default_factory=Tally)
     """Texts with special tokens, behind a BOS at the beginning."""
     marks_in_chat: Tally = field(default_factory=Tally)
@@ -135,7 +134,7 @@ def _key(prompt_set: PromptSet, tokenizer: PolicyTokenizer, config: PromptsConfi
     own = tokenizer.tokenizer
     if not own.is_fast:  # what decides its tokens is not known
         return None
-    digest = hashlib.sha256(own.backend_tokenizer.to_str().encode())
+    digest = hashlib.sha256(cast("Any", own).backend_tokenizer.to_str().encode())
     about = [prompt_set.digest, longest, sorted(tokenizer.eos_ids), own.chat_template, str(own.special_tokens_map)]
     digest.update(canonical_json([*about, config.model_dump(exclude=_DRAWN)]))
     return digest.hexdigest()
@@ -192,8 +191,6 @@ class _Reader:
             found.unknown.add(row, text)
         if text.rstrip().endswith(self.eos_texts) or (ids and ids[-1] in self.eos_ids):
             found.ends_with_eos.add(row, text)
-        if text.rstrip().endswith("<think>"):
-            found.opens_think.add(row, text)
         if len(ids) > found.longest:
             found.over_long.add(row, f"of {len(ids)} tokens")
             whole = AssembledPrompt(text, [] if isinstance(entry, str) else entry, ids)

@@ -9,8 +9,6 @@ from typing import Any, Final, cast
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.reward_config import FunctionReward
-from rlhf_core.models.reward_model import Conversation
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.preflight.assembled import MAX_ROWS, Findings, Progress, end_of, read_prompts, render_both
@@ -18,7 +16,6 @@ from rlhf_core.preflight.batch_sizes import batch_sizes_that_work
 from rlhf_core.prompts.assembly import PromptAssembler
 from rlhf_core.prompts.rendering import no_template
 from rlhf_core.prompts.sources import PromptSet
-from rlhf_core.rewards.function import load_function
 
 ANSWER: Final = "an answer 7f3a91"
 """Stands for the policy's answer in a rendered chat."""
@@ -61,7 +58,6 @@ def check_prompts(
     problems = [*_row_problems(config, found, len(entries))]
     if not found.refused:
         problems += _opening_problems(config, prompt_set, assembler, found, notes)
-    problems += _think_problems(config, found)
     notes += _notes(config, found, assembler, len(entries))
     if problems:
         raise UserError(*problems)
@@ -180,31 +176,6 @@ def _opening_problems(
             )
             break
     return []
-
-
-def _think_problems(config: RunConfig, found: Findings) -> Iterator[str]:
-    """A ``<think>`` that the prompt has opened, where the ready-made ``format`` looks for it in the response."""
-    if not found.opens_think:
-        return
-    end = "reasons</think>\n<answer>answer</answer>"
-    for index, component in enumerate(config.reward.components):
-        if not isinstance(component, FunctionReward) or component.function != "format":
-            continue
-        field = f"reward.components.{index}"
-        try:
-            ready = load_function(component, field=field, columns=[])
-            whole, continued = (
-                ready.score([Conversation("<think>\n", text, [], [], 0)])[0] for text in (f"<think>\n{end}", end)
-            )
-        except UserError:  # told already
-            continue
-        if whole and not continued:
-            yield (
-                f"{field} is the ready-made format, which looks for <think> in the response, but "
-                f"{len(found.opens_think)} prompts end with it ({found.opens_think.first}), so that no response would "
-                rf"have the form; set {field}.params.pattern to '(?:<think>)?.*</think>\s*<answer>.*</answer>', or a "
-                "template option that leaves <think> out"
-            )
 
 
 def _notes(config: RunConfig, found: Findings, assembler: PromptAssembler, total: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config import PromptsConfig
@@ -53,18 +53,13 @@ class PromptAssembler:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptsConfig, eos_ids: Collection[int]) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.added_before, self.added_behind = added_tokens(tokenizer)
-        self.added_text = tokenizer.decode(self.added_before, skip_special_tokens=False) if self.added_before else ""
+        shown = tokenizer.decode(self.added_before, skip_special_tokens=False) if self.added_before else ""
+        self.added_text = cast("str", shown)
         self.drops_eos = bool(self.added_behind) and self.added_behind[-1] in eos_ids
 
     def entry(self, entry: PromptEntry) -> PromptEntry:
         """The entry with ``as_chat`` and ``system`` applied."""
-        if isinstance(entry, str):
-            if not self.config.as_chat:
-                return entry
-            entry = [{"role": "user", "content": entry}]
-        if self.config.system is None or any(message["role"] == "system" for message in entry):
-            return entry
-        return [{"role": "system", "content": self.config.system}, *entry]
+        return read_as(entry, self.config)
 
     def text(self, entry: PromptEntry) -> str:
         """The whole text of a prompt. Raises UserError if the chat template refuses it."""
@@ -190,6 +185,17 @@ class PromptAssembler:
         return found if len(found.tokens) <= longest else None
 
 
+def read_as(entry: PromptEntry, config: PromptsConfig) -> PromptEntry:
+    """The entry with ``as_chat`` and ``system`` applied: what stands for it in conversations."""
+    if isinstance(entry, str):
+        if not config.as_chat:
+            return entry
+        entry = [{"role": "user", "content": entry}]
+    if config.system is None or any(message["role"] == "system" for message in entry):
+        return entry
+    return [{"role": "system", "content": config.system}, *entry]
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer adds before and behind a text."""
     for text in ("a", "0", ".", *islice(tokenizer.get_vocab(), MAX_TRIED)):  # one that the tokenizer does not drop
@@ -217,7 +223,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_specia
 
     def encode(start: int) -> list[list[int]]:
         some = texts[start : start + size]
-        found = tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=add_special_tokens)
+        found = cast("Any", tokenizer).backend_tokenizer.encode_batch_fast(some, add_special_tokens=add_special_tokens)
         return [row.ids for row in found]
 
     with ThreadPoolExecutor(num_threads) as threads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,6 @@ def _byte_alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Character -> byte of a byte-level vocabulary; empty for others."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    if not tokenizer.is_fast or "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
+    if not tokenizer.is_fast or "ByteLevel" not in str(cast("Any", tokenizer).backend_tokenizer.decoder):
         return {}
     return {character: byte for byte, character in bytes_to_unicode().items()}

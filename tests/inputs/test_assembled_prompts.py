@@ -249,25 +249,19 @@ def test_a_policy_may_be_given_a_chat_template(tmp_path: Path, as_file: bool) ->
 
 
 def test_the_format_reward_beside_a_think_that_the_prompt_opens(tmp_path: Path) -> None:
-    """Refused, unless the reward counts what the prompt has opened."""
-    from rlhf_core.rewards.ready_made import READY_MADE
-
+    """Noted where every answer would score 0: of texts that are read as chats, and under the template's options."""
+    told = "prompts end with '<think>\\n', and reward.components.0 (format) looks for it"
+    reward = {"components": [FORMAT]}
     policy = chat_policy(tmp_path / "policy", THINKING)
-    config = config_for(policy, CHATS, reward={"components": [FORMAT]})
-    assert READY_MADE["format"](responses=["reasons</think><answer>4</answer>"]) == [0.0]
-    with pytest.raises(UserError, match="format, which looks for <think> in the response, but 8 prompts end with it"):
-        preflight(config)
-    params = {"pattern": r"(?:<think>)?.*</think>\s*<answer>.*</answer>"}
-    preflight(
-        config_for(policy, CHATS, reward={"components": [{"kind": "function", "function": "format", "params": params}]})
-    )
-    preflight(
-        config_for(
-            chat_policy(tmp_path / "other", CHATML),
-            CHATS,
-            reward={"components": [{"kind": "function", "function": "format"}]},
-        )
-    )
+    for prompts, knobs in ((CHATS, {}), (TEXTS, {"as_chat": True})):
+        assert any(told in note for note in read(config_for(policy, prompts, prompts=knobs, reward=reward))[2])
+    opened = {"components": [{**FORMAT, "params": {"opened": True}}]}
+    assert read(config_for(policy, CHATS, reward=opened))[2] == []
+    switched = chat_policy(tmp_path / "switched", SWITCH)
+    for thinks in (True, False):
+        options = {"template_options": {"enable_thinking": thinks}}
+        notes = read(config_for(switched, CHATS, prompts=options, reward=reward))[2]
+        assert any("prompts end with '<think>\\n\\n</think>" in note for note in notes) is not thinks
 
 
 def test_several_templates_without_a_default(tmp_path: Path) -> None:

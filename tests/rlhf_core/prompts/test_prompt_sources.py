@@ -404,7 +404,8 @@ BAD_ENTRIES: list[tuple[Any, str]] = [
     ([], "prompt is []; a prompt must not be empty"),
     (
         USER,
-        f"prompt is {USER}, a dict; a text or a list of {{role, content}} messages is needed; put the message into a list",
+        f"prompt is {USER}, a dict; a text or a list of {{role, content}} messages is needed; "
+        "put the message into a list",
     ),
     (["Hi"], "prompt[0] is 'Hi'; a message is {role, content}, both of them texts"),
     (
