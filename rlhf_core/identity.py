@@ -23,6 +23,7 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.clock import clock_day, clock_readers
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
 from rlhf_core.models.hub import files_of, folder_of
+from rlhf_core.models.policy_template import policy_template_digest
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.rewards.loading import component_digest
@@ -69,6 +70,7 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
         }
         | ({"update": update.layout(num_threads)} if update.is_launched else {})
         | _of_the_clock(config)
+        | ({"policy.chat_template": policy_template_digest(config.policy)} if config.policy.chat_template else {})
     )
 
 

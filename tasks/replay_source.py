@@ -21,7 +21,7 @@ from rlhf_core.contracts.schemas import STAGES
 from rlhf_core.identity import identity_drift, run_identity, source_digest
 from rlhf_core.models.devices import using_threads
 from rlhf_core.models.texts import token_texts
-from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight import Plan, load_plan
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import BundleRecord, is_bundle
 from rlhf_core.replay.opening import open_bundle
@@ -72,7 +72,7 @@ class Source:
     def plan_of(self, config: RunConfig) -> Plan:
         """The plan of a located config."""
         if self.bundle is None:
-            return preflight(config, begun=True)
+            return load_plan(config)
         return bundle_plan(config, self.bundle) if self.bundle.with_models else _of_arithmetic(self.bundle.vocab_size)
 
     def decode(self, token: int) -> str:

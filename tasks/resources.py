@@ -43,7 +43,7 @@ from rlhf_core.models.policy import load_reference
 from rlhf_core.models.ranks import GroupRanks
 from rlhf_core.models.sharding import shard_trainer
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
-from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight import Plan, load_plan
 from rlhf_core.preflight.probe import Loaded
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.rewards.scoring import Component
@@ -118,7 +118,7 @@ class Resources:
     @property
     def plan(self) -> Plan:
         """The run's plan, with its prompts and tokenizer."""
-        return self._once("plan", lambda: preflight(self.run.config, begun=True))
+        return self._once("plan", lambda: load_plan(self.run.config))
 
     def keep_plan(self, plan: Plan) -> None:
         """Take over the plan of whoever has just checked this run, instead of making it again."""

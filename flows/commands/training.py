@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from flows import stopping
 from flows.commands.options import A_RUN, ConfigOption, SetOption, console, prepare_environment
+from flows.displays.prompts import checking
 from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.store.address import shown
+
+CHECKING = "checking the config, models and prompts"
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig
@@ -46,10 +50,12 @@ def train(
         run_config = load_config(config, set_ or [])
         run_dir = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         check_new(run_dir)
-        with console.status("checking the config, models and prompts"):
+        with checking(console, CHECKING) as progress:
             from rlhf_core.preflight import preflight
 
-            preflight(run_config)
+            plan = preflight(run_config, progress)
+    for note in plan.notes:
+        console.print(f"[bold]note[/]  {escape(note)}")
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
@@ -111,6 +117,10 @@ def check(
     with_probe: Annotated[
         bool, typer.Option("--probe", help="Load the models and try them on a few rows, as every training does first.")
     ] = False,
+    show_prompts: Annotated[
+        int,
+        typer.Option("--show-prompts", metavar="N", min=0, help="Print N prompts token by token, as models read them."),
+    ] = 0,
 ) -> None:
     """Check a config against its files and models; print the plan. Loads no weights without --probe."""
     prepare_environment()
@@ -124,14 +134,18 @@ def check(
 
     with naming_places(config):
         run_config = load_config(config, set_ or [])
-        with console.status("checking the config, models and prompts"):
-            plan = preflight(run_config)
+        with checking(console, CHECKING) as progress:
+            plan = preflight(run_config, progress)
         if with_probe:
             from rlhf_core.preflight.probe import probe
 
             with console.status("loading the models and trying them"):
                 plan.notes.extend(probe(run_config, plan))
     show_plan(console, run_config, plan, copy_of(run_dir))
+    if show_prompts:
+        from flows.displays.prompts import show_prompts as show
+
+        show(console, run_config, plan, show_prompts)
 
 
 def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf_core.contracts.config import RunConfig
@@ -49,7 +50,7 @@ def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) ->
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
         ("memory", _memory(plan)),
         ("disk", _disk(disk, free)),
-        *(("note", note) for note in plan.notes),
+        *(("note", escape(note)) for note in plan.notes),
     ):
         table.add_row(f"[bold]{label}", text)
     console.print(table)

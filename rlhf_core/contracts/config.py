@@ -24,6 +24,7 @@ from rlhf_core.contracts.policy_config import PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.reward_config import GIVEN, RewardConfig
 from rlhf_core.contracts.secrets import config_secrets
 from rlhf_core.contracts.section import Dtype, Positive, Section
+from rlhf_core.contracts.template_options import plain_template_options
 
 
 class PromptsConfig(Section):
@@ -56,6 +57,15 @@ class PromptsConfig(Section):
         default="refuse", description="what happens to a prompt longer than max_len"
     )
     shuffle: bool = Field(default=True, description="a new order each epoch, from the run's seed")
+    as_chat: bool = Field(
+        default=False, description="read a plain text as a user's message, through the policy's chat template"
+    )
+    system: str | None = Field(
+        default=None, min_length=1, description="system message of every chat that has none; null: none is added"
+    )
+    template_options: dict[str, Any] = Field(
+        default={}, description="variables of the policy's chat template: {enable_thinking: false}"
+    )
     template_date: str | None = Field(
         default=None,
         description="YYYY-MM-DD that chat templates take for today (strftime_now), of prompts and of reward models; "
@@ -91,6 +101,11 @@ class PromptsConfig(Section):
             if columns.count(name) > 1:
                 raise ValueError(f"the column {name!r} is named twice")
         return columns
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_can_be_passed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return plain_template_options(options)
 
 
 class CheckpointConfig(Section):

@@ -17,7 +17,10 @@ MAX_NAMED: Final = 3
 """Keys that a hint names."""
 ELSEWHERE: Final[Mapping[str, str]] = {
     "actor_learning_rate": "ppo.learning_rate",
+    "apply_chat_template": "prompts.as_chat",
+    "apply_chat_template_kwargs": "prompts.template_options",
     "beta": "kl.coef",
+    "chat_template_kwargs": "prompts.template_options",
     "cliprange": "ppo.clip_range",
     "cliprange_value": "ppo.value_clip_range",
     "data": "prompts.source",
@@ -55,6 +58,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "sft_model_path": "policy.model",
     "steps": "num_iterations",
     "stop_token": "generation.stop",
+    "system_prompt": "prompts.system",
     "total_episodes": "num_iterations",
     "vf_clip": "ppo.value_clip_range",
 }

@@ -76,6 +76,11 @@ class PolicyConfig(Section):
         description="token to pad with; null: the tokenizer's, or one that no text has where it has none, one that "
         "ends a response, or one without a row in the embedding",
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Jinja text or a file of it, for prompts that are chats; null: the tokenizer's own",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute a layer's activations again in the backward pass instead of keeping them"
     )

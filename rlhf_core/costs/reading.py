@@ -12,6 +12,7 @@ from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.costs.operations import Shape
 from rlhf_core.costs.workload import Model, Workload
 from rlhf_core.models.critic_start import with_critic_start
+from rlhf_core.models.policy_template import with_policy_template
 from rlhf_core.models.sizes import empty_model, parameter_counts
 from rlhf_core.models.tokenizers import load_policy_tokenizer
 from rlhf_core.preflight import context_length, model_config
@@ -116,7 +117,9 @@ def _prompt_len(config: RunConfig, policy: Any) -> tuple[int, str]:
     if has_tokenizer and config.prompts.source and room is not None:
         prompts = sample_prompts(
             load_prompt_set(config.prompts),
-            load_policy_tokenizer(name, config.policy.pad_token, adapter=config.policy.adapter),
+            with_policy_template(
+                load_policy_tokenizer(name, config.policy.pad_token, adapter=config.policy.adapter), config.policy
+            ),
             config.prompts,
             cursor=Cursor(),
             seed=config.seed,

@@ -18,9 +18,9 @@ from rlhf_core.contracts.policy_config import CriticConfig, PolicyConfig, Refere
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.adapters import is_adapter as is_lora_adapter
 from rlhf_core.ops.frontier import MIN_WEIGHTED_SAMPLES
-from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight import Plan, load_plan, preflight
+from rlhf_core.preflight.assembled import read_prompts
 from rlhf_core.preflight.pins import pinned
-from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import load_prompt_set
 from rlhf_core.stages.sample_prompts import sample_prompts
 
@@ -161,16 +161,18 @@ def _prepare(
         )
     ours = evaluation_config(config, _of_size(source, min(size, request.num_prompts), size), model, request.seed)
     ours = pinned(ours).config
-    plan = preflight(ours)
+    plan = load_plan(ours)
     count = min(ours.prompts.num_prompts, _num_usable(ours, plan))
     if count < MIN_PROMPTS:
         raise UserError(
             f"prompts.source {source.source!r} has {count} prompts that fit; at least {MIN_PROMPTS} are needed"
         )
+    usable = _of_size(ours.prompts, count, size)
+    preflight(ours.model_copy(update={"prompts": usable}))
     drawn = sample_prompts(
         plan.prompt_set,
         plan.tokenizer,
-        _of_size(ours.prompts, count, size),
+        usable,
         cursor=Cursor(),
         seed=request.seed,
         max_prompt_len=plan.max_prompt_len,
@@ -200,6 +202,7 @@ def evaluation_config(config: RunConfig, prompts: PromptsConfig, model: str | No
             adapter=model if is_adapter else None,
             dtype=policy.dtype,
             pad_token=policy.pad_token,
+            chat_template=policy.chat_template,
         )
     generation = config.generation
     if generation.batch_size is None:
@@ -236,14 +239,10 @@ def _of_size(prompts: PromptsConfig, count: int, size: int) -> PromptsConfig:
 
 def _num_usable(config: RunConfig, plan: Plan) -> int:
     """Prompts of the source that are short enough, where over-long ones are dropped; else all."""
-    entries, tokenizer, date = plan.prompt_set.entries, plan.tokenizer, config.prompts.template_date
+    size = len(plan.prompt_set.entries)
     if config.prompts.over_long != "drop":
-        return len(entries)
-    lens = (
-        len(tokenizer.encode(render_prompt(entry, tokenizer.tokenizer, date=date), is_chat=not isinstance(entry, str)))
-        for entry in entries
-    )
-    return sum(length <= plan.max_prompt_len for length in lens)
+        return size
+    return size - len(read_prompts(plan.prompt_set, plan.tokenizer, config.prompts, plan.max_prompt_len).over_long)
 
 
 @functools.lru_cache(maxsize=1)

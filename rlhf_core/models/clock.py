@@ -26,6 +26,9 @@ def clock_readers(config: RunConfig) -> list[str]:
     """
     places = {"policy.model": config.policy.model, "policy.adapter": config.policy.adapter}
     found: list[str] = []
+    if (template := config.policy.chat_template) is not None:
+        places = dict[str, str | None]()
+        found = ["policy.chat_template"] if CLOCK in _own_template(template, "policy.chat_template") else []
     for index, component in enumerate(config.reward.components):
         field = f"reward.components.{index}"
         if not isinstance(component, ModelReward):

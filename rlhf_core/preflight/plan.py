@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,11 +12,13 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.critic_start import with_critic_start
 from rlhf_core.models.devices import check_ranks, resolve_device, resolve_num_threads
 from rlhf_core.models.model_folders import CAUSAL_LM, check_model_folder
+from rlhf_core.models.policy_template import with_policy_template
 from rlhf_core.models.sizes import memory_parts, notes, parameter_counts, peak_memory, trained_adapter_size
 from rlhf_core.models.tokenizers import PolicyTokenizer, load_policy_tokenizer
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.models.vocabulary import DrawableTokens
 from rlhf_core.preflight.architectures import check_architectures
+from rlhf_core.preflight.assembled import Progress
 from rlhf_core.preflight.folders import model_config
 from rlhf_core.preflight.mathematics import check_mathematics
 from rlhf_core.preflight.message_keys import check_message_keys
@@ -57,15 +60,35 @@ class Plan:
     notes: list[str]
 
 
-def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
+def preflight(config: RunConfig, progress: Progress | None = None, *, begun: bool = False) -> Plan:
     """Check a config against its files and models; load no weights.
 
     Args:
         config: already valid in itself.
+        progress: called with the prompts read so far and the number of all.
         begun: the run exists, and may have settings that a new one is refused.
     Returns: the plan of the run.
     Raises: UserError with every problem found.
     """
+    return _plan(config, functools.partial(check_prompts, progress=progress), begun=begun)
+
+
+def load_plan(config: RunConfig) -> Plan:
+    """The plan of a run whose pre-flight was passed before: prompts are loaded, and not read one by one.
+
+    Args:
+        config: of the run.
+    Raises: UserError with every problem found.
+    """
+    return _plan(config, None, begun=True)
+
+
+def _plan(
+    config: RunConfig,
+    read_prompts: Callable[[RunConfig, PromptSet, PolicyTokenizer, int, list[str]], None] | None,
+    *,
+    begun: bool,
+) -> Plan:
     problems: list[str] = []
     held = pinned(config)
     config, found = held.config, [*held.notes]
@@ -90,7 +113,9 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         policy = None
     section = config.policy
     tokenizer = policy and attempt(
-        lambda: load_policy_tokenizer(section.model, section.pad_token, adapter=section.adapter)
+        lambda: with_policy_template(
+            load_policy_tokenizer(section.model, section.pad_token, adapter=section.adapter), section
+        )
     )
     tokens: DrawableTokens | None = None
     if policy is not None and tokenizer is not None:
@@ -113,13 +138,13 @@ def preflight(config: RunConfig, *, begun: bool = False) -> Plan:
         )
     prompt_set = attempt(lambda: load_prompt_set(config.prompts))
     limits = policy and attempt(lambda: prompt_and_context_limits(config, policy))
-    if prompt_set is not None and tokenizer is not None and limits is not None:
-        attempt(lambda: check_prompts(config, prompt_set, tokenizer, limits[0], found))
+    if read_prompts is not None and prompt_set is not None and tokenizer is not None and limits is not None:
+        attempt(lambda: read_prompts(config, prompt_set, tokenizer, limits[0], found))
         attempt(lambda: check_message_keys(config, prompt_set, tokenizer))
         attempt(lambda: check_spelled(prompt_set, tokenizer, rows_of(policy)))
     if tokenizer is not None:
         attempt(lambda: check_stop(config.generation, tokenizer, found))
-    if prompt_set is not None and tokenizer is not None:
+    if read_prompts is not None and prompt_set is not None and tokenizer is not None:
         date = config.prompts.template_date
         attempt(lambda: check_reward_prompts(config, tokenizer, prompt_set, found, template_date=date))
     if limits is not None:

@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
-from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config import PromptsConfig, RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RAW, ComponentReward, FunctionReward, ModelReward
 from rlhf_core.models.reward_text import PROBE, RewardReader, in_a_line
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.texts import special_ids
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
+from rlhf_core.prompts.assembly import PromptAssembler, read_as
 from rlhf_core.prompts.entries import PromptEntry, shown
-from rlhf_core.prompts.rendering import render_prompt
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.rewards.ready_made import READY_MADE, THINK_THEN_ANSWER, opened_by_prompt
 from rlhf_core.rewards.scoring import Failure
@@ -45,6 +45,7 @@ def check_reward_prompts(
         template_date: of the run, for templates that show a date.
     Raises: UserError with the problems of all components.
     """
+    entries = [read_as(entry, config.prompts) for entry in prompt_set.entries]
     problems: list[str] = []
     for index, component in enumerate(config.reward.components):
         field = f"reward.components.{index}"
@@ -56,13 +57,13 @@ def check_reward_prompts(
                     policy_vocabulary=vocabulary_digest(tokenizer.tokenizer),
                     template_date=template_date,
                 )
-                if _sources(reader, prompt_set.entries) != {"tokens"}:
+                if _sources(reader, entries) != {"tokens"}:
                     note_special_tokens(component, field, tokenizer, notes)
-                check_reader(reader, component, field, prompt_set.entries, notes)
+                check_reader(reader, component, field, entries, notes)
                 continue
             note_special_tokens(component, field, tokenizer, notes)
             if isinstance(component, FunctionReward):
-                note_opened(component, field, prompt_set.entries, tokenizer, notes)
+                note_opened(component, field, config.prompts, prompt_set.entries, tokenizer, notes)
                 check_answers(component, field, prompt_set.columns, notes)
         except UserError as error:
             problems.extend(error.problems)
@@ -194,6 +195,7 @@ def check_answers(component: FunctionReward, field: str, columns: Sequence[Any],
 def note_opened(
     component: FunctionReward,
     field: str,
+    prompts: PromptsConfig,
     entries: Sequence[PromptEntry],
     tokenizer: PolicyTokenizer,
     notes: list[str],
@@ -202,7 +204,7 @@ def note_opened(
     if component.function != "format" or not entries:
         return
     try:
-        text = render_prompt(entries[0], tokenizer.tokenizer)
+        text = PromptAssembler(tokenizer.tokenizer, prompts, tokenizer.eos_ids).text(entries[0])
     except UserError:  # told by the check of the prompts
         return
     if note := opened_by_prompt(component, field, text):

@@ -18,12 +18,13 @@ _LINE_ENDS: Final = "\r\n"
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def oddities(entries: Sequence[PromptEntry], place: Callable[[int], str]) -> list[str]:
+def oddities(entries: Sequence[PromptEntry], place: Callable[[int], str], *, as_chat: bool = False) -> list[str]:
     """One sentence for each kind of oddity; nothing is changed.
 
     Args:
         entries: all prompts.
         place: from the index of a prompt to its place in the source.
+        as_chat: whether texts are read as chats.
     """
     lasts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in entries]
     texts = [row for row, entry in enumerate(entries) if isinstance(entry, str)]
@@ -53,7 +54,7 @@ def oddities(entries: Sequence[PromptEntry], place: Callable[[int], str]) -> lis
         for sentence, rows in found.items()
         if rows
     ]
-    if texts and len(texts) < len(entries):
+    if texts and len(texts) < len(entries) and not as_chat:
         chat = next(row for row, entry in enumerate(entries) if not isinstance(entry, str))
         notes.append(
             f"{counted(len(texts), 'prompt')} are texts ({place(texts[0])}) and {len(entries) - len(texts)} chats "

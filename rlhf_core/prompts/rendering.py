@@ -67,13 +67,32 @@ def _with_clock(template: str, date: str) -> tuple[str, dict[str, str]]:
     return _CLOCK_MACRO + template, shown
 
 
-def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> str:
+def no_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The problem of chats for a policy without a chat template, in words."""
+    return (
+        f"prompts.column holds chats, but {_named(tokenizer)} has no chat template; take a policy.model that has "
+        "one, set policy.chat_template, or take a prompts.column of plain texts"
+    )
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the tokenizer of policy.model ({tokenizer.name_or_path!r})"
+
+
+def render_prompt(
+    entry: PromptEntry,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    options: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> str:
     """The text of a prompt: a text as it is, a chat by the tokenizer's chat template.
 
     Args:
         entry: text, or messages of {role, content}.
         tokenizer: the policy's; it is asked only for chats.
-        date: ``prompts.template_date``, as :func:`render_chat` takes it.
+        options: ``prompts.template_options``.
+        date: ``prompts.template_date``.
     Returns: the text, opened for the assistant's answer. A template writes its special tokens itself (BOS,
         role marks), so tokenize a rendered chat with ``add_special_tokens=False``.
     Raises:
@@ -81,16 +100,14 @@ def render_prompt(entry: PromptEntry, tokenizer: PreTrainedTokenizerBase, *, dat
     """
     if isinstance(entry, str):
         return entry
-    named = f"the tokenizer of policy.model ({tokenizer.name_or_path!r})"
     if not tokenizer.chat_template:
-        raise UserError(
-            f"prompts.column holds chats, but {named} has no chat template; take a policy.model that has "
-            "one, or a prompts.column of plain texts"
-        )
+        raise UserError(no_template(tokenizer))
     try:
-        return render_chat(tokenizer, entry, add_generation_prompt=True, date=date)
+        return render_chat(tokenizer, entry, add_generation_prompt=True, options=options, date=date)
     except Exception as error:  # jinja2's, and whatever a template's own expressions raise
         roles = ", ".join(message["role"] for message in entry)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"prompts.column holds a chat of the roles {roles}, which the chat template of {named} refuses: {error}"
+            f"prompts.column holds a chat of the roles {roles}, which the chat template of {_named(tokenizer)} "
+            f"refuses: {reason}"
         ) from error

@@ -72,7 +72,11 @@ def load_prompt_set(config: PromptsConfig) -> PromptSet:
     if num_duplicates:
         notes.append(f"{counted(num_duplicates, 'repeated prompt')} of preference pairs are left out")
     about_file = [f"prompts.source {config.source!r}: {note}" for note in rows.notes]
-    about_rows = [*remarks.notes(rows.place), *oddities(entries, lambda index: rows.place(kept[index]))]
+
+    def place(index: int) -> str:
+        return rows.place(kept[index])
+
+    about_rows = [*remarks.notes(rows.place), *oddities(entries, place, as_chat=config.as_chat)]
     return PromptSet(
         entries=entries,
         digest=_digest(config, entries, [columns[row] for row in kept]),

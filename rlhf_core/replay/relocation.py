@@ -14,7 +14,7 @@ from rlhf_core.contracts.places import model_places, put_place
 from rlhf_core.contracts.reward_config import RAW, ModelReward
 from rlhf_core.models.hub import files_of, folder_of
 from rlhf_core.models.reward_text import chat_template_text
-from rlhf_core.preflight import Plan, preflight
+from rlhf_core.preflight import Plan, load_plan
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.replay.bundles import PROMPTS, BundleRecord
 
@@ -93,7 +93,7 @@ def bundle_plan(config: RunConfig, record: BundleRecord) -> Plan:
 
     Raises: UserError with every problem of its models; IntegrityError if its prompts are not those it lists.
     """
-    plan = preflight(config, begun=True)
+    plan = load_plan(config)
     some = plan.prompt_set
     if len(some.entries) != len(record.prompt_rows):
         raise IntegrityError(f"the bundle holds {len(some.entries)} prompts and lists {len(record.prompt_rows)}")
@@ -144,7 +144,8 @@ class ReadRows(Sequence[Item]):
 
 
 def _templates(config: RunConfig) -> dict[str, str]:
-    return {
+    own = {"policy.chat_template": config.policy.chat_template} if config.policy.chat_template else {}
+    return own | {
         f"reward.components.{index}.chat_template": component.chat_template
         for index, component in enumerate(config.reward.components)
         if isinstance(component, ModelReward) and component.chat_template

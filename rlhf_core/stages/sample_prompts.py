@@ -13,8 +13,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.models.tokenizers import PolicyTokenizer
 from rlhf_core.ops.randomness import seeded_generator
-from rlhf_core.prompts.entries import PromptEntry
-from rlhf_core.prompts.rendering import render_prompt
+from rlhf_core.prompts.assembly import AssembledPrompt, PromptAssembler
 from rlhf_core.prompts.sources import PromptSet
 
 
@@ -46,7 +45,8 @@ def sample_prompts(
     wanted, size = config.num_prompts, len(prompt_set.entries)
     epoch, position, dropped = cursor.epoch, cursor.position, 0
     order = _epoch_order(size, epoch, seed, shuffle=config.shuffle)
-    chosen: list[tuple[int, str, list[int], int]] = []
+    assembler = PromptAssembler(tokenizer.tokenizer, config, tokenizer.eos_ids)
+    chosen: list[tuple[int, AssembledPrompt]] = []
     for _ in range(2 * size):  # at most one whole epoch after the rest of this one
         if len(chosen) == wanted:
             break
@@ -57,13 +57,11 @@ def sample_prompts(
                 break
         row = int(order[position])
         position += 1
-        text = render_prompt(prompt_set.entries[row], tokenizer.tokenizer, date=config.template_date)
-        tokens = tokenizer.encode(text, is_chat=not isinstance(prompt_set.entries[row], str))
-        fitted = _fit(tokens, max_prompt_len, config.over_long, row)
+        fitted = _fit(assembler, assembler.assemble(prompt_set.entries[row]), max_prompt_len, row)
         if fitted is None:
             dropped += 1
         else:
-            chosen.append((row, text, fitted, len(tokens) - len(fitted)))
+            chosen.append((row, fitted))
     if len(chosen) < wanted:
         raise UserError(
             f"prompts.source {config.source!r} has too few usable prompts: an iteration needs {wanted} different "
@@ -73,8 +71,8 @@ def sample_prompts(
         _as_batch(chosen, prompt_set),
         metrics={
             "prompts/epoch": float(epoch),
-            "prompts/mean_len": float(np.mean([len(tokens) for _, _, tokens, _ in chosen])),
-            "prompts/truncated": float(sum(cut > 0 for *_, cut in chosen)),
+            "prompts/mean_len": float(np.mean([len(prompt.tokens) for _, prompt in chosen])),
+            "prompts/truncated": float(sum(prompt.num_truncated > 0 for _, prompt in chosen)),
             "prompts/dropped": float(dropped),
         },
         state={"cursor": asdict(Cursor(epoch, position))},
@@ -85,31 +83,34 @@ def _epoch_order(size: int, epoch: int, seed: int, *, shuffle: bool) -> np.ndarr
     return seeded_generator(seed, "sample_prompts", epoch).permutation(size) if shuffle else np.arange(size)
 
 
-def _fit(tokens: list[int], longest: int, over_long: str, row: int) -> list[int] | None:
-    if len(tokens) <= longest:
-        return tokens
-    if over_long == "truncate_left":
-        return tokens[-longest:]
+def _fit(assembler: PromptAssembler, whole: AssembledPrompt, longest: int, row: int) -> AssembledPrompt | None:
+    over_long = assembler.config.over_long
+    if len(whole.tokens) <= longest:
+        return whole
     if over_long == "drop":
         return None
+    if over_long == "truncate_left":
+        if (cut := assembler.truncated(whole, longest)) is not None:
+            return cut
+        remedy = "set prompts.over_long to drop"
+    else:
+        remedy = "set prompts.over_long to truncate_left or drop"
     raise UserError(
-        f"prompt {row} (from 0) of prompts.source has {len(tokens)} tokens, more than the {longest} that fit; "
-        "set prompts.over_long to truncate_left or drop, or raise prompts.max_len if the context allows"
+        f"prompt {row} (from 0) of prompts.source has {len(whole.tokens)} tokens, more than the {longest} that fit; "
+        f"{remedy}, or raise prompts.max_len if the context allows"
     )
 
 
-def _as_batch(chosen: list[tuple[int, str, list[int], int]], prompt_set: PromptSet) -> Prompts:
-    width = max(len(tokens) for _, _, tokens, _ in chosen)
+def _as_batch(chosen: list[tuple[int, AssembledPrompt]], prompt_set: PromptSet) -> Prompts:
+    rows, prompts = [row for row, _ in chosen], [prompt for _, prompt in chosen]
+    lens = [len(prompt.tokens) for prompt in prompts]
+    width = max(lens)
     return Prompts(
-        prompt_ids=[row for row, *_ in chosen],
-        texts=[text for _, text, _, _ in chosen],
-        messages=[_messages(prompt_set.entries[row]) for row, *_ in chosen],
-        tokens_QP=torch.tensor([tokens + [0] * (width - len(tokens)) for _, _, tokens, _ in chosen]),
-        mask_QP=torch.tensor([[True] * len(tokens) + [False] * (width - len(tokens)) for _, _, tokens, _ in chosen]),
-        num_truncated=[cut for *_, cut in chosen],
-        columns=[prompt_set.columns[row] for row, *_ in chosen],
+        prompt_ids=rows,
+        texts=[prompt.text for prompt in prompts],
+        messages=[list(prompt.messages) for prompt in prompts],
+        tokens_QP=torch.tensor([prompt.tokens + [0] * (width - len(prompt.tokens)) for prompt in prompts]),
+        mask_QP=torch.tensor([[True] * length + [False] * (width - length) for length in lens]),
+        num_truncated=[prompt.num_truncated for prompt in prompts],
+        columns=[prompt_set.columns[row] for row in rows],
     )
-
-
-def _messages(entry: PromptEntry) -> list[dict[str, str]]:
-    return [] if isinstance(entry, str) else list(entry)

@@ -48,7 +48,7 @@ def test_no_chat_template() -> None:
 
     assert list(caught.value.problems) == [
         "prompts.column holds chats, but the tokenizer of policy.model ('tiny') has no chat template; take a "
-        "policy.model that has one, or a prompts.column of plain texts"
+        "policy.model that has one, set policy.chat_template, or take a prompts.column of plain texts"
     ]
 
 
