@@ -8,8 +8,8 @@ from pathlib import Path
 import rlhf_core
 
 ROOT = Path(rlhf_core.__file__).parent
-FOLDERS = ("folder", "path", "folder_of(", "str(folder", "str(path", "Path(")
-"""How an expression begins that is a folder."""
+FOLDERS = ("folder", "path", "folder_of(", "place_of(", "str(folder", "str(path", "Path(", "None")
+"""How an expression begins that is a folder, or no place at all where the weights are given."""
 
 
 def loads(source: str) -> list[str]:
