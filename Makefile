@@ -28,7 +28,7 @@ REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDES
 	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test torture bench lint format clean refused
+.PHONY: quickstart test torture bench families lint format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -41,6 +41,9 @@ torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damag
 
 bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an idle machine; writes bench.json
 	PYTHONPATH=.:tests $(BIN)/python -m benchmarks --json bench.json $(if $(ASSETS),--assets $(ASSETS)) $(if $(ONLY),--only $(ONLY))
+
+families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

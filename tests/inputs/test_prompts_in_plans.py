@@ -38,7 +38,13 @@ def with_prompts(path: Path, *rows: Any) -> str:
 
 
 def of_policy(folder: Path) -> list[str]:
-    return [f"policy.model={folder}", "prompts.batch_size=4", "ppo.num_minibatches=2", "kl.controller=fixed"]
+    return [
+        f"policy.model={folder}",
+        "reward.components.0.chat_template=raw",
+        "prompts.batch_size=4",
+        "ppo.num_minibatches=2",
+        "kl.controller=fixed",
+    ]
 
 
 def test_pairs_beside_a_text_column_are_rendered_as_chats(

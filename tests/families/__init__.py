@@ -1,0 +1,1 @@
+"""`make families`: every family of transformers at tiny size, as policy and as reward model, against transformers."""

@@ -1,0 +1,118 @@
+"""Print the table of model families, and write it as a page.
+
+python -m families [--page docs/models.md] [--only llama qwen3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from tiny_world import make_tiny
+
+from families.models import families
+from families.rows import Row, policy_row, reward_row
+from rlhf_core.models.tokenizers import load_tokenizer
+
+MAX_SECONDS = 120
+"""For one family; a longer one counts as died."""
+POLICIES, REWARDS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns the exit code: 1 if a family is wrong or dies after a passed check."""
+    parser = argparse.ArgumentParser(prog="families", description=__doc__)
+    parser.add_argument("--page", type=Path, help="write the tables there, as Markdown")
+    parser.add_argument("--only", nargs="*", default=None, help="model types; default: all")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console = Console()
+    tables: dict[str, list[Row]] = {}
+    with tempfile.TemporaryDirectory() as place:
+        world = make_tiny(Path(place))
+        tokenizer = load_tokenizer(str(world.policy), field="policy.model")
+        for title, auto_class, measure in (
+            ("Policies", POLICIES, lambda kind: policy_row(kind, world.root, tokenizer)),
+            ("Reward models", REWARDS, lambda kind: reward_row(kind, world.root, tokenizer)),
+        ):
+            kinds = [k for k in families(auto_class) if asked.only is None or k in asked.only]
+            rows = (_bounded(kind, measure) for kind in kinds)
+            tables[title] = list(track(rows, description=title, total=len(kinds), console=Console(stderr=True)))
+    text = page(tables)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if asked.page is not None:
+        asked.page.write_text(text, encoding="utf-8")
+    return 0 if all(row.is_right for rows in tables.values() for row in rows) else 1
+
+
+def page(tables: dict[str, list[Row]]) -> str:
+    """The tables as Markdown: every cell a number, or the sentence of check."""
+    lines = ["# Model families", ""]
+    lines += [
+        f"Measured with transformers {transformers.__version__} and torch {torch.__version__} on models of random "
+        "weights at tiny size, by `make families`.",
+        "Each number is the largest difference from transformers alone, one unpadded row at a time (float32).",
+        "",
+    ]
+    for title, rows in tables.items():
+        measured = [row for row in rows if row.cells]
+        refused = [row for row in rows if row.refusal is not None]
+        broken = [row for row in rows if row.died is not None]
+        not_made = [row for row in rows if row.not_made is not None]
+        names = list(dict.fromkeys(name for row in measured for name in row.cells))
+        lines += [f"## {title}", "", f"{len(measured)} measured, {len(refused)} refused by `rlhf check`.", ""]
+        lines += ["| family | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in measured:
+            cells = [_number(row.cells.get(name)) for name in names]
+            lines.append(f"| {row.kind} | " + " | ".join(cells) + " |")
+        for heading, some in (
+            ("Refused by check", refused),
+            ("Died after a passed check", broken),
+            ("Not made", not_made),
+        ):
+            if some:
+                lines += ["", f"### {heading}", "", "| family | |", "|---|---|"]
+                reasons = [(row.kind, row.refusal or row.died or row.not_made or "") for row in some]
+                lines += [f"| {kind} | {_cell(reason)} |" for kind, reason in reasons]
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.0e}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _bounded(kind: str, measure: Callable[[str], Row]) -> Row:
+    """A row, or that it took too long."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(MAX_SECONDS)
+    try:
+        return measure(kind)
+    except TimeoutError as error:
+        return Row(kind, died=str(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
