@@ -55,7 +55,7 @@ def checking(console: Console, doing: str) -> Iterator[Callable[[int, int], None
 
 def show_prompts(console: Console, config: RunConfig, plan: Plan, count: int) -> None:
     """Print the first prompts of a run as the models read them."""
-    from rlhf_core.preflight.readings import first_prompts, prompt_readings
+    from rlhf_core.preflight.readings import RESPONSE, first_prompts, prompt_readings, reward_readings
 
     prompts = first_prompts(config, plan, count)
     console.print(
@@ -64,6 +64,10 @@ def show_prompts(console: Console, config: RunConfig, plan: Plan, count: int) ->
     )
     for reading in prompt_readings(plan, prompts):
         show_reading(console, reading)
+    if readings := reward_readings(config, plan, prompts):
+        console.print(Text(f"\nWhat reward components read of the first of them and {RESPONSE!r}", style="dim"))
+        for reading in readings:
+            show_reading(console, reading)
 
 
 def show_reading(console: Console, reading: Reading) -> None:

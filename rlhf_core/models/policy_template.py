@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config_io import digest_json
+from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.policy_config import PolicyConfig
+from rlhf_core.contracts.reward_config import RAW
 from rlhf_core.models.reward_text import chat_template_text
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.tokenizers import PolicyTokenizer
@@ -22,6 +24,8 @@ def with_policy_template(tokenizer: PolicyTokenizer, config: PolicyConfig) -> Po
     Returns: the same tokenizer.
     Raises: UserError: neither Jinja nor a file of it, or a template that is too slow.
     """
+    if config.chat_template == RAW:
+        raise UserError(f"{FIELD} is {RAW}, which only a reward model can have; give Jinja or a file of it, or null")
     if config.chat_template is not None:
         template = chat_template_text(config.chat_template, field=FIELD)
         check_template(template, _QUESTION, FIELD)

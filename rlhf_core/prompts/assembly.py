@@ -14,6 +14,7 @@ from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.prompts.entries import PromptEntry
+from rlhf_core.prompts.pieces import special_tokens
 from rlhf_core.prompts.rendering import render_prompt
 
 if TYPE_CHECKING:
@@ -198,7 +199,10 @@ def read_as(entry: PromptEntry, config: PromptsConfig) -> PromptEntry:
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer adds before and behind a text."""
+    special = set(special_tokens(tokenizer).values())
     for text in ("a", "0", ".", *islice(tokenizer.get_vocab(), MAX_TRIED)):  # one that the tokenizer does not drop
+        if text in special:
+            continue
         plain = cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
         whole = cast("list[int]", tokenizer(text)["input_ids"])
         for start in range(len(whole) - len(plain) + 1 if plain else 0):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_policies import LLAMA3, TEXTS, chat_policy, chats, config_for
 from rich.cells import cell_len
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
 from flows.cli import main
 from flows.displays.prompts import checking, show_prompts, token_lines
 from rlhf_core.contracts.config_io import config_template
 from rlhf_core.preflight import preflight
+from rlhf_core.preflight.readings import RESPONSE, first_prompts, reward_readings
 from rlhf_core.prompts.pieces import Piece
 
 WIDE = "你好 " * 30
@@ -57,6 +60,36 @@ def test_lines() -> None:
     assert "… 520 tokens …" in lines
     assert lines[-1].endswith("999")
     assert [line.plain for line in token_lines([Piece(0, "abcdef", is_special=True)], 5)] == ["abcd", "ef"]
+
+
+ROLES = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+FUNCTION = {"kind": "function", "function": "length", "name": "long"}
+
+
+@pytest.mark.parametrize("template", [None, ROLES])
+def test_what_reward_components_read_of_one_response(tmp_path: Path, template: str | None) -> None:
+    """Judged by plain transformers: the policy's tokens where template and vocabulary are the same, else its own."""
+    policy = chat_policy(tmp_path / "policy", LLAMA3, post="bos")
+    reward = shutil.copytree(policy, tmp_path / "reward")
+    sizes = AutoConfig.from_pretrained(policy)
+    sizes.num_labels = 1
+    LlamaForSequenceClassification(sizes).save_pretrained(reward)
+    component = {"kind": "model", "model": str(reward), "name": "judge", "chat_template": template}
+    sections: dict[str, Any] = {"reward": {"components": [component, FUNCTION]}, "prompts": {"as_chat": True}}
+    config = config_for(policy, TEXTS, ["policy.critic.init=policy"], **sections)
+    plan = preflight(config)
+    judge, function = reward_readings(config, plan, first_prompts(config, plan, 1))
+    tokenizer: Any = AutoTokenizer.from_pretrained(reward)
+    chat = chats(TEXTS[0])[0]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    response = tokenizer(RESPONSE, add_special_tokens=False)["input_ids"]
+    expected = [*prompt, *response, tokenizer.eos_token_id]
+    if template is not None:
+        text = f"[user]{TEXTS[0]}[assistant]{RESPONSE}"
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [piece.token for piece in judge.pieces] == expected
+    assert judge.title == "judge (reward.components.0)"
+    assert [piece.text for piece in function.pieces] == [RESPONSE.replace(" ", "·")]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

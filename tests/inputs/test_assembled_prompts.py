@@ -264,6 +264,15 @@ def test_the_format_reward_beside_a_think_that_the_prompt_opens(tmp_path: Path) 
         assert any("prompts end with '<think>\\n\\n</think>" in note for note in notes) is not thinks
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("raw", "which only a reward model can have"), ("nowhere.jinja", "neither Jinja"), ("{% for %}", "refuses: ")],
+)
+def test_what_is_no_chat_template(tmp_path: Path, template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        preflight(config_for(chat_policy(tmp_path / "policy"), CHATS, policy={"chat_template": template}))
+
+
 def test_several_templates_without_a_default(tmp_path: Path) -> None:
     policy = chat_policy(tmp_path / "policy")
     tokenizer = plain(policy)
