@@ -216,6 +216,24 @@ def test_nothing_is_written_where_the_probe_refuses(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_failing_disk_is_not_called_a_mistake_of_the_config(
+    tiny_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written by a probe, and what the operating system says while it reads is passed on as it is."""
+    run = tiny_config([])
+    plan = preflight(run)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for writer in ("transformers.PretrainedConfig.save_pretrained", "tempfile.mkdtemp", "pathlib.Path.write_text"):
+        monkeypatch.setattr(writer, full)
+    probe(run, plan)
+    monkeypatch.setattr("rlhf_core.preflight.probe.load_reference", full)
+    with pytest.raises(OSError, match="No space left"):
+        probe(run, plan)
+
+
 def test_distances_by_hand() -> None:
     """A model whose state is the number of tokens before, kept or lost; and one that adds what stands beside it."""
 
