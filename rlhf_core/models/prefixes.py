@@ -69,13 +69,13 @@ class CachedPrefix:
             use_cache=True,
         )
         if samples_per_prompt > 1:
-            self.cache.batch_repeat_interleave(samples_per_prompt)
+            self._take_rows(torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt))
         self.attention_bT = real_QP.repeat_interleave(samples_per_prompt, dim=0)
         self.hidden_bD = hidden_QPD[:, -1].repeat_interleave(samples_per_prompt, dim=0)
 
     def select(self, keep: Tensor) -> None:
         """Go on with these rows alone."""
-        self.cache.batch_select_indices(keep)
+        self._take_rows(keep)
         self.attention_bT = self.attention_bT[keep]
 
     def advance(self, tokens_b: Tensor) -> None:
@@ -89,3 +89,7 @@ class CachedPrefix:
             use_cache=True,
         )
         self.hidden_bD = hidden_b1D[:, 0]
+
+    def _take_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the cache, in this order. Layers of every kind can be reordered, and not all repeated."""
+        self.cache.reorder_cache(rows)

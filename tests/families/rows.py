@@ -176,7 +176,8 @@ def _plain_pass(model: Any, asked: Sequence[int], reply: Sequence[int]) -> tuple
     before = slice(len(asked) - 1, len(asked) + len(reply) - 1)
     with torch.no_grad():
         logprobs_LV = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
-        hidden_LD = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
+        trunk = model.base_model if model.base_model is not model else model.model  # Llama 4's prefix names no module
+        hidden_LD = trunk(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
     return logprobs_LV[before].gather(1, torch.tensor(reply)[:, None])[:, 0], hidden_LD[before]
 
 
