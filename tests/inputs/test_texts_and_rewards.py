@@ -348,6 +348,23 @@ class TestRewardModelsOfChats:
         if on_error == "substitute":
             assert result.batch.components_BC[0, 0] == -4.0
 
+    @pytest.mark.parametrize(
+        ("own", "options", "sentence"),
+        [
+            ("{{ mood }}" + OTHER, {"mood": "kind"}, None),
+            ("{{ mood }}" + OTHER, {"moods": "kind"}, "'moods', which the chat template of reward.components.0.model "),
+            (None, {"mood": "kind"}, "reads these prompts by no chat template"),
+        ],
+    )
+    def test_options_that_nothing_reads(
+        self, own: str | None, options: Any, sentence: str | None, policy: Path, configure: Any, saved: Save
+    ) -> None:
+        reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=own), num_labels=1)
+        component = {"model": str(reward), "template_options": options, "chat_template": None if own else "raw"}
+        config = configure(policy, CHATS, component)
+        found = notes(config) if sentence is None else problems(config)
+        assert (sentence or "reads chats by its own chat template") in found
+
     def test_a_template_that_leaves_thoughts_out(self, policy: Path, configure: Any, saved: Save) -> None:
         forgetful = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
         reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=forgetful), num_labels=1)
