@@ -28,7 +28,7 @@ def byte_level(
     bos: str | None = None,
     frame: tuple[str, str] = ("", ""),
     **settings: Any,
-) -> PreTrainedTokenizerFast:
+) -> Any:
     """As GPT-2, Llama 3 and Qwen have it. ``frame``: special tokens that are written before and behind a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -55,7 +55,7 @@ def byte_level(
     )
 
 
-def sentencepiece(kind: str = "llama2", **settings: Any) -> PreTrainedTokenizerFast:
+def sentencepiece(kind: str = "llama2", **settings: Any) -> Any:
     """``llama2`` (its decoder strips one space), ``metaspace`` (newer) or ``unigram`` (T5's)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -88,7 +88,7 @@ def sentencepiece(kind: str = "llama2", **settings: Any) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **named, **settings)
 
 
-def word_pieces(**settings: Any) -> PreTrainedTokenizerFast:
+def word_pieces(**settings: Any) -> Any:
     """BERT's: words joined by spaces, in small letters, within [CLS] and [SEP]."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 

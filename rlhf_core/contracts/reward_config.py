@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf_core.contracts.hub import with_revisions
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.contracts.section import Dtype, ModelName, Positive, PositiveFloat, Section
+from rlhf_core.contracts.template_options import plain_template_options
 
 FLOAT32_MAX = 3.4028234663852886e38
 GIVEN = ("prompts", "completions", "responses", "prompt_ids", "completion_ids")
@@ -76,6 +77,11 @@ class ModelReward(ComponentSection):
     dtype: Dtype = "float32"
     batch_size: Positive = Field(default=64, description="responses scored at a time")
     max_len: Positive | None = Field(default=None, description="tokens read; null: the model's context length")
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_can_be_passed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return plain_template_options(options)
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from torch import nn
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.reward_config import RAW
 from rlhf_core.models.model_files import config_of
 from rlhf_core.models.reward_text import load_reward_tokenizer
 from rlhf_core.models.sizes import empty_model
@@ -66,7 +67,8 @@ def reward_model_obstacle(config: RunConfig) -> str | None:
     }
     if config.policy.critic.init is None:
         obstacles |= {
-            f"{named} is given another chat template ({field}.chat_template)": component.chat_template is not None,
+            f"{named} is given another chat template ({field}.chat_template)": component.chat_template
+            not in (None, RAW),
             f"{named} has another chat template than policy.model": None not in templates
             and templates[0] != templates[1],
         }

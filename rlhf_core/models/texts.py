@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
+
+from rlhf_core.prompts.pieces import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +34,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, ski
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that ``skip_special_tokens`` leaves out."""
-    added = cast("dict[int, Any]", tokenizer.added_tokens_decoder)
-    own = cast("list[int | None]", tokenizer.all_special_ids)
-    return frozenset(i for i, token in added.items() if token.special) | {int(i) for i in own if i is not None}
+    return frozenset(special_tokens(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,8 @@ _BYTE: Final = 2
 
 def named_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[int, str]:
     """Id -> name of the special tokens whose names stand in some texts."""
-    found: dict[int, str] = {}
-    for token_id in sorted(special_ids(tokenizer)):
-        name = cast("str | None", tokenizer.convert_ids_to_tokens(token_id))
-        if name and any(name in text for text in texts):
-            found[token_id] = name
-    return found
+    names = special_tokens(tokenizer)
+    return {token_id: names[token_id] for token_id in sorted(names) if any(names[token_id] in text for text in texts)}
 
 
 def can_write(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

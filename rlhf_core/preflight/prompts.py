@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from typing import Any, Final, cast
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
@@ -16,6 +16,9 @@ from rlhf_core.preflight.batch_sizes import batch_sizes_that_work
 from rlhf_core.prompts.assembly import PromptAssembler
 from rlhf_core.prompts.rendering import no_template
 from rlhf_core.prompts.sources import PromptSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANSWER: Final = "an answer 7f3a91"
 """Stands for the policy's answer in a rendered chat."""
@@ -83,19 +86,32 @@ def _knob_problems(config: RunConfig, prompt_set: PromptSet, tokenizer: PolicyTo
             "template; set policy.chat_template, or prompts.as_chat false"
         )
         return
+    named = f"policy.model {config.policy.model!r}"
+    yield from unread_options(prompts.template_options, "prompts.template_options", own, None, named)
+
+
+def unread_options(
+    options: Iterable[str], field: str, tokenizer: PreTrainedTokenizerBase, template: str | None, named: str
+) -> Iterator[str]:
+    """Options that a chat template does not read, one sentence each.
+
+    Args:
+        options: their names.
+        field: where they are set.
+        tokenizer: of the model.
+        template: Jinja text used instead of the tokenizer's own.
+        named: the model.
+    """
     try:
-        read = _variables(own.get_chat_template())
+        read = _variables(tokenizer.get_chat_template(template))
     except ValueError:  # several templates and no default: told where a chat is rendered
         return
-    for name in prompts.template_options:
+    for name in options:
         if name not in read:
-            known = sorted(read - _GIVEN - own.special_tokens_map.keys())
+            known = sorted(read - _GIVEN - tokenizer.special_tokens_map.keys())
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it reads {', '.join(known) or 'no option'}"
-            yield (
-                f"prompts.template_options has {name!r}, which the chat template of policy.model "
-                f"{config.policy.model!r} never reads; {hint}"
-            )
+            yield f"{field} has {name!r}, which the chat template of {named} never reads; {hint}"
 
 
 def _variables(template: str) -> frozenset[str]:

@@ -13,6 +13,7 @@ from rlhf_core.models.reward_text import PROBE, RewardReader, in_a_line
 from rlhf_core.models.templates import check_template
 from rlhf_core.models.texts import special_ids
 from rlhf_core.models.tokenizers import PolicyTokenizer, vocabulary_digest
+from rlhf_core.preflight.prompts import unread_options
 from rlhf_core.prompts.assembly import PromptAssembler, read_as
 from rlhf_core.prompts.entries import PromptEntry, shown
 from rlhf_core.prompts.sources import PromptSet
@@ -97,8 +98,8 @@ def check_reader(
         )
     if chats:
         notes.append(f"{named} {_reads(reader)}")
-    if component.template_options and not {"own", "given"} & _sources(reader, entries):
-        notes.append(f"{field}.template_options change nothing: {named} reads these prompts by no chat template")
+    if component.template_options:
+        _check_options(reader, component, field, named, entries)
     sources = {is_chat: reader.source(is_chat=is_chat) for is_chat in (True, False)}
     if "own" in _sources(reader, entries):
         check_template(reader.tokenizer.chat_template, PROBE, reader.named)
@@ -124,6 +125,20 @@ def check_reader(
             )
         notes.append(f"{problem}; on_error is {component.on_error}")
     _note_lost_thinking(reader, named, sources, notes)
+
+
+def _check_options(
+    reader: RewardReader, component: ModelReward, field: str, named: str, entries: Sequence[PromptEntry]
+) -> None:
+    """Refuse options that nothing reads."""
+    if not {"own", "given"} & _sources(reader, entries):
+        raise UserError(
+            f"{field}.template_options is set, but {named} reads these prompts by no chat template; set "
+            f"{field}.chat_template, or leave the options out"
+        )
+    options = f"{field}.template_options"
+    if problems := [*unread_options(component.template_options, options, reader.tokenizer, reader.template, named)]:
+        raise UserError(*problems)
 
 
 def _sources(reader: RewardReader, entries: Sequence[PromptEntry]) -> set[str | None]:

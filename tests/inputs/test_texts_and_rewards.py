@@ -34,7 +34,8 @@ def save(folder: Path, tokenizer: Any, *, num_labels: int | None = None, likely:
     """A tiny Llama, or a sequence classifier. ``likely``: tokens that the policy likes to write."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -47,7 +48,7 @@ def save(folder: Path, tokenizer: Any, *, num_labels: int | None = None, likely:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **({} if num_labels is None else {"num_labels": num_labels}),
+        **settings,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(5)
@@ -98,7 +99,7 @@ def configure(tmp_path: Path, tiny: Any) -> Callable[..., Any]:
     def make(policy: Path, rows: Sequence[Any], *components: dict[str, Any], overrides: Sequence[str] = ()) -> Any:
         source = tmp_path / "prompts.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tree = tiny_tree(tiny) | {"reward": {"components": list(components)}}
+        tree: dict[str, Any] = tiny_tree(tiny) | {"reward": {"components": list(components)}}
         tree["policy"]["model"], tree["prompts"] = str(policy), {"source": str(source), "batch_size": 32}
         tree["ppo"]["num_minibatches"] = 2
         return build_config(tree, list(overrides))
@@ -137,7 +138,9 @@ def test_a_reward_model_with_another_tokenizer_reads_what_the_policy_wrote(
     prompts = bench.prompts().batch
     rollouts = bench.rollouts(prompts).batch
     whole = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in ids_of(prompts, rollouts)]
-    found = [prompts.texts[q] + text for q, text in zip(rollouts.prompt_rows.tolist(), rollouts.texts, strict=True)]
+    found = [
+        str(prompts.texts[q]) + text for q, text in zip(rollouts.prompt_rows.tolist(), rollouts.texts, strict=True)
+    ]
     assert found == whole
     assert sum(text.startswith(" ") for text in rollouts.texts) > 3
     expected = scores_of(reward, [other(text)["input_ids"] for text in whole])
@@ -303,7 +306,7 @@ class TestRewardModelsOfChats:
         ):
             turns = [*prompts.messages[q], {"role": "assistant", "content": text}]
             if chosen == "raw" or (own == CHATML and shares):
-                wanted.append(prompt + response if shares else tokenizer(prompts.texts[q] + text)["input_ids"])
+                wanted.append(prompt + response if shares else tokenizer(str(prompts.texts[q]) + text)["input_ids"])
             else:
                 template = None if chosen is None else OTHER
                 wanted.append(tokenizer.apply_chat_template(turns, chat_template=template)["input_ids"])
@@ -345,6 +348,23 @@ class TestRewardModelsOfChats:
         if on_error == "substitute":
             assert result.batch.components_BC[0, 0] == -4.0
 
+    @pytest.mark.parametrize(
+        ("own", "options", "sentence"),
+        [
+            ("{{ mood }}" + OTHER, {"mood": "kind"}, None),
+            ("{{ mood }}" + OTHER, {"moods": "kind"}, "'moods', which the chat template of reward.components.0.model "),
+            (None, {"mood": "kind"}, "reads these prompts by no chat template"),
+        ],
+    )
+    def test_options_that_nothing_reads(
+        self, own: str | None, options: Any, sentence: str | None, policy: Path, configure: Any, saved: Save
+    ) -> None:
+        reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=own), num_labels=1)
+        component = {"model": str(reward), "template_options": options, "chat_template": None if own else "raw"}
+        config = configure(policy, CHATS, component)
+        found = notes(config) if sentence is None else problems(config)
+        assert (sentence or "reads chats by its own chat template") in found
+
     def test_a_template_that_leaves_thoughts_out(self, policy: Path, configure: Any, saved: Save) -> None:
         forgetful = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
         reward = saved(byte_level(CHAT_MARKS, size=290, chat_template=forgetful), num_labels=1)
@@ -359,7 +379,7 @@ def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, sav
     other = word_pieces()
     config = BertConfig(
         vocab_size=len(other), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, num_labels=1, initializer_range=0.3,
+        max_position_embeddings=64, num_labels=1, initializer_range=0.3,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -371,7 +391,7 @@ def test_an_encoder_keeps_what_frames_its_text(max_len: int, configure: Any, sav
     rollouts = bench.rollouts(prompts).batch
     other.truncation_side = "left"
     wanted = [
-        other(prompts.texts[q] + text, truncation=True, max_length=max_len)["input_ids"]
+        other(str(prompts.texts[q]) + text, truncation=True, max_length=max_len)["input_ids"]
         for q, text in zip(rollouts.prompt_rows.tolist(), rollouts.texts, strict=True)
     ]
     expected = scores_of(tmp_path / "reward", wanted)

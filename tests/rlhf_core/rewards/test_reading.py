@@ -25,9 +25,8 @@ def policy() -> PolicyTokenizer:
 
 
 def read(config: ComponentReward, policy: PolicyTokenizer, messages: Any, response: str = "good") -> ComponentInput:
-    text = (
-        policy.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) if messages else "well?"
-    )
+    tokenizer: Any = policy.tokenizer
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) if messages else "well?"
     return component_input(
         config,
         field="x",
