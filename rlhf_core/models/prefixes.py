@@ -6,7 +6,7 @@ Q prompts, P tokens of the longest, b rows still going, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -92,4 +92,4 @@ class CachedPrefix:
 
     def _take_rows(self, rows: Tensor) -> None:
         """Keep these rows of the cache, in this order. Layers of every kind can be reordered, and not all repeated."""
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(cast("torch.LongTensor", rows))

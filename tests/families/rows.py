@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from iteration import CPU, Bench
-from rlhf_core.preflight.probe import probe
 
 from families.models import save_tiny, tiny_config
 from rlhf_core.contracts.config import RunConfig
@@ -19,6 +18,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor, LoopState
 from rlhf_core.models.checkpoints import load_checkpoint, save_checkpoint
 from rlhf_core.preflight import preflight
+from rlhf_core.preflight.probe import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

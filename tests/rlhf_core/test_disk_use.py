@@ -74,7 +74,9 @@ def test_a_run_takes_what_was_predicted(
 
 def test_a_large_batch_is_extrapolated_by_rows(tiny_config: Callable[..., RunConfig]) -> None:
     def iteration(batch: int) -> int:
-        config = tiny_config([f"prompts.batch_size={batch}", f"prompts.samples_per_prompt={batch // 8}"])
+        config = tiny_config(
+            [f"prompts.batch_size={batch}", f"prompts.samples_per_prompt={batch // 8}", "kl.controller=fixed"]
+        )
         return predict_disk_use(config, preflight(config)).iteration
 
     few, many, more = (iteration(batch) for batch in (64, 6400, 12800))

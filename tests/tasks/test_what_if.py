@@ -145,7 +145,7 @@ class TestRewards:
 
 
 def test_what_cannot_be_asked_is_told_before_anything_is_loaded(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.replay_source.preflight", refuse)
+    monkeypatch.setattr("tasks.replay_source.load_plan", refuse)
     with pytest.raises(UserError, match="would need new responses"):
         ask(run_dir, "generation.top_k=5")
     with pytest.raises(UserError, match="is not in iteration 1"):

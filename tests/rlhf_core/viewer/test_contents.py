@@ -91,10 +91,10 @@ def test_too_many_tokens_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyP
 def test_without_its_tokenizer_tokens_are_their_ids_and_the_page_says_so(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(name: str, *, field: str) -> None:
-        raise UserError(f"{field} {name!r} has no tokenizer that loads")
+    def gone(name: str, adapter: str | None) -> None:
+        raise UserError(f"policy.model {name!r} has no tokenizer that loads ({adapter})")
 
-    monkeypatch.setattr(module, "load_tokenizer", gone)
+    monkeypatch.setattr(module, "load_tokenizer_of", gone)
     found = page_contents(run, [0], limit=1, with_evaluation=False)
     assert found["run"]["note"] == module.NO_TOKENIZER
     first = RunTables(run).samples([0]).arrow()["response_tokens"][0].as_py()
