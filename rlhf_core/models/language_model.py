@@ -19,6 +19,7 @@ from rlhf_core.models.hub import folder_of
 from rlhf_core.models.model_folders import check_model_folder, check_nothing_left
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.prefixes import CachedPrefix, Prefix
+from rlhf_core.models.quiet import quiet_transformers
 from rlhf_core.models.sequences import Sequences
 from rlhf_core.models.soundness import (
     ROW_TOLERANCE,
@@ -276,8 +277,7 @@ def load_transformers_model(auto_class: str, name: str, dtype: torch.dtype, fiel
 
     folder = folder_of(name, field, with_weights=True)
     check_is_data(name, field, folder)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # it advises attention masks where right padding needs none
+    quiet_transformers()
     try:
         check_size(auto_class, name, field)
         loading = check_model_folder(auto_class, name, field, folder=folder)

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import torch
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.quiet import quiet_transformers
 from rlhf_core.models.sizes import empty_model
 from rlhf_core.models.untrusted import read_header, read_small_json
 
@@ -111,6 +112,7 @@ def compare(
     Returns: the fit, or None where transformers converts weights in a way that shapes alone do not tell.
     Raises: UserError if the architecture has no such class.
     """
+    quiet_transformers()
     model = empty_model(copy.deepcopy(model_config), auto_class)
     dropped: list[str] = []
 
