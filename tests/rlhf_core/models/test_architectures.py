@@ -88,7 +88,7 @@ def score_texts(folder: Path, texts: Sequence[str], **settings: Any) -> torch.Te
     """Scores of texts by a model that reads text."""
     config = ModelReward(model=str(folder), **settings)
     model = RewardModel.load(config, field="reward.components.0", policy_vocabulary="another", device=CPU)
-    return model.score([Conversation(text[:5], text[5:], [], []) for text in texts])
+    return torch.as_tensor(model.score([Conversation(text[:5], text[5:], [], []) for text in texts]))
 
 
 def word_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:

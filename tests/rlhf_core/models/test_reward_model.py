@@ -51,7 +51,8 @@ def test_a_text_that_ends_with_the_pad_token_is_read_to_its_end(tiny: Any) -> No
     """transformers looks for the last token that is not PAD; here the last real token is known."""
     model = load(tiny.reward, shares_vocabulary=True)
     pad = model.tokenizer.convert_tokens_to_ids("<|pad|>")
-    with_pad, without = model.score([conversation([5, 6, cast("int", pad)]), conversation([5, 6])]).tolist()
+    scores = model.score([conversation([5, 6, cast("int", pad)]), conversation([5, 6])])
+    with_pad, without = map(float, cast("torch.Tensor", scores))
     assert abs(with_pad - without) > 1e-3
 
 

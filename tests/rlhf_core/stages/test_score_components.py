@@ -87,6 +87,7 @@ def test_one_model_alone_scores_as_that_model_bit_for_bit(tiny_config: Configure
         for q, tokens, mask in zip(rollouts.prompt_rows, rollouts.tokens_BR, rollouts.response_mask_BR, strict=True)
     ]
     alone_B = model.score([Conversation("", "", [], row) for row in rows])
+    assert isinstance(alone_B, torch.Tensor)
     result = bench.scores(prompts, rollouts)
     assert torch.equal(result.batch.score_B, alone_B)
     assert torch.equal(result.batch.components_BC, alone_B[:, None])
