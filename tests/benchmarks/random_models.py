@@ -36,7 +36,12 @@ class Size:
 
 
 class Wordless:
-    """A tokenizer that nobody reads."""
+    """A tokenizer that nobody reads, without special tokens."""
+
+    def __init__(self) -> None:
+        self.all_special_ids: list[int] = []
+        self.all_special_tokens: list[str] = []
+        self.added_tokens_decoder: dict[int, Any] = {}
 
     def decode(self, *_: Any, **__: Any) -> str:
         """Nothing."""

@@ -34,7 +34,7 @@ cli.main()
     [
         (["--version"], 0, "rlhf-flow 0."),
         (["config"], 0, "num_iterations"),
-        (["inspect", "/nowhere"], 2, "no run"),
+        (["inspect", "/nowhere"], 2, "is not a run folder"),
         ([], 2, "Usage"),
     ],
 )
