@@ -7,16 +7,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.contracts.config import absolute_sqlite
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
+from tasks.outbox import Ledger
+from tasks.sqlite_store import database_of
 
 DATABASE = "mlflow.db"
 
 
 def tracking_uri(run: RunFolder) -> str:
-    """The configured tracker, MLFLOW_TRACKING_URI, or an sqlite file beside the run folder."""
-    return run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or _beside(run.path.resolve().parent)
+    """The configured tracker, MLFLOW_TRACKING_URI, or an sqlite file beside the run folder.
+
+    An sqlite file that was moved or copied together with the run folder is the one beside it, not the one before.
+    """
+    configured = run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not configured:
+        return _beside(run.path.resolve().parent)
+    uri = absolute_sqlite(configured)
+    return _moved_along(run, uri) if run.config.tracking.uri else uri
+
+
+def address_problem(uri: str) -> str | None:
+    """Why MLflow takes no such address, in a sentence; None if it may. Asks nobody."""
+    if ("://" in uri and not uri.startswith("file:")) or uri.partition(":")[0] in ("databricks", "databricks-uc", "uc"):
+        return None
+    if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+        return None
+    folder = uri.removeprefix("file://")
+    return (
+        f"the tracker {without_credentials(uri)!r} is a folder, and MLflow keeps runs in no folder any more: give "
+        f"sqlite:///{folder.rstrip('/')}/{DATABASE}, or leave tracking.uri and MLFLOW_TRACKING_URI out for {DATABASE} "
+        "beside the runs; `mlflow migrate-filestore` takes old runs over"
+    )
 
 
 def shown_tracking_uri(run: RunFolder) -> str:
@@ -53,6 +77,21 @@ def trackers_in(folder: Path) -> list[str]:
                 run = RunFolder.open(record.parent)
                 found |= {tracking_uri(run)} if run.config.tracking.enabled else set()
     return sorted(found)
+
+
+def _moved_along(run: RunFolder, uri: str) -> str:
+    """The address of an sqlite file where it is now, if it was moved or copied together with the run folder."""
+    database, home = database_of(uri), ""
+    with suppress(RlhfError, OSError, TypeError):
+        home = Ledger.of(run.path).home
+    here = run.path.resolve()
+    if database is None or not home or not Path(home).is_absolute() or Path(home) == here:
+        return uri
+    around = Path(home).parent
+    if not database.is_relative_to(around):
+        return uri
+    moved = here.parent / database.relative_to(around)
+    return f"sqlite:///{moved}" if moved.is_file() else uri
 
 
 def _beside(folder: Path) -> str:

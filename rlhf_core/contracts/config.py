@@ -9,6 +9,7 @@ model stand in :mod:`rlhf_core.preflight`.
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -145,6 +146,19 @@ class TrackingConfig(Section):
     registered_model: str = Field(
         default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _file_is_absolute(cls, uri: str | None) -> str | None:
+        return absolute_sqlite(uri) if uri else uri
+
+
+def absolute_sqlite(uri: str) -> str:
+    """A tracker's address, with the absolute path of its file where that was relative to the working folder."""
+    name = uri.removeprefix("sqlite:///")
+    if name == uri or not name or name.startswith(("/", ":memory:", "file:")):
+        return uri
+    return f"sqlite:///{Path.cwd() / name}"
 
 
 class RunConfig(Section):

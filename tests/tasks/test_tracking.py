@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,7 +175,8 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     sender = object.__new__(tracking._Sender)
     run_dir = shutil.copytree(tracked, tmp_path / "run")
     sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(run_dir), Client(), "r", 0
-    sender.ledger, sender.models = Ledger.of(run_dir), dict.fromkeys(sender.run.checkpoints(), "1")
+    sender.ledger, no_models = Ledger.of(run_dir), SimpleNamespace(send_new=lambda: None)
+    monkeypatch.setattr(sender, "models", no_models, raising=False)
     monkeypatch.setattr(
         "tasks.tracked_metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
     )
