@@ -184,16 +184,6 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's with its tables: making them takes seconds."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 class TestAnAnswerThatIsLost:
     """A request is carried out, and its client is told otherwise: at each place of the conversation."""
 
