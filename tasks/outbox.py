@@ -134,10 +134,17 @@ class Patient:
         client: of a tracker.
         once: its calls that would do it twice; the next delivery looks whether they have, before it repeats them.
         is_over: whether nothing more may be sent.
+        is_final: whether an error is an answer, which another try gets again.
     """
 
-    def __init__(self, client: Any, once: Collection[str], is_over: Callable[[], bool]) -> None:
-        self._client, self._once, self._is_over = client, once, is_over
+    def __init__(
+        self,
+        client: Any,
+        once: Collection[str],
+        is_over: Callable[[], bool],
+        is_final: Callable[[Exception], bool] = lambda _: False,
+    ) -> None:
+        self._client, self._once, self._is_over, self._is_final = client, once, is_over, is_final
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._client, name)
@@ -148,8 +155,8 @@ class Patient:
                     raise InterruptedError("the run has ended")
                 try:
                     return call(*arguments, **named)
-                except Exception:
-                    if pause_s is None or name in self._once:
+                except Exception as error:
+                    if pause_s is None or name in self._once or self._is_final(error):
                         raise
                     time.sleep(pause_s)
             raise AssertionError("the last turn returns or raises")

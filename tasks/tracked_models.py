@@ -180,9 +180,10 @@ class TrackedModels:
 
     def _set_alias(self, alias: str, version: str) -> None:
         """Move an alias, unless a person has moved it: then the version it is on does not carry our mark."""
-        before = self._version_with(alias)
-        if before is not None and str(before.version) == version:
+        there = self.client.get_registered_model(self.name).aliases.get(alias)
+        if there is not None and str(there) == version:
             return
+        before = self._version(str(there)) if there is not None else None
         is_older_release = before is not None and RUN_TAG in before.tags and OURS_TAG not in before.tags
         if before is not None and MARK + alias not in before.tags and not is_older_release:
             logger.warning(
@@ -194,11 +195,11 @@ class TrackedModels:
         if before is not None and MARK + alias in before.tags:
             self.client.delete_model_version_tag(self.name, str(before.version), MARK + alias)
 
-    def _version_with(self, alias: str) -> Any:
+    def _version(self, version: str) -> Any:
         try:
-            return self.client.get_model_version_by_alias(self.name, alias)
+            return self.client.get_model_version(self.name, version)
         except Exception as error:
-            if is_missing(error) or error_code(error) == "INVALID_PARAMETER_VALUE":  # no such alias
+            if is_missing(error):  # somebody has deleted it
                 return None
             raise
 

@@ -45,10 +45,9 @@ def refusal(error: Exception, place: object) -> str | None:
     """
     if isinstance(error, RefusalError):
         return str(error)
-    code = error_code(error)
-    if code == "UNAUTHENTICATED":
-        return f"it asks who you are ({reason(error)}): {CREDENTIALS}, and `rlhf resume {shown(str(place))}` sends it"
-    if code in _LASTING:
+    if error_code(error) == "UNAUTHENTICATED":
+        return f"it asks for a user and password (401): {CREDENTIALS}, and `rlhf resume {shown(str(place))}` sends it"
+    if is_final(error):
         return (
             f"it refuses ({reason(error)}): `rlhf resume {shown(str(place))}` tries again once that is put right; "
             "the run folder has everything"
@@ -59,6 +58,11 @@ def refusal(error: Exception, place: object) -> str | None:
 def error_code(error: Exception) -> str:
     """MLflow's code of an error; empty for an error of anything else."""
     return str(getattr(error, "error_code", "") or "")
+
+
+def is_final(error: Exception) -> bool:
+    """Whether the same request would meet the same error again."""
+    return error_code(error) in _LASTING
 
 
 def is_missing(error: Exception) -> bool:

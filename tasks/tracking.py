@@ -30,7 +30,7 @@ from tasks.outbox import GoneError, Ledger, Outbox, Patient, Sending, store_lock
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
 from tasks.tracked_models import TrackedModels
 from tasks.tracker_files import send_file, send_table, send_text
-from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, refusal
+from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, is_final, refusal
 from tasks.tracking_store import artifact_location, kept_experiment, shown_tracking_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -281,8 +281,7 @@ def connect(
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    for limit, value in LIMITS.items():
-        os.environ.setdefault(limit, value)
+    prepare_client()
     uri, chosen = tracking_uri(run), os.environ.get("MLFLOW_TRACKING_URI")
     with store_lock(uri):
         if database := sqlite_store.database_of(uri):
@@ -294,7 +293,7 @@ def connect(
         if chosen is not None:
             os.environ["MLFLOW_TRACKING_URI"] = chosen
         check_version(server_version(uri), uri)
-        client: Any = Patient(MlflowClient(uri), ONCE, is_over)
+        client: Any = Patient(MlflowClient(uri), ONCE, is_over, is_final)
         if experiment_id is not None:
             return client, kept_experiment(run, find_experiment(client, experiment_id, uri, run.path))
         return client, kept_experiment(run, _named_experiment(client, run, uri))
@@ -309,6 +308,28 @@ def server_version(uri: str, timeout_s: float | None = None) -> str:
         return ""
     answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=timeout_s, max_retries=0)
     return answer.text if answer.status_code == OK else ""
+
+
+def prepare_client() -> None:
+    """Import MLflow, and set its limits where the user has set nothing else."""
+    import mlflow.tracking  # noqa: F401 - seconds
+
+    for limit, value in LIMITS.items():
+        os.environ.setdefault(limit, value)
+
+
+def ask_server(uri: str, name: str, timeout_s: float) -> Any:
+    """The experiment of a name on a server, None if it has none. Makes nothing.
+
+    Raises: RefusalError if the server is too old or the experiment is deleted, or whatever MLflow raises.
+    """
+    from mlflow.tracking import MlflowClient
+
+    check_version(server_version(uri, timeout_s), uri)
+    found: Any = MlflowClient(uri).get_experiment_by_name(name)
+    if found is not None:
+        check_experiment(found, uri)
+    return found
 
 
 def _make_store(database: Path) -> None:

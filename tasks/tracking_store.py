@@ -11,7 +11,7 @@ from rlhf_core.contracts.config import absolute_sqlite
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
-from tasks.outbox import Ledger
+from tasks.outbox import Ledger, RefusalError
 from tasks.sqlite_store import database_of
 
 DATABASE = "mlflow.db"
@@ -58,14 +58,21 @@ def artifact_location(run: RunFolder) -> str | None:
 
 
 def kept_experiment(run: RunFolder, experiment: Any) -> str:
-    """The id of an experiment that is there. Raises ValueError if its files are not where the config wants them."""
-    wanted, place = run.config.tracking.artifact_location, str(experiment.artifact_location)
-    if wanted is not None and place.rstrip("/") != wanted.rstrip("/"):
-        raise ValueError(
-            f"tracking.artifact_location is {wanted}, but the experiment {experiment.name} keeps its files in {place}, "
-            "which MLflow never changes: name another tracking.experiment"
-        )
+    """The id of an experiment that is there. Raises RefusalError if its files are not where the config wants them."""
+    if problem := misplaced(run, str(experiment.name), str(experiment.artifact_location)):
+        raise RefusalError(problem)
     return str(experiment.experiment_id)
+
+
+def misplaced(run: RunFolder, name: str, place: str) -> str | None:
+    """Why an experiment's place of files is not the configured one, in a sentence; None if it is."""
+    wanted = run.config.tracking.artifact_location
+    if wanted is None or place.rstrip("/") == wanted.rstrip("/"):
+        return None
+    return (
+        f"tracking.artifact_location is {wanted}, but the experiment {name} keeps its files in {place}, which MLflow "
+        "never changes: name another tracking.experiment"
+    )
 
 
 def trackers_in(folder: Path) -> list[str]:
