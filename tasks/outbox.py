@@ -71,6 +71,8 @@ class Ledger:
     """Whether its params and files have arrived."""
     sent: int = 0
     sending: Sending | None = None
+    traced: int = 0
+    """Iterations below have their traces there."""
     home: str = ""
     """The folder that it describes: a copied ledger is known by another one."""
     tracker: str = ""

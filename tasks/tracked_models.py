@@ -58,6 +58,15 @@ class TrackedModels:
         self.name = run.config.tracking.registered_model
         self.versions = self._registered()
         """Iteration of each checkpoint that is registered -> its version."""
+        self._ids: dict[int, str] = {}
+
+    @property
+    def ids(self) -> Mapping[int, str]:
+        """Iteration of each registered checkpoint -> its logged model; asked for once."""
+        if self._ids.keys() != self.versions.keys():
+            found = {_iteration_of(model.params): str(model.model_id) for model in self._models()}
+            self._ids = {iteration: found[iteration] for iteration in self.versions if iteration in found}
+        return self._ids
 
     def send_new(self) -> None:
         """Send the checkpoints that are not registered yet."""

@@ -24,9 +24,12 @@ from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import Row, iteration_rows
 from rlhf_core.store.address import shown
 from tasks.guards import GuardRecord
+from tasks.tracker_view import VIEW_TAG, runs_view
 
 NOTE: Final = "mlflow.note.content"
 """The description of a run or experiment."""
+SOURCE: Final = "mlflow.source.name"
+SOURCE_NAME: Final = "rlhf train"
 OWN_NOTES: Final = "rlhf.note_sha256"
 """Digests of the descriptions that may be ours."""
 SHOWN_DIGITS: Final = 16
@@ -44,14 +47,15 @@ To compare runs, tick them and press *Compare*. Worth a column or an axis:
 | `eval/score`, `eval/kl`, `eval/share_of_attainable` | on held-out prompts, once `rlhf evaluate RUN` has run |
 | `objective/scores`, `objective/kl`, `kl/beta` | the curves of training, by iteration |
 
-In the terminal: `rlhf compare RUN RUN --out compare.html`.
+[The runs with these columns and charts](#/experiments/EXPERIMENT_ID/runs?viewStateShareKey=rlhf). In the terminal:
+`rlhf compare RUN RUN --out compare.html`.
 """
 
 
 def created_tags(run: RunFolder) -> dict[str, str]:
     """Tags that a run is created with: who, what, and from what."""
     tags = {
-        "mlflow.source.name": "rlhf train",
+        SOURCE: SOURCE_NAME,
         "mlflow.source.type": "LOCAL",
         "rlhf.run_dir": shown(run.path.resolve()),
         "rlhf.config_sha256": config_digest(run.config),
@@ -116,10 +120,32 @@ def leave_note(client: Any, run_id: str, note: str) -> None:
     client.set_tag(run_id, NOTE, note)
 
 
+def leave_headline(client: Any, run_id: str, run: RunFolder) -> None:
+    """Show score and KL in the list of runs: of the columns that it shows unasked, Source is the one that is ours."""
+    tags = client.get_run(run_id).data.tags
+    wanted = headline(run)
+    if tags.get(SOURCE, SOURCE_NAME).startswith(SOURCE_NAME) and tags.get(SOURCE) != wanted:
+        client.set_tag(run_id, SOURCE, wanted)
+
+
+def headline(run: RunFolder) -> str:
+    """``rlhf train: score 2.31, KL 1.87``, means of the last iterations; without numbers before the first one."""
+    rows = iteration_rows(run, max(0, run.num_finished() - LAST))
+    if not rows:
+        return SOURCE_NAME
+    score, kl = (Spread.of([row[column] for row in rows]).mean for column in ("score", "kl"))
+    return f"{SOURCE_NAME}: score {score:.2f}, KL {kl:.2f}"
+
+
 def introduce_experiment(client: Any, experiment_id: str) -> None:
-    """Give an experiment without a description one, and the pages of model training."""
+    """Give an experiment without a description one, the pages of model training, and a view with score and KL."""
     tags = client.get_experiment(experiment_id).tags
-    for name, text in ((NOTE, EXPERIMENT_NOTE), ("mlflow.experimentKind", "custom_model_development")):
+    for name, text in (
+        (NOTE, EXPERIMENT_NOTE.replace("EXPERIMENT_ID", experiment_id)),
+        ("mlflow.experimentKind", "custom_model_development"),
+        ("mlflow.experiment.primaryMetric.name", "achieved/score"),
+        (VIEW_TAG, runs_view()),
+    ):
         if not tags.get(name):
             client.set_experiment_tag(experiment_id, name, text)
 

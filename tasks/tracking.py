@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -19,17 +19,15 @@ from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
-from rlhf_core.inspection import before_and_after
 from rlhf_core.store.address import shown
-from rlhf_core.viewer.page import NAME as PAGE
-from rlhf_core.viewer.page import write_run_page
 from tasks import sqlite_store, tracker_notes
-from tasks.figures import draw_run
 from tasks.guards import GuardRecord
 from tasks.outbox import GoneError, Ledger, Outbox, Patient, Sending, store_lock
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
 from tasks.tracked_models import TrackedModels
-from tasks.tracker_files import send_file, send_table, send_text
+from tasks.tracked_results import send_results
+from tasks.tracked_traces import TrackedTraces
+from tasks.tracker_files import send_text
 from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, is_final, refusal
 from tasks.tracking_store import artifact_location, kept_experiment, shown_tracking_uri, tracking_uri
 
@@ -37,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PARAMS = 100
 """MLflow takes no more at a time."""
+MAX_LINKS = 100
+"""Likewise, of traces that a run is linked to."""
 LIMITS: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds without an answer
@@ -118,6 +118,7 @@ class _Sender:
             run, self.client, self.run_id, self.experiment_id, self.ledger.outbox,
             lambda links: _link_models(self.client, self.run_id, links),
         )  # fmt: skip
+        self.traces = TrackedTraces(run, self.ledger, _Traces(self, is_over), self._traced)
 
     def send_up_to(self, finished: int) -> None:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
@@ -135,6 +136,7 @@ class _Sender:
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
         self.models.send_new()
+        self.traces.send_due(finished, self.models.ids)
 
     def finish(self, *, brief: bool) -> None:
         """Results, figure, page, samples, the aliases of the best and last good checkpoint, and the run's end."""
@@ -143,17 +145,16 @@ class _Sender:
             self._remove_doubles()
             self.models.link_outputs()
             self._log_results()
-            self._log_samples()
-            tracker_notes.leave_note(self.client, self.run_id, tracker_notes.run_note(self.run, self.prefect_run))
-            figure = self.run.path / "report.png"
-            if figure.is_file() or draw_run(self.run, figure):
-                send_file(self.client, self.run_id, figure)
-            self._send_page()
+            send_results(self.client, self.run_id, self.run, self.prefect_run)
+            self.traces.send_rest(self.next, self.models.ids)
             self.models.set_aliases()
         stopped_by = GuardRecord.of(self.run).stopped
         self.client.set_tag(self.run_id, "rlhf.stopped_by", stopped_by or "")
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
+
+    def _traced(self, after: int) -> None:
+        self.ledger = self.ledger.change(self.run.path, traced=after)
 
     def _missing_of(self, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
         """Those that the tracker does not have, metric by metric: a batch may be taken in part."""
@@ -242,12 +243,6 @@ class _Sender:
         steps = {metric.step for metric in self.client.get_metric_history(self.run_id, SENTINEL)}
         return next(step for step in range(len(steps) + 1) if step not in steps)  # others may log that metric, too
 
-    def _send_page(self) -> None:
-        """The page of the run; a run that a guard has stopped, or an error, has written none of this state."""
-        page, is_whole = self.run.path / PAGE, (self.run.path / "before_after.json").is_file()
-        if (is_whole and page.is_file()) or write_run_page(self.run):
-            send_file(self.client, self.run_id, page)
-
     def _log_results(self) -> None:
         """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
         values = result_metrics(self.run)
@@ -256,10 +251,31 @@ class _Sender:
                 log_metrics(self.client, self.run_id, metric.timestamp, self._missing_of(values))
                 return
 
-    def _log_samples(self) -> None:
-        """Responses before and after training, as a table."""
-        if samples := before_and_after(self.run):
-            send_table(self.client, self.run_id, samples, "samples.json")
+
+class _Traces:
+    """What TrackedTraces asks of MLflow: each call with the same traces again changes nothing."""
+
+    def __init__(self, sender: _Sender, is_over: Callable[[], bool]) -> None:
+        from mlflow.tracing.client import TracingClient
+
+        self._sender = sender
+        self._client: Any = Patient(TracingClient(tracking_uri(sender.run)), (), is_over, is_final)
+
+    def start(self, trace: Mapping[str, Any]) -> None:
+        """Make a trace whose metadata says which logged model has answered: nothing else can say it later."""
+        from mlflow.entities import TraceInfo, TraceLocation, TraceState
+
+        location = TraceLocation.from_experiment_id(self._sender.experiment_id)
+        self._client.start_trace(TraceInfo(trace_location=location, state=TraceState.OK, **trace))
+
+    def log(self, spans: Sequence[Mapping[str, Any]]) -> None:
+        """Send the spans of many traces at once, and show the traces on the run's page."""
+        from mlflow.entities import Span
+
+        self._client.log_spans(self._sender.experiment_id, [Span.from_dict(dict(span)) for span in spans])
+        ids = [str(span["trace_id"]) for span in spans]
+        for start in range(0, len(ids), MAX_LINKS):
+            self._sender.client.link_traces_to_run(ids[start : start + MAX_LINKS], self._sender.run_id)
 
 
 def connect(

@@ -143,6 +143,11 @@ class TrackingConfig(Section):
         "says, and with sqlite mlartifacts beside the run folder",
     )
     run_name: str | None = Field(default=None, description="null: the name of the run folder")
+    trace_every: Positive | None = Field(
+        default=10,
+        description="the extreme responses of one iteration in so many become MLflow traces, and of the last one; null: "
+        "none",
+    )
     registered_model: str = Field(
         default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"
     )
