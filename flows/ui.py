@@ -31,7 +31,8 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
 from tasks.outbox import RefusalError, store_lock
 from tasks.sqlite_store import state_of
-from tasks.tracking_store import DATABASE, address_problem, trackers_in
+from tasks.tracker_view import view_page
+from tasks.tracking_store import DATABASE, address_problem, experiments_in, trackers_in
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
@@ -100,10 +101,11 @@ def show_pages(
                 pages.append(prefect_page(console, for_prefect, Path(logs)))
                 with console.status("starting " + " and ".join(p.name for p in pages if p.server is not None)):
                     wait_for(pages)
-            print_pages(console, pages)
+            views = [view_page(pages[0].address, each) for each in experiments_in(runs or Path("runs"), uri)]
+            print_pages(console, pages, views)
             if is_opened and console.is_terminal and _has_browser():
-                for page in pages:
-                    webbrowser.open(page.address)
+                for address in (views[0] if len(views) == 1 else pages[0].address, pages[1].address):
+                    webbrowser.open(address)
             stay(pages)
         finally:
             end([page.server for page in pages if page.server is not None])
@@ -260,7 +262,7 @@ def stay(pages: Sequence[Page], pause: Callable[[float], None] = time.sleep) -> 
         pause(POLL_S)
 
 
-def print_pages(console: Console, pages: Sequence[Page]) -> None:
+def print_pages(console: Console, pages: Sequence[Page], views: Sequence[str] = ()) -> None:
     """The addresses, how runs get there, and how it ends."""
     table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -269,6 +271,8 @@ def print_pages(console: Console, pages: Sequence[Page]) -> None:
     for page in pages:
         table.add_row(Text(page.name, style="bold"), Text(page.address, style=f"link {page.address}"), Text(page.about))
     console.print(table)
+    for view in views:
+        console.print(f"runs with score and KL  {view}", highlight=False, markup=False, soft_wrap=True)
     (prefect,) = (page for page in pages if page.name == "Prefect")
     console.print("runs appear in Prefect while they go, from a terminal where you type", highlight=False)
     console.print(f"  export PREFECT_API_URL={prefect.address}/api", highlight=False, markup=False, soft_wrap=True)

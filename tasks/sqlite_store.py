@@ -150,6 +150,18 @@ def experiment_in(database: Path, name: str) -> tuple[str, bool, str] | None:
     return None
 
 
+def experiments_with(database: Path, tag: str) -> list[str]:
+    """Ids of the experiments that have a tag, and are not deleted."""
+    with contextlib.suppress(sqlite3.Error), _opened(database) as connection:
+        found = connection.execute(
+            "select e.experiment_id from experiments e join experiment_tags t using (experiment_id) "
+            "where t.key = ? and e.lifecycle_stage = 'active' order by e.experiment_id",
+            (tag,),
+        ).fetchall()
+        return [str(experiment_id) for (experiment_id,) in found]
+    return []
+
+
 @contextlib.contextmanager
 def _opened(database: Path) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:

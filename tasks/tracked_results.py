@@ -1,4 +1,4 @@
-"""What came out of a run, on its page in MLflow: description, headline, figure, page and samples. Knows no tracker."""
+"""What came out of a run, on its page in MLflow: description, figure, page and samples. Knows no tracker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def send_results(client: Any, run_id: str, run: RunFolder, prefect_run: Mapping[
     if samples := before_and_after(run):
         send_table(client, run_id, samples, "samples.json")
     tracker_notes.leave_note(client, run_id, tracker_notes.run_note(run, prefect_run))
-    tracker_notes.leave_headline(client, run_id, run)
     figure = run.path / "report.png"
     if figure.is_file() or draw_run(run, figure):
         send_file(client, run_id, figure)

@@ -1,9 +1,10 @@
 """The extreme responses of an iteration as MLflow traces, for people to read and to judge. Knows no tracker.
 
 Of the iterations that are due, the responses with the highest score, the lowest score, the largest KL and the largest
-change against the reference: up to four traces, one span each. A trace's id follows from the run and the response, and
-to send one again changes nothing: so each is there once, whatever is killed. What people say about them comes back
-with ``rlhf feedback``.
+change against the reference, and where a prompt is answered more than once, the lowest score on the prompt of the
+highest, to be compared with it: up to five traces, one span each. A trace's id follows from the run and the response,
+and to send one again changes nothing: so each is there once, whatever is killed. What people say about them comes
+back with ``rlhf feedback``.
 
 While the run goes on, all of this takes at most a hundredth of the time that has passed: what does not fit waits, at
 the longest until the end of the run.
@@ -21,7 +22,7 @@ from typing import Any, Final, Protocol
 
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.selection import Selection, select_samples
-from rlhf_core.tables import RunTables
+from rlhf_core.tables import RunTables, pc
 from tasks.outbox import Ledger, reason
 from tasks.tracker_refusals import is_final
 
@@ -29,12 +30,15 @@ logger = logging.getLogger(__name__)
 
 SHARE: Final = 0.01
 """Of a run's time, at most, while it trains."""
+FIRST_S: Final = 0.2
+"""What the traces of an iteration are expected to take, before any were sent."""
 EXTREMES: Final = {
     "highest score": Selection(by="score"),
     "lowest score": Selection(by="score", lowest=True),
     "largest KL": Selection(by="kl"),
     "most changed": Selection(by="change"),
 }
+SAME_PROMPT: Final = "lowest score on the prompt of the highest"
 RUN_TAG, SAMPLE_TAG, EXTREME_TAG = "rlhf.trace_of", "rlhf.sample_id", "rlhf.extreme"
 """Tags of a trace: our own name of the run, the response, and why it was chosen."""
 NUMBERS: Final = ("score", "kl", "change", "rlhf_reward", "num_tokens")
@@ -67,7 +71,8 @@ class TrackedTraces:
     def __init__(self, run: RunFolder, ledger: Ledger, tracker: Traces, traced: Callable[[int], None]) -> None:
         self.run, self._outbox, self._next = run, ledger.outbox, ledger.traced
         self._tracker, self._traced = tracker, traced
-        self._began, self._spent_s, self._is_refused = time.monotonic(), 0.0, False
+        self._began, self._spent_s, self._expected_s = time.monotonic(), 0.0, FIRST_S
+        self._is_refused = False
 
     def send_due(self, finished: int, models: Mapping[int, str]) -> None:
         """Send the traces of finished iterations, as far as their share of the time goes.
@@ -76,7 +81,7 @@ class TrackedTraces:
             finished: iterations below are committed.
             models: iteration of a checkpoint -> its logged model, which has answered in that iteration.
         """
-        while self._spent_s <= SHARE * (time.monotonic() - self._began):
+        while self._spent_s + self._expected_s <= SHARE * (time.monotonic() - self._began):
             if not self._send_next(finished, models):
                 return
 
@@ -105,7 +110,8 @@ class TrackedTraces:
             return False
         self._next = due + 1
         self._traced(self._next)
-        self._spent_s += time.monotonic() - began
+        self._expected_s = time.monotonic() - began
+        self._spent_s += self._expected_s
         return True
 
     def _send(self, iteration: int, model_id: str | None) -> None:
@@ -127,6 +133,12 @@ def extreme_responses(run: RunFolder, iteration: int) -> list[dict[str, Any]]:
         (row,) = select_samples([samples], selection).slice(0, 1).to_pylist()
         kept = chosen.setdefault(row["sample_id"], row | {"extreme": [], "messages": prompts[row["prompt_id"]]})
         kept["extreme"].append(extreme)
+    best = next(iter(chosen.values()))
+    same = samples.filter(pc.equal(samples["prompt_id"], best["prompt_id"]))
+    (row,) = select_samples([same], EXTREMES["lowest score"]).slice(0, 1).to_pylist()
+    if row["score"] < best["score"]:
+        kept = chosen.setdefault(row["sample_id"], row | {"extreme": [], "messages": best["messages"]})
+        kept["extreme"].append(SAME_PROMPT)
     return list(chosen.values())
 
 

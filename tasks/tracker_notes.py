@@ -16,7 +16,7 @@ from typing import Any, Final
 from rlhf_core.comparing.outcome import LAST, Spread
 from rlhf_core.comparing.presentation import QUANTITIES
 from rlhf_core.contracts.config import PromptsConfig
-from rlhf_core.contracts.config_io import config_digest
+from rlhf_core.contracts.config_io import config_digest, flat_params
 from rlhf_core.contracts.hub import split_revision
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
@@ -28,8 +28,6 @@ from tasks.tracker_view import VIEW_TAG, runs_view
 
 NOTE: Final = "mlflow.note.content"
 """The description of a run or experiment."""
-SOURCE: Final = "mlflow.source.name"
-SOURCE_NAME: Final = "rlhf train"
 OWN_NOTES: Final = "rlhf.note_sha256"
 """Digests of the descriptions that may be ours."""
 SHOWN_DIGITS: Final = 16
@@ -55,7 +53,7 @@ To compare runs, tick them and press *Compare*. Worth a column or an axis:
 def created_tags(run: RunFolder) -> dict[str, str]:
     """Tags that a run is created with: who, what, and from what."""
     tags = {
-        SOURCE: SOURCE_NAME,
+        "mlflow.source.name": "rlhf train",
         "mlflow.source.type": "LOCAL",
         "rlhf.run_dir": shown(run.path.resolve()),
         "rlhf.config_sha256": config_digest(run.config),
@@ -76,6 +74,13 @@ def model_tags(run: RunFolder) -> dict[str, str]:
     named |= {name: part.model for name, part in rewards if isinstance(part, ModelReward)}
     digests: Mapping[str, str] = run.identity["models"]
     return {f"rlhf.model.{role}": _named(named[role], digests[role]) for role in named if role in digests}
+
+
+def params(run: RunFolder) -> dict[str, str]:
+    """The knobs of a run as MLflow's params, which are texts and never empty."""
+    flat = flat_params(run.config).items()
+    texts = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in flat}
+    return {name: text for name, text in texts.items() if text}
 
 
 def run_note(run: RunFolder, prefect_run: Mapping[str, str]) -> str:
@@ -120,30 +125,12 @@ def leave_note(client: Any, run_id: str, note: str) -> None:
     client.set_tag(run_id, NOTE, note)
 
 
-def leave_headline(client: Any, run_id: str, run: RunFolder) -> None:
-    """Show score and KL in the list of runs: of the columns that it shows unasked, Source is the one that is ours."""
-    tags = client.get_run(run_id).data.tags
-    wanted = headline(run)
-    if tags.get(SOURCE, SOURCE_NAME).startswith(SOURCE_NAME) and tags.get(SOURCE) != wanted:
-        client.set_tag(run_id, SOURCE, wanted)
-
-
-def headline(run: RunFolder) -> str:
-    """``rlhf train: score 2.31, KL 1.87``, means of the last iterations; without numbers before the first one."""
-    rows = iteration_rows(run, max(0, run.num_finished() - LAST))
-    if not rows:
-        return SOURCE_NAME
-    score, kl = (Spread.of([row[column] for row in rows]).mean for column in ("score", "kl"))
-    return f"{SOURCE_NAME}: score {score:.2f}, KL {kl:.2f}"
-
-
 def introduce_experiment(client: Any, experiment_id: str) -> None:
     """Give an experiment without a description one, the pages of model training, and a view with score and KL."""
     tags = client.get_experiment(experiment_id).tags
     for name, text in (
         (NOTE, EXPERIMENT_NOTE.replace("EXPERIMENT_ID", experiment_id)),
         ("mlflow.experimentKind", "custom_model_development"),
-        ("mlflow.experiment.primaryMetric.name", "achieved/score"),
         (VIEW_TAG, runs_view()),
     ):
         if not tags.get(name):

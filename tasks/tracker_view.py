@@ -12,15 +12,18 @@ from typing import Any, Final
 
 KEY: Final = "rlhf"
 VIEW_TAG: Final = f"mlflow.sharedViewState.{KEY}"
-COLUMNS: Final = (
-    "metrics.`achieved/score`",
-    "metrics.`achieved/kl`",
-    "metrics.`achieved/gain_per_nat`",
-    "metrics.`eval/score`",
-    "params.`kl.target`",
-    "params.`seed`",
-    "attributes.`Models`",
-)
+COLUMNS: Final = {
+    "metrics.`achieved/score`": 130,
+    "metrics.`achieved/kl`": 110,
+    "metrics.`achieved/gain_per_nat`": 180,
+    "metrics.`eval/score`": 110,
+    "params.`kl.target`": 90,
+    "params.`seed`": 70,
+    "attributes.`Models`": 190,
+}
+"""Columns that are shown beside those that always are -> their pixels: all of them fit into 1,400."""
+_ALWAYS: Final = {"attributes.`Run Name`": 190}
+_BEHIND: Final = {"runDateAndNestInfo": 150, "duration": 80}
 CAME_OUT, TRAINING = "rlhf-came-out", "rlhf-training"
 """Ids of the two sections of charts."""
 
@@ -42,7 +45,14 @@ def runs_view() -> str:
         {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
         for uuid, name in ((CAME_OUT, "What came out"), (TRAINING, "Training"))
     ]
-    state = {"selectedColumns": COLUMNS, "compareRunCharts": charts, "compareRunSections": sections}
+    state = {
+        "selectedColumns": list(COLUMNS),
+        "columnOrder": [*_ALWAYS, *COLUMNS, *_BEHIND],
+        "columnWidths": _ALWAYS | COLUMNS | _BEHIND,
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "isAccordionReordered": True,  # else MLflow puts its own sections first
+    }
     return json.dumps(state, separators=(",", ":"))
 
 

@@ -10,22 +10,24 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from rlhf_core.contracts.config import PromptsConfig
-from rlhf_core.contracts.config_io import config_template, flat_params
+from rlhf_core.contracts.config_io import config_template
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.store.address import shown
 from tasks import sqlite_store, tracker_notes
 from tasks.guards import GuardRecord
 from tasks.outbox import GoneError, Ledger, Outbox, Patient, Sending, store_lock
-from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
+from tasks.tracked_doubles import OUTBOX_TAG, remove_double_runs, runs_of_outbox
+from tasks.tracked_metrics import SENTINEL, batch_of_metrics, missing_metrics, result_metrics
 from tasks.tracked_models import TrackedModels
 from tasks.tracked_results import send_results
+from tasks.tracked_traces import RUN_TAG as TRACE_TAG
 from tasks.tracked_traces import TrackedTraces
 from tasks.tracker_files import send_text
 from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, is_final, refusal
@@ -53,7 +55,6 @@ ONCE: Final = (
     "log_outputs",
 )
 """Calls that are not simply repeated when their answer is lost."""
-OUTBOX_TAG = "rlhf.outbox"
 OK = 200
 """HTTP status."""
 
@@ -130,7 +131,7 @@ class _Sender:
                 sending = Sending(self.next, after, int(time.time() * 1000))
                 self.ledger = self.ledger.change(self.run.path, sending=sending, sent=self.next)
             else:  # whether an earlier try has arrived is not known
-                values = self._missing_of(values)
+                values = missing_metrics(self.client, self.run_id, values)
             log_metrics(self.client, self.run_id, sending.timestamp_ms, values)
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
@@ -142,7 +143,8 @@ class _Sender:
         """Results, figure, page, samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
-            self._remove_doubles()
+            remove_double_runs(self.client, self.experiment_id, self.ledger.outbox, self.run_id)
+            self.models.remove_doubles()
             self.models.link_outputs()
             self._log_results()
             send_results(self.client, self.run_id, self.run, self.prefect_run)
@@ -155,12 +157,6 @@ class _Sender:
 
     def _traced(self, after: int) -> None:
         self.ledger = self.ledger.change(self.run.path, traced=after)
-
-    def _missing_of(self, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
-        """Those that the tracker does not have, metric by metric: a batch may be taken in part."""
-        names = sorted(set().union(*values.values()))
-        had = {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n)}
-        return {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
 
     def _connect(self, is_over: Callable[[], bool]) -> tuple[Any, str]:
         """A client and the experiment. A folder that was moved away from its tracker begins a run in another one."""
@@ -182,7 +178,9 @@ class _Sender:
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
             tags = {OUTBOX_TAG: self.ledger.outbox} | tracker_notes.created_tags(self.run)
-            there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
+            there = runs_of_outbox(
+                self.client, self.experiment_id, self.ledger.outbox
+            )  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
             run_id = created.info.run_id if created else there[0]
@@ -203,35 +201,12 @@ class _Sender:
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
-    def _runs_of_outbox(self) -> list[str]:
-        """Runs that this run folder has made in the tracker, the oldest first: more than one if answers came late."""
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`{OUTBOX_TAG}` = '{self.ledger.outbox}'",
-            order_by=["attributes.start_time ASC"],
-        )
-        return [run.info.run_id for run in found]
-
-    def _remove_doubles(self) -> None:
-        """Undo what was created twice, because a first request was carried out after we had given it up."""
-        for run_id in self._runs_of_outbox():
-            if run_id != self.run_id and self._is_empty(run_id):
-                self.client.delete_run(run_id)
-        self.models.remove_doubles()
-
-    def _is_empty(self, run_id: str) -> bool:
-        """Whether a run has nothing but the tags that it is created with; another one is a person's copy of ours."""
-        data = self.client.get_run(run_id).data
-        return not data.metrics and not data.params
-
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
         from mlflow.entities import Param
 
-        params = [Param(name, json.dumps(value) if isinstance(value, list) else str(value))
-                  for name, value in flat_params(self.run.config).items()]  # fmt: skip
         there = self.client.get_run(run_id).data.params  # a param is never changed, whoever has set it
-        params = [p for p in params if p.value != "" and p.key not in there]
+        params = [Param(name, value) for name, value in tracker_notes.params(self.run).items() if name not in there]
         for start in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         send_text(self.client, run_id, config_template(self.run.config), "config.yaml")
@@ -244,11 +219,14 @@ class _Sender:
         return next(step for step in range(len(steps) + 1) if step not in steps)  # others may log that metric, too
 
     def _log_results(self) -> None:
-        """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
-        values = result_metrics(self.run)
+        """What came out, with the time stamp of the last iteration: the same, however often it is sent.
+
+        A run that went on has two of each; MLflow shows the later one.
+        """
+        last = self.run.num_finished() - 1
         for metric in self.client.get_metric_history(self.run_id, SENTINEL):
-            if metric.step in values:
-                log_metrics(self.client, self.run_id, metric.timestamp, self._missing_of(values))
+            if metric.step == last:
+                log_metrics(self.client, self.run_id, metric.timestamp, result_metrics(self.run))
                 return
 
 
@@ -401,3 +379,20 @@ def download_registered(run: RunFolder, name: str, version: str, folder: Path) -
 
     connect(run)
     mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))
+
+
+def judged_traces(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """The traces of a run as MLflow's dictionaries, those with an assessment alone, the oldest first.
+
+    Raises: RefusalError if the run is not in the tracker, or whatever MLflow raises.
+    """
+    ledger = Ledger.of(run.path)
+    client, experiment_id = connect(run, experiment_id=ledger.experiment_id)
+    wanted, token = f"tags.`{TRACE_TAG}` = '{ledger.outbox}'", None
+    while True:
+        page = client.search_traces(
+            locations=[experiment_id], filter_string=wanted, order_by=["timestamp_ms ASC"], page_token=token
+        )
+        yield from (trace.to_dict() for trace in page if trace.info.assessments)
+        if not (token := page.token):
+            return

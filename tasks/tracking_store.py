@@ -11,8 +11,9 @@ from rlhf_core.contracts.config import absolute_sqlite
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
-from tasks.outbox import Ledger, RefusalError
-from tasks.sqlite_store import database_of
+from tasks.outbox import LEDGER, Ledger, RefusalError
+from tasks.sqlite_store import database_of, experiments_with
+from tasks.tracker_view import VIEW_TAG
 
 DATABASE = "mlflow.db"
 
@@ -99,6 +100,19 @@ def _moved_along(run: RunFolder, uri: str) -> str:
         return uri
     moved = here.parent / database.relative_to(around)
     return f"sqlite:///{moved}" if moved.is_file() else uri
+
+
+def experiments_in(folder: Path, uri: str) -> list[str]:
+    """The experiments of a tracker that have our view: those of an sqlite store, else those of the runs in a folder."""
+    if database := database_of(uri):
+        return experiments_with(database, VIEW_TAG)
+    found: set[str] = set()
+    for record in [folder / LEDGER, *folder.glob(f"*/{LEDGER}")]:
+        with suppress(RlhfError, OSError, TypeError):
+            ledger = Ledger.of(record.parent)
+            if ledger.experiment_id and ledger.tracker == without_credentials(uri):
+                found.add(ledger.experiment_id)
+    return sorted(found)
 
 
 def _beside(folder: Path) -> str:
