@@ -34,10 +34,10 @@ def write_feedback(console: Console, path: Path, to: Path, labels: Path | None) 
             "different grades, or one response an expectation; --labels FILE writes single judgements"
         )
     write_file(to, _lines(found.pairs))
-    told = f"{len(found.pairs)} pairs of {found.num_judged} judged responses: {to}"
+    told = f"pairs: {len(found.pairs)}, of {found.num_judged} judged responses: {to}"
     if labels is not None:
         write_file(labels, _lines(found.labels))
-        told += f"; {len(found.labels)} single judgements: {labels}"
+        told += f"; single judgements: {len(found.labels)}: {labels}"
     if found.unread:
         told += f"; not read as a judgement: {', '.join(found.unread)}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.selection import Selection, select_samples
 from rlhf_core.tables import RunTables, pc
@@ -92,16 +93,14 @@ class TrackedTraces:
 
     def _send_next(self, finished: int, models: Mapping[int, str]) -> bool:
         """Send one iteration's; returns whether there was one."""
-        every = self.run.config.tracking.trace_every
-        if every is None or self._is_refused:
-            return False
-        last = self.run.config.num_iterations - 1
-        due = next((i for i in range(self._next, finished) if i % every == 0 or i == last), None)
-        if due is None:
+        due = next((i for i in due_iterations(self.run) if self._next <= i < finished), None)
+        if due is None or self._is_refused:
             return False
         began = time.monotonic()
         try:
             self._send(due, models.get(due))
+        except RlhfError as error:  # of the run folder: what is damaged there is not why the rest does not arrive
+            logger.warning("no traces of iteration %d: %s", due, reason(error))
         except Exception as error:
             if not (is_final(error) or isinstance(error, NotImplementedError)):
                 raise
@@ -122,6 +121,12 @@ class TrackedTraces:
             for row in rows:
                 self._tracker.start(_info(self._outbox, row, model_id, now_ms, took_ms))
         self._tracker.log([_span(self._outbox, row, now_ms, took_ms) for row in rows])
+
+
+def due_iterations(run: RunFolder) -> list[int]:
+    """The iterations of a run whose extremes become traces: one in ``trace_every``, and the last one."""
+    every, last = run.config.tracking.trace_every, run.config.num_iterations - 1
+    return [] if every is None else sorted({*range(0, last + 1, every), last})
 
 
 def extreme_responses(run: RunFolder, iteration: int) -> list[dict[str, Any]]:

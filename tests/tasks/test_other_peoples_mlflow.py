@@ -381,7 +381,9 @@ class TestMoving:
         home = tmp_path / "home"
         home.mkdir()
         shutil.copy(empty_store, home / "my.db")
-        run = made_run(home / "run", [0.0], changes=[f"tracking.uri=sqlite:///{home}/my.db"])
+        run = made_run(
+            home / "run", [0.0], changes=[f"tracking.uri=sqlite:///{home}/my.db", "tracking.trace_every=null"]
+        )
         (run.path / "report.png").write_bytes(b"png")
         (run.path / "view.html").write_text("<p>")
         send(run, monkeypatch)

@@ -104,6 +104,11 @@ def test_traces_say_what_was_asked_and_answered_and_which_model_has(
     }
 
 
+def send_all(sender: Any) -> None:
+    sender.send_up_to(4)
+    sender.finish(brief=False)
+
+
 @pytest.mark.parametrize("call", ["start", "log", "link", "ledger"])
 @pytest.mark.parametrize("is_done", [True, False])
 def test_a_sender_that_dies_anywhere_leaves_each_trace_once(
@@ -132,8 +137,7 @@ def test_a_sender_that_dies_anywhere_leaves_each_trace_once(
         patched.setattr(owner, name, die)
         sender = tracking._Sender(run, {})
         with pytest.raises(SystemExit):
-            sender.send_up_to(4)
-            sender.finish(brief=False)
+            send_all(sender)
     assert send(run, monkeypatch) == []
     once_each(run)
 
@@ -173,6 +177,16 @@ def test_a_server_that_takes_none_loses_nothing_else(run: RunFolder, monkeypatch
     assert len(said) == 1
     assert "MLflow takes no traces (log_spans is not supported" in said[0]
     assert client_of(run).get_run(ledger_of(run).run_id).info.status == "FINISHED"
+
+
+def test_a_damaged_artifact_costs_its_own_traces_alone(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.path / "iterations/000002/02_rollouts.arrow").write_bytes(b"damaged")
+    said: list[str] = []
+    monkeypatch.setattr(tracked_traces.logger, "warning", lambda text, *values: said.append(text % values))
+    assert send(run, monkeypatch) == []
+    assert len(said) == 1
+    assert said[0].startswith("no traces of iteration 2: ")
+    assert {trace.info.tags["rlhf.iteration"] for trace in traces_of(run)} == {"0", "3"}
 
 
 class Recorder:
@@ -241,7 +255,7 @@ def test_what_people_say_comes_back_as_pairs(
     mlflow.log_feedback(trace_id=worse.info.trace_id, name="ok", value=True, source=person())
     assert not (tmp_path / "pairs.jsonl").exists()
     assert feedback("--labels", str(tmp_path / "labels.jsonl")) == 0
-    assert "1 pairs of 2 judged responses" in capsys.readouterr().out
+    assert "pairs: 1, of 2 judged responses" in capsys.readouterr().out
     (pair,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert pair == {
         "prompt": best.data.spans[0].inputs["prompt"],

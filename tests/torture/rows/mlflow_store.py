@@ -1,4 +1,4 @@
-"""SIGKILL while MLflow's sqlite store is made, by us and by MLflow itself: the runs beside it are tracked all the same."""
+"""SIGKILL while MLflow's sqlite store is made, by us and by MLflow itself: the runs beside it are tracked anyway."""
 
 from __future__ import annotations
 
