@@ -112,6 +112,8 @@ def follow_move(database: Path) -> str | None:
 
     Returns: the folder where the store was; None if it was not moved.
     """
+    if state_of(database) != "whole":
+        return None
     here = database.resolve().parent
     wanted = (here / ARTIFACTS).as_uri()
     with _opened(database) as connection:
@@ -164,7 +166,8 @@ def experiments_with(database: Path, tag: str) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(database: Path) -> Iterator[sqlite3.Connection]:
-    with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
+    address = f"{database.absolute().as_uri()}?mode=rw"  # never made by looking at it
+    with contextlib.closing(sqlite3.connect(address, timeout=20, uri=True)) as connection:
         yield connection
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from tasks import sqlite_store
 from tasks.outbox import RefusalError
-from tasks.sqlite_store import experiment_in, make_ready, state_of
+from tasks.sqlite_store import experiment_in, follow_move, make_ready, state_of
 
 STEPS = (
     "create table experiments (experiment_id integer, name text, lifecycle_stage text, artifact_location text)",
@@ -126,6 +126,24 @@ def test_a_store_that_others_left_half_made_is_put_aside_with_its_journal(
     assert aside.name in said
 
 
+def test_a_journal_never_stays_for_the_next_store(database: Path) -> None:
+    for name in ("mlflow.db", "mlflow.db-journal"):
+        (database.parent / name).write_bytes(name.encode())
+    aside = sqlite_store._put_aside(database)
+    assert sorted(path.name for path in database.parent.iterdir()) == [aside.name, f"{aside.name}-journal"]
+    (database.parent / "mlflow.db-journal").write_bytes(b"of a store that was removed by hand")
+    make_ready(database, making())
+    assert state_of(database) == "whole"
+    assert not (database.parent / "mlflow.db-journal").exists()
+
+
+def test_a_new_store_is_on_the_disk_before_it_has_its_name(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(sqlite_store, "sync", lambda path: synced.append((path.name, database.exists())))
+    make_ready(database, making())
+    assert synced == [(f".mlflow.db.new-{os.getpid()}", False), (database.parent.name, True)]
+
+
 def test_one_that_somebody_else_is_making_just_now_is_waited_for(
     database: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
 ) -> None:
@@ -190,6 +208,9 @@ def test_a_database_of_something_else_is_left_to_mlflow(database: Path) -> None:
         connection.execute("create table mine (x)")
     connection.close()
     assert state_of(database) == "foreign"
+    assert follow_move(database) is None
+    assert follow_move(database.with_name("none.db")) is None
+    assert not database.with_name("none.db").exists()
     make_ready(database, lambda _: pytest.fail("made again"))
 
 
