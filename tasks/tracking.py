@@ -300,7 +300,7 @@ def server_version(uri: str, timeout_s: float | None = None) -> str:
 
     if not uri.startswith(("http://", "https://")):
         return ""
-    answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=timeout_s, max_retries=0)
+    answer: Any = http_request(get_default_host_creds(uri), "/version", "GET", timeout=timeout_s, max_retries=0)
     return answer.text if answer.status_code == OK else ""
 
 

@@ -145,8 +145,7 @@ class TrackingConfig(Section):
     run_name: str | None = Field(default=None, description="null: the name of the run folder")
     trace_every: Positive | None = Field(
         default=10,
-        description="the extreme responses of one iteration in so many become MLflow traces, and of the last one; null: "
-        "none",
+        description="one iteration in so many, and the last, show their extreme responses as MLflow traces; null: none",
     )
     registered_model: str = Field(
         default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"

@@ -92,7 +92,7 @@ def test_so_does_one_that_is_killed_around_the_rename(
         if call == "link":
             os.link = die
         elif call == "unlink":
-            Path.unlink = die  # type: ignore[method-assign]
+            Path.unlink = die
         else:
             real, wanted = sqlite_store.sync, database.parent if call == "sync_folder" else None
             sqlite_store.sync = lambda path: die() if wanted in (None, path) else real(path)
