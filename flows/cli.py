@@ -20,7 +20,7 @@ from rlhf_core.store.address import shown
 
 PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config, chaining.chain),
-    "Look": (looking.inspect, looking.view, looking.compare, looking.verify, looking.ui),
+    "Look": (looking.inspect, looking.view, looking.compare, looking.verify, looking.ui, looking.feedback),
     "Measure": (measuring.evaluate, measuring.blend, sweeping.sweep),
     "Replay": (replaying.replay, replaying.bundle),
 }

@@ -15,6 +15,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prefect.settings import PREFECT_API_URL
@@ -28,8 +29,10 @@ from flows.displays.terminal import print_warning
 from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
-from tasks.outbox import store_lock
-from tasks.tracking_store import DATABASE, trackers_in
+from tasks.outbox import RefusalError, store_lock
+from tasks.sqlite_store import state_of
+from tasks.tracker_view import view_page
+from tasks.tracking_store import DATABASE, address_problem, experiments_in, trackers_in
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
@@ -38,6 +41,8 @@ START_S = 180.0
 """Until a server that has not answered is given up."""
 PROBE_S, POLL_S = 2.0, 0.3
 LAST_LINES = 15
+OK, UNAUTHORIZED, FORBIDDEN, FAILURE = 200, 401, 403, 500
+"""HTTP statuses; FAILURE and above are of a server that does not work."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Stores that MLflow's server reads."""
 ELSEWHERE = (".quickstart/runs", "*")
@@ -82,7 +87,7 @@ def show_pages(
     Raises: UserError for a store that is not there, or a port that is taken.
     """
     uri = tracking_uri or find_tracker(runs or Path("runs"))
-    check_tracker(uri)
+    remark = check_tracker(uri)
     for_mlflow = choose_port(mlflow_port, MLFLOW_PORT, "--mlflow-port")
     for_prefect = choose_port(prefect_port, PREFECT_PORT, "--prefect-port")
     if for_mlflow == for_prefect:
@@ -92,13 +97,15 @@ def show_pages(
         try:
             with store_lock(uri):  # until it answers: a run that begins now must not migrate the store too
                 pages.append(mlflow_page(uri, for_mlflow, Path(logs)))
+                pages[0].about += remark
                 pages.append(prefect_page(console, for_prefect, Path(logs)))
                 with console.status("starting " + " and ".join(p.name for p in pages if p.server is not None)):
                     wait_for(pages)
-            print_pages(console, pages)
+            views = [view_page(pages[0].address, each) for each in experiments_in(runs or Path("runs"), uri)]
+            print_pages(console, pages, views)
             if is_opened and console.is_terminal and _has_browser():
-                for page in pages:
-                    webbrowser.open(page.address)
+                for address in (views[0] if len(views) == 1 else pages[0].address, pages[1].address):
+                    webbrowser.open(address)
             stay(pages)
         finally:
             end([page.server for page in pages if page.server is not None])
@@ -120,14 +127,18 @@ def find_tracker(runs: Path) -> str:
     raise UserError(f"--runs {runs} {what} yet{hint or '; `rlhf quickstart` or `rlhf train` makes one'}")
 
 
-def check_tracker(uri: str) -> None:
-    """Raise UserError if there is nothing to show: an empty store would be made, or a server does not answer."""
+def check_tracker(uri: str) -> str:
+    """Look whether there is anything to show.
+
+    Returns: a remark for a person; mostly empty.
+    Raises: UserError if an empty store would be made, a store is half made, or a server does not answer or refuses.
+    """
     scheme, mark, rest = uri.partition("://")
     shown = without_credentials(uri)
     if scheme in ("http", "https"):
-        if not _answers(uri):
-            raise UserError(f"the MLflow server at {shown} does not answer; start it, or give --tracking-uri")
-        return
+        return _check_server(uri, shown)
+    if problem := address_problem(uri):
+        raise UserError(problem)
     if not mark or scheme.partition("+")[0] not in DATABASES:
         raise UserError(
             f"the tracker {without_secrets(shown)!r} is neither a server (http://...) nor a database that MLflow reads "
@@ -136,6 +147,36 @@ def check_tracker(uri: str) -> None:
     database = Path(rest.removeprefix("/").partition("?")[0])
     if scheme == "sqlite" and not database.is_file():
         raise UserError(f"the tracking database {database} is not there: no run has been tracked in it yet")
+    if scheme == "sqlite" and _state_of(database) == "half-made":
+        raise UserError(
+            f"the tracking database {database} was left half made, and holds no run: the next run beside it, or "
+            "`rlhf resume` of one, puts it aside and makes another"
+        )
+    return ""
+
+
+def _state_of(database: Path) -> str:
+    try:
+        return state_of(database)
+    except (RefusalError, ConnectionError) as error:
+        raise UserError(str(error)) from None
+
+
+def _check_server(uri: str, shown: str) -> str:
+    status = _status(uri, trusted=True)
+    if status == UNAUTHORIZED:
+        return "; it asks for a user and password"
+    if status == FORBIDDEN:
+        raise UserError(
+            f"the MLflow server at {shown} refuses (403): it does not accept that address, or this user; ask who runs "
+            "it for its --allowed-hosts, or for the permission"
+        )
+    if status is None or status >= FAILURE:
+        what = "does not answer" if status is None else f"fails ({status})"
+        raise UserError(f"the MLflow server at {shown} {what}; start it, or give --tracking-uri")
+    if status != OK:
+        raise UserError(f"{shown} does not answer as an MLflow server ({status}); give --tracking-uri")
+    return ""
 
 
 def choose_port(asked: int | None, usual: int, option: str) -> int:
@@ -221,7 +262,7 @@ def stay(pages: Sequence[Page], pause: Callable[[float], None] = time.sleep) -> 
         pause(POLL_S)
 
 
-def print_pages(console: Console, pages: Sequence[Page]) -> None:
+def print_pages(console: Console, pages: Sequence[Page], views: Sequence[str] = ()) -> None:
     """The addresses, how runs get there, and how it ends."""
     table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -230,6 +271,8 @@ def print_pages(console: Console, pages: Sequence[Page]) -> None:
     for page in pages:
         table.add_row(Text(page.name, style="bold"), Text(page.address, style=f"link {page.address}"), Text(page.about))
     console.print(table)
+    for view in views:
+        console.print(f"runs with score and KL  {view}", highlight=False, markup=False, soft_wrap=True)
     (prefect,) = (page for page in pages if page.name == "Prefect")
     console.print("runs appear in Prefect while they go, from a terminal where you type", highlight=False)
     console.print(f"  export PREFECT_API_URL={prefect.address}/api", highlight=False, markup=False, soft_wrap=True)
@@ -248,10 +291,26 @@ def _said(server: Child) -> list[str]:
 
 
 def _answers(address: str) -> bool:
+    return _status(address) == OK
+
+
+def _status(address: str, *, trusted: bool = False) -> int | None:
+    """The HTTP status of an address; None if nobody answers. ``trusted``: by MLflow's own password and certificate."""
+    named: dict[str, Any] = {}
+    if trusted:
+        user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+        if user and password:
+            named["auth"] = (user, password)
+        if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            named["headers"] = {"Authorization": f"Bearer {token}"}
+        if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
+            named["verify"] = False
+        elif certificate := os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"):
+            named["verify"] = certificate
     try:
-        return httpx.get(address, timeout=PROBE_S, follow_redirects=True).status_code == 200
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
+        return httpx.get(address, timeout=PROBE_S, follow_redirects=True, **named).status_code
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
+        return None
 
 
 def _is_free(port: int) -> bool:

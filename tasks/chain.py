@@ -183,9 +183,10 @@ def promote(run_dir: str, iteration: int, alias: str) -> str:
     Raises: UserError if MLflow does not have it yet.
     """
     run = RunFolder.open(Path(run_dir))
-    name, run_id = run.config.tracking.registered_model, Ledger.of(run.path).run_id
+    name, ledger = run.config.tracking.registered_model, Ledger.of(run.path)
+    run_id = ledger.run_id
     with _asking_mlflow(f"MLflow did not promote checkpoint {iteration} of {run_dir}, and the same call goes on"):
-        client, _ = connect(run)
+        client, _ = connect(run, experiment_id=ledger.experiment_id)
         found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'") if run_id else []
         versions = [str(version.version) for version in found if version.tags.get("rlhf.iteration") == str(iteration)]
         if not versions:

@@ -12,10 +12,11 @@ from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.summary import metrics as evaluation_metrics
-from tasks.outbox import CLOSE_TIMEOUT_S, LEDGER, Ledger, reason
+from tasks.outbox import CLOSE_TIMEOUT_S, LEDGER, Ledger, RefusalError, reason
 from tasks.tracker_files import send_file, send_table
+from tasks.tracker_refusals import check_run
 from tasks.tracking import connect, log_metrics, log_prompts, logger
-from tasks.tracking_store import shown_tracking_uri
+from tasks.tracking_store import shown_tracking_uri, tracking_uri
 
 EVALUATION_SAMPLES = 200
 """Rows of an evaluation's sample table."""
@@ -34,7 +35,8 @@ def log_evaluation(folder: str) -> None:
         try:
             _send(there)
         except Exception as error:  # a tracker's failure must never fail an evaluation
-            logger.warning("MLflow did not take the evaluation: %s; evaluate again to send it", reason(error))
+            why = str(error) if isinstance(error, RefusalError) else reason(error)
+            logger.warning("MLflow did not take the evaluation: %s; evaluate again to send it", why)
 
     thread = threading.Thread(target=work, name="mlflow", daemon=True)
     thread.start()
@@ -51,8 +53,9 @@ def _send(there: EvaluationFolder) -> None:
     result = digest_json({"uri": shown_tracking_uri(run), "numbers": numbers})
     if before.get("result") == result:
         return
-    client, experiment_id = connect(run)
+    client, experiment_id = connect(run, experiment_id=Ledger.of(run.path).experiment_id if there.run_dir else None)
     run_id = before.get("run_id") or _run_of(client, experiment_id, there, run)
+    check_run(client, run_id, tracking_uri(run), run.path)
     if before.get("sending") != result:
         before = {"run_id": run_id, "sending": result, "timestamp": int(time.time() * 1000)}
         write_record(record, before)

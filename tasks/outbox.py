@@ -42,6 +42,14 @@ PAUSES_S = (0.05, 0.2)
 """Between the tries of one call."""
 
 
+class RefusalError(Exception):
+    """What a tracker does not take until a person has done something: the message says what, in a sentence."""
+
+
+class GoneError(RefusalError):
+    """The tracker has no such run or experiment."""
+
+
 @dataclass(frozen=True)
 class Sending:
     """A batch under way: iterations ``first`` to ``after`` - 1, with the time stamp of their metrics."""
@@ -63,6 +71,12 @@ class Ledger:
     """Whether its params and files have arrived."""
     sent: int = 0
     sending: Sending | None = None
+    traced: int = 0
+    """Iterations below have their traces there."""
+    home: str = ""
+    """The folder that it describes: a copied ledger is known by another one."""
+    tracker: str = ""
+    """Where ``run_id`` is, without credentials: compared and shown, never contacted."""
 
     @classmethod
     def of(cls, run_dir: Path) -> Ledger:
@@ -85,6 +99,35 @@ class Ledger:
         """The ledger with a name for the tracker's run."""
         return self if self.outbox else self.change(run_dir, outbox=uuid.uuid4().hex)
 
+    def claimed(self, run_dir: Path, tracker: str) -> Ledger:
+        """The ledger of this folder and tracker: one that was copied gets a run of the tracker of its own.
+
+        Args:
+            run_dir: where it was read.
+            tracker: as it may be shown.
+        """
+        here = shown(run_dir.resolve())
+        if self.was_moved(run_dir) and self.tracker == tracker and self._is_still_at_home():
+            return Ledger(is_described=False, home=here, tracker=tracker).named(run_dir)
+        if self.run_id is None and (self.home, self.tracker) != (here, tracker):
+            return self.change(run_dir, home=here, tracker=tracker).named(run_dir)
+        return self.named(run_dir)
+
+    def was_moved(self, run_dir: Path) -> bool:
+        """Whether it was written in another folder than the one it is in."""
+        return bool(self.home) and self.home != shown(run_dir.resolve())
+
+    def settled(self, run_dir: Path, tracker: str) -> Ledger:
+        """The ledger once ``run_id`` was found in a tracker."""
+        here = shown(run_dir.resolve())
+        same = (self.home, self.tracker) == (here, tracker)
+        return self if same else self.change(run_dir, home=here, tracker=tracker)
+
+    def _is_still_at_home(self) -> bool:
+        with contextlib.suppress(RlhfError, OSError, TypeError):
+            return Ledger.of(Path(self.home)).outbox == self.outbox
+        return False
+
 
 class Patient:
     """A client whose calls are tried again at once, where doing a thing twice is doing it once.
@@ -93,10 +136,17 @@ class Patient:
         client: of a tracker.
         once: its calls that would do it twice; the next delivery looks whether they have, before it repeats them.
         is_over: whether nothing more may be sent.
+        is_final: whether an error is an answer, which another try gets again.
     """
 
-    def __init__(self, client: Any, once: Collection[str], is_over: Callable[[], bool]) -> None:
-        self._client, self._once, self._is_over = client, once, is_over
+    def __init__(
+        self,
+        client: Any,
+        once: Collection[str],
+        is_over: Callable[[], bool],
+        is_final: Callable[[Exception], bool] = lambda _: False,
+    ) -> None:
+        self._client, self._once, self._is_over, self._is_final = client, once, is_over, is_final
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._client, name)
@@ -107,8 +157,8 @@ class Patient:
                     raise InterruptedError("the run has ended")
                 try:
                     return call(*arguments, **named)
-                except Exception:
-                    if pause_s is None or name in self._once:
+                except Exception as error:
+                    if pause_s is None or name in self._once or self._is_final(error):
                         raise
                     time.sleep(pause_s)
             raise AssertionError("the last turn returns or raises")
@@ -142,6 +192,7 @@ class Outbox:
         logger: where an outage is reported, once.
         item: what is counted, in those messages.
         remedy: what sends the rest, in those messages; default: resuming the run.
+        refusal: what a person has to do about an error before anything is sent; None for an outage.
     """
 
     def __init__(
@@ -152,6 +203,7 @@ class Outbox:
         *,
         item: str = "iteration",
         remedy: str | None = None,
+        refusal: Callable[[Exception], str | None] = lambda _: None,
     ) -> None:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
@@ -160,8 +212,9 @@ class Outbox:
         self._changed = threading.Condition()
         self._finished, self._is_closing, self._is_brief = 0, False, False
         self._given_up = threading.Event()
-        self._arrived: int | None = None
+        self._delivery: Delivery | None = None
         self._delivered = False
+        self._refusal, self._refused = refusal, ""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def page(self, uri: str) -> str | None:
@@ -191,46 +244,57 @@ class Outbox:
         if not self._delivered:
             missing = max(self._finished - self._num_arrived(), 0)
             what = f"{missing} of {self._finished} {self._item}s" if missing else "the end of the run"
+            if self._refused:
+                self._logger.warning("MLflow has not taken %s: %s", what, self._refused)
+                return
             self._logger.warning("MLflow has not taken %s; nothing is lost: %s sends the rest", what, self._remedy)
 
     def _num_arrived(self) -> int:
-        """Iterations that have surely arrived."""
-        if self._arrived is not None:
-            return self._arrived
+        """Iterations that have surely arrived, also by now: a delivery may be under way."""
+        if self._delivery is not None:
+            return self._delivery.next
         with contextlib.suppress(RlhfError, OSError):  # the end of a run does not fail on a damaged ledger
             return Ledger.of(self._run_dir).sent
         return 0
 
     def _work(self) -> None:
         delivery: Delivery | None = None
-        seen, failures, last_tries = -1, 0, 0
+        seen, failures, last_tries, arrived = -1, 0, 0, -1
         while not self._given_up.is_set():
             finished, is_closing = self._next_job(seen, failures)
             try:
-                delivery = delivery or self._connect(self._given_up.is_set)
-                self.run_id, self.experiment_id = delivery.run_id, delivery.experiment_id
+                if delivery is None:
+                    self._delivery = delivery = self._connect(self._given_up.is_set)
+                    self.run_id, self.experiment_id = delivery.run_id, delivery.experiment_id
                 delivery.send_up_to(finished)
-                self._arrived = delivery.next
+                arrived = delivery.next
                 if is_closing:
                     delivery.finish(brief=self._is_brief)
                     self._delivered = True
                     return
                 if failures:
                     self._logger.warning("MLflow takes metrics again; it has the %ss below %d", self._item, finished)
-                seen, failures = finished, 0
+                seen, failures, self._refused = finished, 0, ""
             except Exception as error:  # a tracker's failure must never reach training
                 if self._given_up.is_set():
                     return
-                if not failures:
-                    what = f"{self._item} {finished - 1}" if finished else "the run"
-                    self._logger.warning("MLflow did not take %s (it is tried again): %s", what, reason(error))
+                self._tell(error, finished, is_first=not failures)
                 failures += 1
-                if delivery is not None and delivery.next != self._arrived:  # some have: it is worth going on
-                    self._arrived, last_tries = delivery.next, 0
+                if delivery is not None and delivery.next != arrived:  # some have: it is worth going on
+                    arrived, last_tries = delivery.next, 0
                 last_tries += is_closing
                 if is_closing and (self._is_brief or last_tries == LAST_TRIES):
                     return
                 delivery = None
+
+    def _tell(self, error: Exception, finished: int, *, is_first: bool) -> None:
+        """Report the first failure of an outage, and what a person has to do once that is known."""
+        before, self._refused = self._refused, self._refusal(error) or ""
+        what = f"{self._item} {finished - 1}" if finished else "the run"
+        if self._refused and self._refused != before:
+            self._logger.warning("MLflow did not take %s: %s", what, self._refused)
+        elif is_first:
+            self._logger.warning("MLflow did not take %s (it is tried again): %s", what, reason(error))
 
     def _next_job(self, seen: int, failures: int) -> tuple[int, bool]:
         """Wait until there is something to send; after a failure, until it is time to try again.

@@ -18,8 +18,10 @@ from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.sweeping.folder import SweepFolder
 from rlhf_core.sweeping.grid import SweepRun, value_text
 from tasks.outbox import Ledger, Outbox
+from tasks.tracked_doubles import OUTBOX_TAG, remove_double_runs, runs_of_outbox
 from tasks.tracker_files import send_file, send_table, send_text
-from tasks.tracking import OUTBOX_TAG, connect, logger
+from tasks.tracker_refusals import check_run, refusal
+from tasks.tracking import connect, logger
 from tasks.tracking_store import shown_tracking_uri
 
 PARENT_TAG: Final = "mlflow.parentRunId"
@@ -44,6 +46,7 @@ class SweepTracker:
             logger,
             item="run",
             remedy="the same command again",
+            refusal=lambda error: refusal(error, there.path),
         )
 
     @property
@@ -94,8 +97,8 @@ class _Sender:
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.there, self._known = there, known
-        self.ledger = Ledger.of(there.path).named(there.path)
-        self.client, self.experiment_id = connect(_as_run(there), is_over)
+        self.ledger = Ledger.of(there.path).claimed(there.path, shown_tracker(there))
+        self.client, self.experiment_id = self._connect(is_over)
         self.run_id = self._open_run(prefect_run)
         self._nested: set[str] = set()
         self.next = 0
@@ -120,17 +123,23 @@ class _Sender:
                 if (self.there.path / name).is_file():
                     send_file(self.client, self.run_id, self.there.path / name)
             self.client.set_tag(self.run_id, "mlflow.note.content", note(summary))
-            for run_id in self._made():  # a first request that was carried out after we had given it up
-                if run_id != self.run_id:
-                    self.client.delete_run(run_id)
+            remove_double_runs(self.client, self.experiment_id, self.ledger.outbox, self.run_id)
         self.client.set_terminated(self.run_id, "FINISHED" if is_complete else "KILLED" if brief else "FAILED")
+
+    def _connect(self, is_over: Callable[[], bool]) -> tuple[Any, str]:
+        run, before = _as_run(self.there), self.ledger
+        connected = connect(run, is_over, before.experiment_id)
+        if before.run_id is not None:
+            check_run(connected[0], before.run_id, shown_tracker(self.there), self.there.path)
+        self.ledger = before.settled(self.there.path, shown_tracker(self.there))
+        return connected
 
     def _open_run(self, prefect_run: Mapping[str, str]) -> str:
         """The MLflow run of the sweep, made at its first start and found again at the next."""
         path, run_id = self.there.path, self.ledger.run_id
         if run_id is None:
             tags = {OUTBOX_TAG: self.ledger.outbox, "rlhf.sweep": str(path.resolve())}
-            made = self._made() or [
+            made = runs_of_outbox(self.client, self.experiment_id, self.ledger.outbox) or [
                 self.client.create_run(self.experiment_id, run_name=path.resolve().name, tags=tags).info.run_id
             ]
             run_id = str(made[0])
@@ -146,15 +155,6 @@ class _Sender:
             send_text(self.client, run_id, config_template(self.there.config), "config.yaml")
             self.ledger = self.ledger.change(path, is_described=True)
         return run_id
-
-    def _made(self) -> list[str]:
-        """Runs that this sweep has made in the tracker, the oldest first: more than one if answers came late."""
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`{OUTBOX_TAG}` = '{self.ledger.outbox}'",
-            order_by=["attributes.start_time ASC"],
-        )
-        return [str(run.info.run_id) for run in found]
 
 
 def shown_tracker(there: SweepFolder) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from rlhf_core.comparing.outcome import outcome
 from rlhf_core.contracts.artifacts import Manifest
@@ -15,6 +16,8 @@ SENTINEL = "episode"
 MAX_METRICS = 1000
 """MLflow takes no more at a time."""
 MEGABYTE = 1e6
+RESULT_STEP = 0
+"""Step of what came out: MLflow draws a bar for each run where every step is 0, and else a line of a single point."""
 
 
 def iteration_metrics(run: RunFolder, iteration: int) -> dict[str, float]:
@@ -62,10 +65,18 @@ def batch_of_metrics(run: RunFolder, first: int, after: int) -> dict[int, dict[s
     return found
 
 
+def missing_metrics(client: Any, run_id: str, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Those by their step that the tracker does not have, metric by metric: a batch may be taken in part."""
+    names = sorted(set().union(*values.values()))
+    had = {(name, metric.step) for name in names for metric in client.get_metric_history(run_id, name)}
+    return {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
+
+
 def result_metrics(run: RunFolder) -> dict[int, dict[str, float]]:
     """What came out, by its step: means of the last iterations, so that runs compare by more than their last one.
 
-    Their names come first in the alphabet, which is how MLflow's pages order charts and choose what to compare by.
+    Their names come first in the alphabet, which is how MLflow's pages order charts and choose what to compare by. Four
+    digits of each, which its columns have room for.
     """
     if run.num_finished() == 0:
         return {}
@@ -82,4 +93,4 @@ def result_metrics(run: RunFolder) -> dict[int, dict[str, float]]:
     }
     if came.gain_per_nat is not None:
         values["achieved/gain_per_nat"] = came.gain_per_nat
-    return {len(came.rows) - 1: values}
+    return {RESULT_STEP: {name: float(f"{value:.4g}") for name, value in values.items()}}

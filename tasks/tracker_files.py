@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def send_table(client: Any, run_id: str, rows: Sequence[Mapping[str, Any]], name
     """Send a table as MLflow shows it. ``client.log_table`` would append to the table of an earlier try."""
     table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
     send_text(client, run_id, json.dumps(table, ensure_ascii=False), name)
-    listed = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+    listed: Any = None
+    with suppress(ValueError):
+        listed = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+    if not isinstance(listed, list):
+        return  # somebody's own: the file is there all the same
     if (entry := {"path": name, "type": "table"}) not in listed:
         client.set_tag(run_id, TABLES_TAG, json.dumps([*listed, entry]))
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from rlhf_core.comparing.outcome import LAST, Spread
 from rlhf_core.comparing.presentation import QUANTITIES
 from rlhf_core.contracts.config import PromptsConfig
-from rlhf_core.contracts.config_io import config_digest
+from rlhf_core.contracts.config_io import config_digest, flat_params
 from rlhf_core.contracts.hub import split_revision
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.contracts.run_folder import RunFolder
@@ -24,6 +24,7 @@ from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.inspection import Row, iteration_rows
 from rlhf_core.store.address import shown
 from tasks.guards import GuardRecord
+from tasks.tracker_view import VIEW_TAG, runs_view
 
 NOTE: Final = "mlflow.note.content"
 """The description of a run or experiment."""
@@ -44,7 +45,8 @@ To compare runs, tick them and press *Compare*. Worth a column or an axis:
 | `eval/score`, `eval/kl`, `eval/share_of_attainable` | on held-out prompts, once `rlhf evaluate RUN` has run |
 | `objective/scores`, `objective/kl`, `kl/beta` | the curves of training, by iteration |
 
-In the terminal: `rlhf compare RUN RUN --out compare.html`.
+[The runs with these columns and charts](#/experiments/EXPERIMENT_ID/runs?viewStateShareKey=rlhf). In the terminal:
+`rlhf compare RUN RUN --out compare.html`.
 """
 
 
@@ -72,6 +74,13 @@ def model_tags(run: RunFolder) -> dict[str, str]:
     named |= {name: part.model for name, part in rewards if isinstance(part, ModelReward)}
     digests: Mapping[str, str] = run.identity["models"]
     return {f"rlhf.model.{role}": _named(named[role], digests[role]) for role in named if role in digests}
+
+
+def params(run: RunFolder) -> dict[str, str]:
+    """The knobs of a run as MLflow's params, which are texts and never empty."""
+    flat = flat_params(run.config).items()
+    texts = {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in flat}
+    return {name: text for name, text in texts.items() if text}
 
 
 def run_note(run: RunFolder, prefect_run: Mapping[str, str]) -> str:
@@ -117,9 +126,13 @@ def leave_note(client: Any, run_id: str, note: str) -> None:
 
 
 def introduce_experiment(client: Any, experiment_id: str) -> None:
-    """Give an experiment without a description one, and the pages of model training."""
+    """Give an experiment without a description one, the pages of model training, and a view with score and KL."""
     tags = client.get_experiment(experiment_id).tags
-    for name, text in ((NOTE, EXPERIMENT_NOTE), ("mlflow.experimentKind", "custom_model_development")):
+    for name, text in (
+        (NOTE, EXPERIMENT_NOTE.replace("EXPERIMENT_ID", experiment_id)),
+        ("mlflow.experimentKind", "custom_model_development"),
+        (VIEW_TAG, runs_view()),
+    ):
         if not tags.get(name):
             client.set_experiment_tag(experiment_id, name, text)
 

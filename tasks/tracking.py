@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from rlhf_core.contracts.config import PromptsConfig
-from rlhf_core.contracts.config_io import config_template, flat_params
+from rlhf_core.contracts.config_io import config_template
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
-from rlhf_core.inspection import before_and_after
-from rlhf_core.viewer.page import NAME as PAGE
-from rlhf_core.viewer.page import write_run_page
-from tasks import tracker_notes
-from tasks.figures import draw_run
+from rlhf_core.store.address import shown
+from tasks import sqlite_store, tracker_notes
 from tasks.guards import GuardRecord
-from tasks.outbox import Ledger, Outbox, Patient, Sending, store_lock
-from tasks.retention import best_checkpoint, checkpoint_value
-from tasks.tracked_metrics import SENTINEL, batch_of_metrics, result_metrics
-from tasks.tracker_files import send_file, send_model, send_table, send_text
+from tasks.outbox import GoneError, Ledger, Outbox, Patient, Sending, store_lock
+from tasks.tracked_doubles import OUTBOX_TAG, remove_double_runs, runs_of_outbox
+from tasks.tracked_metrics import SENTINEL, batch_of_metrics, missing_metrics, result_metrics
+from tasks.tracked_models import TrackedModels
+from tasks.tracked_results import send_results
+from tasks.tracked_traces import RUN_TAG as TRACE_TAG
+from tasks.tracked_traces import TrackedTraces
+from tasks.tracker_files import send_text
+from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, is_final, refusal
 from tasks.tracking_store import artifact_location, kept_experiment, shown_tracking_uri, tracking_uri
 
 logger = logging.getLogger(__name__)
 
 MAX_PARAMS = 100
 """MLflow takes no more at a time."""
+MAX_LINKS = 100
+"""Likewise, of traces that a run is linked to."""
 LIMITS: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds without an answer
@@ -53,9 +55,8 @@ ONCE: Final = (
     "log_outputs",
 )
 """Calls that are not simply repeated when their answer is lost."""
-OUTBOX_TAG = "rlhf.outbox"
-_UNFIT: Final = re.compile(r"[/:.%\"']")
-"""What MLflow takes in no name of a logged model."""
+OK = 200
+"""HTTP status."""
 
 
 class Tracker:
@@ -69,7 +70,12 @@ class Tracker:
     def __init__(self, run: RunFolder, prefect_run: Mapping[str, str]) -> None:
         self.run = run
         self.uri = shown_tracking_uri(run)
-        self._outbox = Outbox(lambda is_over: _Sender(run, prefect_run, is_over), run.path, logger)
+        self._outbox = Outbox(
+            lambda is_over: _Sender(run, prefect_run, is_over),
+            run.path,
+            logger,
+            refusal=lambda error: refusal(error, run.path),
+        )
 
     @property
     def run_id(self) -> str | None:
@@ -103,13 +109,17 @@ class _Sender:
     def __init__(
         self, run: RunFolder, prefect_run: Mapping[str, str], is_over: Callable[[], bool] = lambda: False
     ) -> None:
-        self.run = run
-        self.ledger = Ledger.of(run.path).named(run.path)
-        self.client, self.experiment_id = connect(run, is_over)
+        self.run, self.uri = run, shown_tracking_uri(run)
+        self.ledger = Ledger.of(run.path).claimed(run.path, self.uri)
+        self.client, self.experiment_id = self._connect(is_over)
         self.prefect_run = prefect_run
         self.run_id = self._open_run()
         self.next = self.ledger.sending.first if self.ledger.sending else self._num_arrived()
-        self.models = self._registered()
+        self.models = TrackedModels(
+            run, self.client, self.run_id, self.experiment_id, self.ledger.outbox,
+            lambda links: _link_models(self.client, self.run_id, links),
+        )  # fmt: skip
+        self.traces = TrackedTraces(run, self.ledger, _Traces(self, is_over), self._traced)
 
     def send_up_to(self, finished: int) -> None:
         """Send the iterations below ``finished`` that have not arrived, and checkpoints that are new."""
@@ -121,52 +131,56 @@ class _Sender:
                 sending = Sending(self.next, after, int(time.time() * 1000))
                 self.ledger = self.ledger.change(self.run.path, sending=sending, sent=self.next)
             else:  # whether an earlier try has arrived is not known
-                values = self._missing_of(values)
+                values = missing_metrics(self.client, self.run_id, values)
             log_metrics(self.client, self.run_id, sending.timestamp_ms, values)
             self.next = after  # on disk with the next batch
             rest = replace(sending, first=after) if after < sending.after else None
             self.ledger = replace(self.ledger, sending=rest, sent=after)
-        if new := [iteration for iteration in self.run.checkpoints() if iteration not in self.models]:
-            for iteration in new:
-                self._log_checkpoint(iteration)
-            self._link_outputs()
+        self.models.send_new()
+        self.traces.send_due(finished, self.models.ids)
 
     def finish(self, *, brief: bool) -> None:
         """Results, figure, page, samples, the aliases of the best and last good checkpoint, and the run's end."""
         self.ledger = self.ledger.change(self.run.path)
         if not brief:
-            self._remove_doubles()
-            self._link_outputs()
+            remove_double_runs(self.client, self.experiment_id, self.ledger.outbox, self.run_id)
+            self.models.remove_doubles()
+            self.models.link_outputs()
             self._log_results()
-            self._log_samples()
-            tracker_notes.leave_note(self.client, self.run_id, tracker_notes.run_note(self.run, self.prefect_run))
-            figure = self.run.path / "report.png"
-            if figure.is_file() or draw_run(self.run, figure):
-                send_file(self.client, self.run_id, figure)
-            self._send_page()
-            name, newest = self.run.config.tracking.registered_model, max(self.models, default=None)
-            for alias, iteration in (
-                ("newest", newest), ("best", best_checkpoint(self.run)), ("last_good", self.run.last_good)
-            ):  # fmt: skip
-                if iteration in self.models:
-                    self.client.set_registered_model_alias(name, alias, self.models[iteration])
+            send_results(self.client, self.run_id, self.run, self.prefect_run)
+            self.traces.send_rest(self.next, self.models.ids)
+            self.models.set_aliases()
         stopped_by = GuardRecord.of(self.run).stopped
         self.client.set_tag(self.run_id, "rlhf.stopped_by", stopped_by or "")
         done = self.run.num_finished() == self.run.config.num_iterations and not stopped_by
         self.client.set_terminated(self.run_id, "FINISHED" if done else "KILLED")
 
-    def _missing_of(self, values: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
-        """Those that the tracker does not have, metric by metric: a batch may be taken in part."""
-        names = sorted(set().union(*values.values()))
-        had = {(n, m.step) for n in names for m in self.client.get_metric_history(self.run_id, n)}
-        return {step: {k: v for k, v in of.items() if (k, step) not in had} for step, of in values.items()}
+    def _traced(self, after: int) -> None:
+        self.ledger = self.ledger.change(self.run.path, traced=after)
+
+    def _connect(self, is_over: Callable[[], bool]) -> tuple[Any, str]:
+        """A client and the experiment. A folder that was moved away from its tracker begins a run in another one."""
+        before = self.ledger
+        try:
+            client, experiment_id = connect(self.run, is_over, before.experiment_id)
+            if before.run_id is not None:
+                check_run(client, before.run_id, tracking_uri(self.run), self.run.path)
+        except GoneError:
+            if not before.was_moved(self.run.path) or before.tracker == self.uri:
+                raise
+            self.ledger = Ledger(is_described=False).claimed(self.run.path, self.uri)
+            return connect(self.run, is_over)
+        self.ledger = before.settled(self.run.path, self.uri)
+        return client, experiment_id
 
     def _open_run(self) -> str:
         """The MLflow run of this run folder, made at the first start and found again at the next."""
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
             tags = {OUTBOX_TAG: self.ledger.outbox} | tracker_notes.created_tags(self.run)
-            there = self._runs_of_outbox()  # the answer to an earlier try may have been lost
+            there = runs_of_outbox(
+                self.client, self.experiment_id, self.ledger.outbox
+            )  # the answer to an earlier try may have been lost
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
             run_id = created.info.run_id if created else there[0]
@@ -174,8 +188,10 @@ class _Sender:
                 self.run.path, run_id=run_id, experiment_id=self.experiment_id, is_described=False
             )
         self.client.update_run(run_id, status="RUNNING")  # also one that died, and was never told to have ended
-        for name, value in self.prefect_run.items():
-            self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
+        tags = {"rlhf.run_dir": shown(self.run.path.resolve())}  # it may have been moved
+        tags |= {f"prefect.{name}": without_credentials(value) for name, value in self.prefect_run.items()}
+        for name, value in tags.items():
+            self.client.set_tag(run_id, name, value)
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
         if not self.ledger.is_described:
@@ -185,39 +201,12 @@ class _Sender:
             self.ledger = self.ledger.change(self.run.path, is_described=True)
         return run_id
 
-    def _runs_of_outbox(self) -> list[str]:
-        """Runs that this run folder has made in the tracker, the oldest first: more than one if answers came late."""
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`{OUTBOX_TAG}` = '{self.ledger.outbox}'",
-            order_by=["attributes.start_time ASC"],
-        )
-        return [run.info.run_id for run in found]
-
-    def _remove_doubles(self) -> None:
-        """Undo what was created twice, because a first request was carried out after we had given it up."""
-        for run_id in self._runs_of_outbox():
-            if run_id != self.run_id:
-                self.client.delete_run(run_id)
-        self.models = self._registered()
-        sources = [str(version.source) for version in self._versions()]
-        for iteration in self.models:
-            same = self._logged_models(self._model_name(iteration))
-            kept = next((m for m in same if any(m.model_id in source for source in sources)), None)
-            for model in same:
-                if kept is not None and model is not kept:
-                    self.client.delete_logged_model(model.model_id)
-        for model in self._logged_models():  # retention was faster than the tries to register it
-            if int(model.params["iteration"]) not in {*self.models, *self.run.checkpoints()}:
-                self.client.delete_logged_model(model.model_id)
-
     def _describe(self, run_id: str) -> None:
         """Params, config, and the prompts as the run's input."""
         from mlflow.entities import Param
 
-        params = [Param(name, json.dumps(value) if isinstance(value, list) else str(value))
-                  for name, value in flat_params(self.run.config).items()]  # fmt: skip
-        params = [p for p in params if p.value != ""]
+        there = self.client.get_run(run_id).data.params  # a param is never changed, whoever has set it
+        params = [Param(name, value) for name, value in tracker_notes.params(self.run).items() if name not in there]
         for start in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         send_text(self.client, run_id, config_template(self.run.config), "config.yaml")
@@ -226,134 +215,145 @@ class _Sender:
 
     def _num_arrived(self) -> int:
         """Iterations whose sentinel the tracker has."""
-        history = self.client.get_metric_history(self.run_id, SENTINEL)
-        return max((metric.step for metric in history), default=-1) + 1
-
-    def _versions(self) -> list[Any]:
-        """The registered versions of this run, the oldest first."""
-        name = self.run.config.tracking.registered_model
-        found = self.client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
-        return sorted(found, key=lambda version: int(version.version))
-
-    def _registered(self) -> dict[int, str]:
-        """Iteration of each checkpoint that is registered -> its version; a second one is removed."""
-        kept: dict[int, str] = {}
-        for version in self._versions():
-            iteration = int(version.tags["rlhf.iteration"])
-            if iteration in kept:
-                self.client.delete_model_version(version.name, str(version.version))
-            else:
-                kept[iteration] = str(version.version)
-        return kept
-
-    def _logged_models(self, *names: str) -> list[Any]:
-        """The logged models of this run, or those of a name, the oldest first."""
-        named = "".join(f" and name = '{name}'" for name in names)
-        order = [{"field_name": "creation_timestamp", "ascending": True}]
-        filters = f"source_run_id = '{self.run_id}'{named}"
-        return list(self.client.search_logged_models([self.experiment_id], filters, order_by=order))
-
-    def _model_name(self, iteration: int) -> str:
-        return f"{_UNFIT.sub('-', self.run.path.name)}-{iteration:06d}"
-
-    def _log_checkpoint(self, iteration: int) -> None:
-        """A checkpoint's policy folder as a logged model and a registered version, which says that all is there."""
-        folder = self.run.checkpoint_path(iteration) / "policy"
-        if not folder.is_dir():  # retention was faster
-            return
-        there = self._logged_models(self._model_name(iteration))
-        model = there[0] if there else self.client.create_logged_model(
-            self.experiment_id,
-            name=self._model_name(iteration),
-            source_run_id=self.run_id,
-            params={"iteration": str(iteration)} | tracker_notes.model_tags(self.run),
-            model_type="transformers-policy",
-        )  # fmt: skip
-        send_model(self.client, model.model_id, folder)
-        self.client.finalize_logged_model(model.model_id, "READY")
-        value = checkpoint_value(self.run, iteration)
-        history = self.client.get_metric_history(self.run_id, "checkpoint/value")
-        if math.isfinite(value) and iteration not in {metric.step for metric in history}:
-            self.client.log_metric(
-                self.run_id, "checkpoint/value", value, model.creation_timestamp, iteration, model_id=model.model_id
-            )
-        name = self.run.config.tracking.registered_model
-        _create_registered_model(self.client, name)
-        tags = {"rlhf.run_id": self.run_id, "rlhf.iteration": str(iteration)} | tracker_notes.model_tags(self.run)
-        if iteration not in (registered := self._registered()):
-            version = self.client.create_model_version(
-                name,
-                f"models:/{model.model_id}",
-                run_id=self.run_id,
-                tags=tags,
-                description=tracker_notes.version_note(self.run, iteration),
-                model_id=model.model_id,
-                await_creation_for=0,
-            )
-            registered[iteration] = str(version.version)
-        self.models |= registered
-        if iteration == max(self.models):  # the last good one is written late
-            self.client.set_registered_model_alias(name, "newest", self.models[iteration])
-
-    def _send_page(self) -> None:
-        """The page of the run; a run that a guard has stopped, or an error, has written none of this state."""
-        page, is_whole = self.run.path / PAGE, (self.run.path / "before_after.json").is_file()
-        if (is_whole and page.is_file()) or write_run_page(self.run):
-            send_file(self.client, self.run_id, page)
-
-    def _link_outputs(self) -> None:
-        """Show the registered models on the run's page; a second time is refused by the tracker."""
-        from mlflow.entities import LoggedModelOutput
-
-        outputs = self.client.get_run(self.run_id).outputs
-        there = {output.model_id for output in outputs.model_outputs} if outputs else set[str]()
-        iterations = {m.model_id: int(m.params["iteration"]) for m in self._logged_models() if m.model_id not in there}
-        if links := [LoggedModelOutput(model_id, i) for model_id, i in iterations.items() if i in self.models]:
-            self.client.log_outputs(self.run_id, links)
+        steps = {metric.step for metric in self.client.get_metric_history(self.run_id, SENTINEL)}
+        return next(step for step in range(len(steps) + 1) if step not in steps)  # others may log that metric, too
 
     def _log_results(self) -> None:
-        """What came out, with the time stamp of the last iteration, so that it is the same whenever it is sent."""
-        values = result_metrics(self.run)
-        last = max(self.client.get_metric_history(self.run_id, SENTINEL), key=lambda m: m.step, default=None)
-        if last is not None and last.step in values:
-            log_metrics(self.client, self.run_id, last.timestamp, self._missing_of(values))
+        """What came out, with the time stamp of the last iteration: the same, however often it is sent.
 
-    def _log_samples(self) -> None:
-        """Responses before and after training, as a table."""
-        if samples := before_and_after(self.run):
-            send_table(self.client, self.run_id, samples, "samples.json")
+        A run that went on has two of each; MLflow shows the later one.
+        """
+        last = self.run.num_finished() - 1
+        for metric in self.client.get_metric_history(self.run_id, SENTINEL):
+            if metric.step == last:
+                log_metrics(self.client, self.run_id, metric.timestamp, result_metrics(self.run))
+                return
 
 
-def connect(run: RunFolder, is_over: Callable[[], bool] = lambda: False) -> tuple[Any, str]:
+class _Traces:
+    """What TrackedTraces asks of MLflow: each call with the same traces again changes nothing."""
+
+    def __init__(self, sender: _Sender, is_over: Callable[[], bool]) -> None:
+        from mlflow.tracing.client import TracingClient
+
+        self._sender = sender
+        self._client: Any = Patient(TracingClient(tracking_uri(sender.run)), (), is_over, is_final)
+
+    def start(self, trace: Mapping[str, Any]) -> None:
+        """Make a trace whose metadata says which logged model has answered: nothing else can say it later."""
+        from mlflow.entities import TraceInfo, TraceLocation, TraceState
+
+        location = TraceLocation.from_experiment_id(self._sender.experiment_id)
+        self._client.start_trace(TraceInfo(trace_location=location, state=TraceState.OK, **trace))
+
+    def log(self, spans: Sequence[Mapping[str, Any]]) -> None:
+        """Send the spans of many traces at once, and show the traces on the run's page."""
+        from mlflow.entities import Span
+
+        self._client.log_spans(self._sender.experiment_id, [Span.from_dict(dict(span)) for span in spans])
+        ids = [str(span["trace_id"]) for span in spans]
+        for start in range(0, len(ids), MAX_LINKS):
+            self._sender.client.link_traces_to_run(ids[start : start + MAX_LINKS], self._sender.run_id)
+
+
+def connect(
+    run: RunFolder, is_over: Callable[[], bool] = lambda: False, experiment_id: str | None = None
+) -> tuple[Any, str]:
     """A client of the run's tracker, and the run's experiment there, made if it is not.
 
     A try takes as long as ``LIMITS`` says, and fails for us to see: MLflow's own retries would create things twice.
     The tracker also becomes MLflow's default, because a version's source ``models:/...`` is looked up there. MLflow
     writes its default into MLFLOW_TRACKING_URI too, where the next run of this process would take it for the
     user's choice: that is undone.
+
+    Args:
+        run: the run folder.
+        is_over: whether nothing more may be sent.
+        experiment_id: of a run that was begun there: the experiment may have another name by now.
+    Raises: RefusalError where a person has to do something first, or whatever the tracker raises.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    for limit, value in LIMITS.items():
-        os.environ.setdefault(limit, value)
-    uri, name, chosen = tracking_uri(run), run.config.tracking.experiment, os.environ.get("MLFLOW_TRACKING_URI")
+    prepare_client()
+    uri, chosen = tracking_uri(run), os.environ.get("MLFLOW_TRACKING_URI")
     with store_lock(uri):
+        if database := sqlite_store.database_of(uri):
+            sqlite_store.make_ready(database, _make_store, is_over)
+            if before := sqlite_store.follow_move(database):
+                logger.warning("%s was in %s: its places of files there are now those beside it", database, before)
         mlflow.set_tracking_uri(uri)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if chosen is not None:
             os.environ["MLFLOW_TRACKING_URI"] = chosen
-        client: Any = Patient(MlflowClient(uri), ONCE, is_over)
-        if found := client.get_experiment_by_name(name):
-            return client, kept_experiment(run, found)
+        check_version(server_version(uri), uri)
+        client: Any = Patient(MlflowClient(uri), ONCE, is_over, is_final)
+        if experiment_id is not None:
+            return client, kept_experiment(run, find_experiment(client, experiment_id, uri, run.path))
+        return client, kept_experiment(run, _named_experiment(client, run, uri))
+
+
+def server_version(uri: str, timeout_s: float | None = None) -> str:
+    """What a server says is its version; empty for a store, and for a server that does not say."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    answer: Any = http_request(get_default_host_creds(uri), "/version", "GET", timeout=timeout_s, max_retries=0)
+    return answer.text if answer.status_code == OK else ""
+
+
+def prepare_client() -> None:
+    """Import MLflow, and set its limits where the user has set nothing else."""
+    import mlflow.tracking  # noqa: F401 - seconds
+
+    for limit, value in LIMITS.items():
+        os.environ.setdefault(limit, value)
+
+
+def ask_server(uri: str, name: str, timeout_s: float) -> Any:
+    """The experiment of a name on a server, None if it has none. Makes nothing.
+
+    Raises: RefusalError if the server is too old or the experiment is deleted, or whatever MLflow raises.
+    """
+    from mlflow.tracking import MlflowClient
+
+    check_version(server_version(uri, timeout_s), uri)
+    found: Any = MlflowClient(uri).get_experiment_by_name(name)
+    if found is not None:
+        check_experiment(found, uri)
+    return found
+
+
+def _make_store(database: Path) -> None:
+    """Make MLflow's tables in a new sqlite file."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    uri = f"sqlite:///{database}"
+    SqlAlchemyStore(uri, str(database.parent / sqlite_store.ARTIFACTS)).engine.dispose()
+    SqlAlchemyStore._engine_map.pop(uri, None)
+
+
+def _named_experiment(client: Any, run: RunFolder, uri: str) -> Any:
+    name = run.config.tracking.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
         try:
-            return client, str(client.create_experiment(name, artifact_location=artifact_location(run)))
-        except MlflowException:  # another run created it in between, or an answer was lost
+            return client.get_experiment(client.create_experiment(name, artifact_location=artifact_location(run)))
+        except Exception as error:  # another run created it in between, or an answer was lost
             found = client.get_experiment_by_name(name)
             if found is None:
-                raise
-            return client, kept_experiment(run, found)
+                raise error from None
+    check_experiment(found, uri)
+    return found
+
+
+def _link_models(client: Any, run_id: str, links: Mapping[str, int]) -> None:
+    """Show models as outputs of a run, each at its step."""
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step) for model_id, step in links.items()])
 
 
 def log_metrics(client: Any, run_id: str, timestamp_ms: int, values: Mapping[int, Mapping[str, float]]) -> None:
@@ -373,19 +373,26 @@ def log_prompts(client: Any, run_id: str, prompts: PromptsConfig, digest: str, c
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 
-def _create_registered_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def download_registered(run: RunFolder, name: str, version: str, folder: Path) -> None:
     """Fetch the files of a version of a registered model from a run's tracker."""
     import mlflow
 
     connect(run)
     mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))
+
+
+def judged_traces(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """The traces of a run as MLflow's dictionaries, those with an assessment alone, the oldest first.
+
+    Raises: RefusalError if the run is not in the tracker, or whatever MLflow raises.
+    """
+    ledger = Ledger.of(run.path)
+    client, experiment_id = connect(run, experiment_id=ledger.experiment_id)
+    wanted, token = f"tags.`{TRACE_TAG}` = '{ledger.outbox}'", None
+    while True:
+        page = client.search_traces(
+            locations=[experiment_id], filter_string=wanted, order_by=["timestamp_ms ASC"], page_token=token
+        )
+        yield from (trace.to_dict() for trace in page if trace.info.assessments)
+        if not (token := page.token):
+            return

@@ -84,6 +84,16 @@ def s3() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow's with its tables: making them takes seconds. Copy it before writing."""
+    from tasks.tracking import _make_store
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    _make_store(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A real Prefect server with a database of its own, for tests that run a flow."""
     from prefect.testing.utilities import prefect_test_harness

@@ -135,3 +135,20 @@ def ui(
 
     stopping.on_stop(lambda: "ended, and what it had started")
     show_pages(console, runs, tracking_uri, mlflow_port=mlflow_port, prefect_port=prefect_port, is_opened=open_)
+
+
+def feedback(
+    run: LookedAt,
+    to: Annotated[
+        Path, typer.Option(callback=local_only, metavar="PAIRS.jsonl", help="Write {prompt, chosen, rejected} here.")
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(callback=local_only, metavar="FILE.jsonl", help="Also write {prompt, completion, label} here."),
+    ] = None,
+) -> None:
+    """Write what people have said about a run's traces in MLflow as preference rows: `prompts.from_preferences`."""
+    prepare_environment()
+    from flows.feedback import write_feedback
+
+    write_feedback(console, run, to, labels)

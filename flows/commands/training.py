@@ -56,6 +56,7 @@ def train(
             plan = preflight(run_config, progress)
     for note in plan.notes:
         console.print(f"[bold]note[/]  {escape(note)}")
+    check_address(run_config)
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
@@ -136,6 +137,8 @@ def check(
         run_config = load_config(config, set_ or [])
         with checking(console, CHECKING) as progress:
             plan = preflight(run_config, progress)
+        with console.status("asking the tracker"):
+            plan.notes.extend(tracker_notes(run_config, copy_of(run_dir)))
         if with_probe:
             from rlhf_core.preflight.probe import probe
 
@@ -146,6 +149,29 @@ def check(
         from flows.displays.prompts import show_prompts as show
 
         show(console, run_config, plan, show_prompts)
+
+
+def check_address(config: RunConfig) -> None:
+    """Raise UserError if the tracker's address is one that MLflow never takes. Asks nobody."""
+    import os
+
+    from rlhf_core.contracts.errors import UserError
+    from tasks.tracking_store import address_problem
+
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if config.tracking.enabled and uri and (problem := address_problem(uri)):
+        raise UserError(problem)
+
+
+def tracker_notes(config: RunConfig, runs: Path) -> list[str]:
+    """What to know about the tracker of a run. Raises UserError if it would not take the run."""
+    from rlhf_core.contracts.errors import UserError
+    from tasks.tracker_check import check_tracker
+
+    found = check_tracker(config, runs)
+    if found.problems:
+        raise UserError(*found.problems)
+    return found.notes
 
 
 def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> None:

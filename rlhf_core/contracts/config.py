@@ -9,6 +9,7 @@ model stand in :mod:`rlhf_core.preflight`.
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -142,9 +143,26 @@ class TrackingConfig(Section):
         "says, and with sqlite mlartifacts beside the run folder",
     )
     run_name: str | None = Field(default=None, description="null: the name of the run folder")
+    trace_every: Positive | None = Field(
+        default=10,
+        description="one iteration in so many, and the last, show their extreme responses as MLflow traces; null: none",
+    )
     registered_model: str = Field(
         default="rlhf-policy", pattern=r"^[A-Za-z0-9_.-]{1,200}$", description="checkpoints become its versions"
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _file_is_absolute(cls, uri: str | None) -> str | None:
+        return absolute_sqlite(uri) if uri else uri
+
+
+def absolute_sqlite(uri: str) -> str:
+    """A tracker's address, with the absolute path of its file where that was relative to the working folder."""
+    name = uri.removeprefix("sqlite:///")
+    if name == uri or not name or name.startswith(("/", ":memory:", "file:")):
+        return uri
+    return f"sqlite:///{Path.cwd() / name}"
 
 
 class RunConfig(Section):

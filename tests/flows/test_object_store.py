@@ -151,6 +151,7 @@ def test_what_it_wrote_to_mlflow_is_in_the_store(trained: str, bucket: str, s3: 
 def test_an_experiment_that_keeps_its_files_elsewhere_is_not_used(
     trained: str, config: dict[str, Any], bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from tasks.outbox import RefusalError
     from tasks.tracking_store import kept_experiment
 
     class Elsewhere:
@@ -159,7 +160,7 @@ def test_an_experiment_that_keeps_its_files_elsewhere_is_not_used(
     from rlhf_core.contracts.run_folder import RunFolder
 
     run = RunFolder.open(reading(trained))
-    with pytest.raises(ValueError, match=f"artifact_location is s3://{bucket}/mlflow, but the experiment rlhf-flow"):
+    with pytest.raises(RefusalError, match=f"artifact_location is s3://{bucket}/mlflow, but the experiment rlhf-flow"):
         kept_experiment(run, Elsewhere())
     Elsewhere.artifact_location = f"s3://{bucket}/mlflow/"
     assert kept_experiment(run, Elsewhere()) == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -122,8 +123,9 @@ def test_the_tracker_of_the_runs(tiny: Any, tmp_path: Path, monkeypatch: pytest.
     [
         ("sqlite:///not/there.db", "the tracking database not/there.db is not there"),
         ("http://127.0.0.1:9", "the MLflow server at http://127.0.0.1:9 does not answer"),
-        ("./mlruns", "the tracker './mlruns' is neither a server (http://...) nor a database"),
-        ("file:///tmp/mlruns", "is neither a server"),
+        ("./mlruns", "the tracker './mlruns' is a folder, and MLflow keeps runs in no folder any more"),
+        ("file:///tmp/mlruns", "give sqlite:////tmp/mlruns/mlflow.db"),
+        ("ftp://h/mlruns", "the tracker 'ftp://h/mlruns' is neither a server (http://...) nor a database"),
     ],
 )
 def test_a_tracker_that_cannot_be_shown(uri: str, told: str) -> None:
@@ -142,8 +144,8 @@ def test_a_port_that_is_taken(taken: int) -> None:
 def test_a_server_that_ends_by_itself_is_told_with_its_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sqlite3.connect(tmp_path / "mlflow.db").close()
-    (tmp_path / "mlflow.db").write_bytes(b"not a database, but long enough to be taken for one" * 20)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("create table of_somebody_else (x)")
     began: list[Child] = []
 
     def dies(*_: object) -> ui.Page:

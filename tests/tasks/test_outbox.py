@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from rlhf_core.contracts.records import write_record
 from tasks import outbox
-from tasks.outbox import Ledger, Outbox, Patient, Sending, reason
+from tasks.outbox import Ledger, Outbox, Patient, RefusalError, Sending, reason
 
 PATIENCE_S = 20.0
 
@@ -157,6 +158,84 @@ def test_the_message_counts_what_the_ledger_knows_to_have_arrived(make: Any, sai
     assert said[-1].startswith("MLflow has not taken 1 of 5 iterations")
 
 
+def test_the_message_counts_what_arrives_while_it_waits(make: Any, said: list[str]) -> None:
+    tracker = Tracker(hang=True)
+
+    class OneByOne(Conversation):
+        def _ask(self) -> None:
+            if len(self.tracker.took) == 2:
+                self.tracker.go.wait()
+
+    tracker.connect = lambda is_over: OneByOne(tracker, is_over)
+    box = make(tracker)
+    box.start(3)
+    box.close(brief=False)
+    assert said[-1].startswith("MLflow has not taken 1 of 3 iterations")
+    tracker.go.set()
+
+
+class TestARefusal:
+    @pytest.fixture
+    def box(self, tmp_path: Path, said: list[str]) -> Callable[[Exception], Outbox]:
+        class Logger(logging.Logger):
+            def warning(self, msg: object, *values: object, **_: Any) -> None:
+                said.append(str(msg) % values)
+
+        def make(error: Exception) -> Outbox:
+            def connect(_: Any) -> Any:
+                raise error
+
+            return Outbox(
+                connect, tmp_path, Logger("test"),
+                refusal=lambda error: str(error) if isinstance(error, RefusalError) else None,
+            )  # fmt: skip
+
+        return make
+
+    def test_is_told_with_its_remedy_and_promises_nothing(self, box: Any, said: list[str]) -> None:
+        refused = box(RefusalError("the run is deleted there: restore it"))
+        refused.start(2)
+        refused.close(brief=False)
+        assert said == [
+            "MLflow did not take iteration 1: the run is deleted there: restore it",
+            "MLflow has not taken 2 of 2 iterations: the run is deleted there: restore it",
+        ]
+
+    def test_an_outage_is_none(self, box: Any, said: list[str]) -> None:
+        down = box(ConnectionError("no"))
+        down.start(2)
+        down.close(brief=False)
+        assert "nothing is lost" in said[-1]
+
+
+class TestClaiming:
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        (tmp_path / "home").mkdir()
+        Ledger(is_described=False).claimed(tmp_path / "home", "http://t").change(tmp_path / "home", run_id="r", sent=3)
+        return tmp_path / "home"
+
+    def test_a_ledger_at_home_is_the_same(self, home: Path) -> None:
+        assert Ledger.of(home).claimed(home, "http://t") == Ledger.of(home)
+
+    def test_a_copy_in_the_same_tracker_begins_again(self, home: Path) -> None:
+        other = Path(shutil.copytree(home, home.with_name("copy")))
+        claimed = Ledger.of(other).claimed(other, "http://t")
+        assert (claimed.run_id, claimed.sent, claimed.home) == (None, 0, str(other))
+        assert claimed.outbox != Ledger.of(home).outbox
+
+    def test_a_moved_one_goes_on(self, home: Path) -> None:
+        moved = home.rename(home.with_name("moved"))
+        claimed = Ledger.of(moved).claimed(moved, "http://t")
+        assert (claimed.run_id, claimed.sent) == ("r", 3)
+        assert claimed.was_moved(moved)
+        assert not claimed.settled(moved, "http://t").was_moved(moved)
+
+    def test_a_copy_with_a_tracker_of_its_own_looks_there_first(self, home: Path) -> None:
+        other = Path(shutil.copytree(home, home.with_name("copy")))
+        assert Ledger.of(other).claimed(other, "sqlite:///beside").run_id == "r"
+
+
 def test_a_damaged_ledger_does_not_fail_the_end_of_a_run(make: Any, said: list[str], tmp_path: Path) -> None:
     (tmp_path / outbox.LEDGER).write_text("{")
     box = make(Tracker(failures=10_000))
@@ -206,6 +285,12 @@ class TestPatient:
         client = self.Client()
         with pytest.raises(ConnectionError):
             Patient(client, {"create"}, lambda: False).create(7, failures=1)
+        assert client.calls == 1
+
+    def test_takes_an_answer_for_an_answer(self) -> None:
+        client = self.Client()
+        with pytest.raises(ConnectionError):
+            Patient(client, {"create"}, lambda: False, lambda error: True).ask(7, failures=2)
         assert client.calls == 1
 
     def test_asks_nothing_once_it_is_over(self) -> None:

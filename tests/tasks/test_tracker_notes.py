@@ -22,6 +22,7 @@ from tasks.tracker_notes import (
     run_note,
     version_note,
 )
+from tasks.tracker_view import VIEW_TAG
 
 UP = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -109,7 +110,9 @@ class TestLeaving:
     def test_an_experiment_is_introduced_once(self) -> None:
         client = Client()
         introduce_experiment(client, "1")
-        assert client.tags[NOTE] == EXPERIMENT_NOTE
+        assert client.tags[NOTE] == EXPERIMENT_NOTE.replace("EXPERIMENT_ID", "1")
+        assert "metrics.`achieved/score`" in json.loads(client.tags[VIEW_TAG])["selectedColumns"]
+        assert len(client.tags[VIEW_TAG]) < 5000, "MLflow takes no more"
         client.tags[NOTE] = "mine"
         introduce_experiment(client, "1")
         assert client.tags[NOTE] == "mine"

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_the_pages_say_what_it_is_and_what_came_out(tracked: Path) -> None:
     assert "Runs of **rlhf-flow**" in experiment.tags["mlflow.note.content"]
     (result,) = client.get_metric_history(run.info.run_id, "achieved/score")
     scores = [metric.value for metric in client.get_metric_history(run.info.run_id, "objective/scores")]
-    assert (result.step, result.value) == (2, pytest.approx(sum(scores) / 3))
+    assert (result.step, result.value) == (0, pytest.approx(sum(scores) / 3, rel=1e-3)), "four digits, drawn as a bar"
     assert run.data.metrics["system/process_memory_megabytes"] > 50
     (version, *_) = client.search_model_versions("name = 'rlhf-policy'")
     assert "of 3 iterations: score" in version.description
@@ -174,22 +175,14 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     sender = object.__new__(tracking._Sender)
     run_dir = shutil.copytree(tracked, tmp_path / "run")
     sender.run, sender.client, sender.run_id, sender.next = RunFolder.open(run_dir), Client(), "r", 0
-    sender.ledger, sender.models = Ledger.of(run_dir), dict.fromkeys(sender.run.checkpoints(), "1")
+    sender.ledger, no_models = Ledger.of(run_dir), SimpleNamespace(send_new=lambda: None, ids={})
+    monkeypatch.setattr(sender, "models", no_models, raising=False)
+    monkeypatch.setattr(sender, "traces", SimpleNamespace(send_due=lambda *_: None), raising=False)
     monkeypatch.setattr(
         "tasks.tracked_metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
     )
     sender.send_up_to(1)
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's with its tables: making them takes seconds."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 class TestAnAnswerThatIsLost:
@@ -211,7 +204,7 @@ class TestAnAnswerThatIsLost:
             counts = database.execute("select key, step, count(*) from metrics group by 1, 2").fetchall()
         assert {count for _, _, count in counts} == {1}
         assert {step for key, step, _ in counts if key == "episode"} == {0, 1, 2}
-        assert {step for key, step, _ in counts if key.startswith("achieved/")} == {2}
+        assert {step for key, step, _ in counts if key.startswith("achieved/")} == {0}
         assert {step for key, step, _ in counts if key == "checkpoint/value"} == {2, 3}
         versions = client.search_model_versions("name = 'rlhf-policy'")
         assert sorted(int(version.tags["rlhf.iteration"]) for version in versions) == [2, 3]

@@ -30,6 +30,7 @@ ROWS = (
     "disk_faults",
     "prefect_api",
     "mlflow_outages",
+    "mlflow_store",
     "races",
     "signals",
     "ray_nodes",

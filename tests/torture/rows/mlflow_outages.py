@@ -30,7 +30,9 @@ from torture.runs import battery_config, fingerprint, fork, in_child, start, sta
 from rlhf_core.contracts.config_io import flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after
+from tasks.outbox import Ledger
 from tasks.tracked_metrics import iteration_metrics, result_metrics
+from tasks.tracked_traces import due_iterations, extreme_responses
 
 NAME = "MLflow down, slow, 500s, hangs, lost and late answers"
 GOAL = "same hash, every metric exactly once"
@@ -267,6 +269,16 @@ class _Bench:
         folder = self.database.parent / "artifacts" / artifacts[0].partition("mlflow-artifacts:/")[2]
         files = ("config.yaml", "identity.json", "report.png", "samples.json", "view.html")
         found += [f"{file} has not arrived" for file in files if not (folder / file).is_file()]
+        traces = [row["sample_id"] for i in due_iterations(run) for row in extreme_responses(run, i)]
+        there = self._ask(
+            "select t.value, count(s.span_id) from trace_tags t join trace_tags o using (request_id) "
+            "join entity_associations a on a.source_id = request_id and a.destination_id = ? "
+            "left join spans s on s.trace_id = request_id "
+            "where t.key = 'rlhf.sample_id' and o.key = 'rlhf.trace_of' and o.value = ? group by request_id",
+            run_id, Ledger.of(self.run_dir).outbox,
+        )  # fmt: skip
+        if sorted(there) != sorted((sample_id, 1) for sample_id in traces):
+            found.append(f"{len(there)} traces of the {len(traces)} extreme responses")
         notes = self._ask("select count(*), '' from tags where run_uuid = ? and key = 'mlflow.note.content'", run_id)
         found += [] if notes[0][0] == 1 else ["the run has no description"]
         inputs = self._ask("select count(*), '' from inputs where destination_id = ?", run_id)
