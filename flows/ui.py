@@ -28,6 +28,7 @@ from flows.displays.terminal import print_warning
 from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
+from rlhf_core.contracts.trust import is_closed, tracker_at
 from tasks.outbox import store_lock
 from tasks.tracking_store import DATABASE, trackers_in
 
@@ -108,6 +109,11 @@ def find_tracker(runs: Path) -> str:
     """The tracker of the runs in a folder. Raises UserError if there is none yet, or more than one."""
     found = trackers_in(runs)
     if len(found) == 1:
+        if is_closed(tracker_at(found[0])):
+            raise UserError(
+                f"--runs {runs} names the tracker {without_credentials(found[0])}, and you have not; if you trust it, "
+                "give it as --tracking-uri"
+            )
         return found[0]
     if found:
         shown = ", ".join(without_credentials(uri) for uri in found)

@@ -21,6 +21,7 @@ from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
+from rlhf_core.contracts.trust import check_door, tracker
 from rlhf_core.inspection import before_and_after
 from rlhf_core.viewer.page import NAME as PAGE
 from rlhf_core.viewer.page import write_run_page
@@ -332,6 +333,8 @@ def connect(run: RunFolder, is_over: Callable[[], bool] = lambda: False) -> tupl
     writes its default into MLFLOW_TRACKING_URI too, where the next run of this process would take it for the
     user's choice: that is undone.
     """
+    for use in tracker(run.config):
+        check_door(use)
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
