@@ -114,7 +114,6 @@ class Engine:
             "disable_log_stats": True,
             "seed": 0,
             "enable_sleep_mode": self._sleeps,
-            "trust_remote_code": False,
         }
         eager = not self._sleeps  # compiling takes longer than it gains on a CPU
         self._llm = LLM(model=model, **{"enforce_eager": eager, **options, **own})
