@@ -214,15 +214,15 @@ def check_place(file: Path, named: str, run_dir: Path | None = None) -> None:
         named: field and value.
         run_dir: of the run in question, whatever it holds.
     """
-    if (run := run_around(file, run_dir)) is not None:
-        raise UserError(_inside_sentence(named, file, run))
+    if run_around(file, run_dir) is not None:
+        raise UserError(_inside_sentence(named, file))
 
 
 def sentence(use: Use, where: Path) -> str:
     """Why something is not used, and what can be done."""
     named = f"{use.field} {use.value!r}"
-    if (run := _inside(use, where)) is not None and use.file is not None:
-        return _inside_sentence(named, use.file, run)
+    if use.file is not None and _inside(use, where) is not None:
+        return _inside_sentence(named, use.file)
     own = ", or name yours with --set generation.vllm.python=PATH" if use.kind == "program" else ""
     return (
         f"{named} is {use.does}: {where} names it, and you have not; if you trust it, add "
@@ -265,10 +265,10 @@ def _inside(use: Use, where: Path) -> Path | None:
     return None if use.file is None else run_around(use.file, where)
 
 
-def _inside_sentence(named: str, file: Path, run: Path) -> str:
+def _inside_sentence(named: str, file: Path) -> str:
     return (
-        f"{named} would be taken from {file}, inside the run folder {run}, which holds data and no code; if you trust "
-        "it, put it elsewhere and start from there"
+        f"{named} would be taken from {file}, inside the run folder, which holds data and no code; if you trust it, "
+        "put it elsewhere and start from there"
     )
 
 
