@@ -26,6 +26,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, no_server_is_wanted, outage
 from flows.stopping import received, stoppable
+from rlhf_core.contracts.search_path import settle_search_path
 
 Result = TypeVar("Result")
 
@@ -110,6 +111,7 @@ def flow_body() -> Iterator[Callable[[Result], Result]]:
         _body.result = result
         return result
 
+    settle_search_path()
     _body.entered, _body.flow_run_id = True, flow_run.id
     try:
         with stoppable():

@@ -21,6 +21,7 @@ from flows.links import leave_note, run_name
 from flows.markdown import escaped, table
 from flows.ppo import SIDE_BY_SIDE, iterate
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.trust import accept_config
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.gate import Check, Gate
 from rlhf_core.store.address import on_disk
@@ -64,6 +65,7 @@ def chain(config: RunConfig, runs: str, gate: Gate, reward_model: str | None = N
 def train_link(config: RunConfig, run_dir: str) -> None:
     """Begin the training of a link, or go on with it."""
     if (Path(run_dir) / "run.json").is_file():
+        accept_config(config)
         check_resumable(run_dir, accept_drift=False)
     else:
         start_run(config, run_dir)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_core.contracts.durable import make_folder
+from rlhf_core.contracts.search_path import child_environment, settled
 from rlhf_core.contracts.secrets import without_secrets
 
 RLHF = (sys.executable, "-P", "-c", "from flows.cli import main; main()")
@@ -57,7 +58,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=None if environment is None else dict(environment),
+                env=child_environment() if environment is None else settled(environment),
                 start_new_session=True,
             )
 

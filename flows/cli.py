@@ -1,6 +1,11 @@
 """The ``rlhf`` command. Heavy imports stand inside the commands, so that ``--help`` is instant."""
 
+# ruff: noqa: E402 - where modules are looked for is settled before others are imported
 from __future__ import annotations
+
+from rlhf_core.contracts.search_path import settle_search_path
+
+settle_search_path()
 
 import sys
 import traceback

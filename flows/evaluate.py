@@ -16,7 +16,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.folder import EVALUATIONS, EvaluationFolder
-from rlhf_core.evaluation.request import Request
+from rlhf_core.evaluation.request import Request, accept_of_run
 from rlhf_core.store.address import on_disk
 from rlhf_core.store.opening import adding, local
 from tasks.evaluate import draw_samples, start_evaluation, write_evaluation
@@ -44,6 +44,7 @@ def evaluate(
     out: str | None = None,
     blend: tuple[float, ...] = Request.blend,
     config: RunConfig | None = None,
+    trust: list[str] | None = None,
 ) -> str:
     """Evaluate checkpoints of a run, or a bare model, against the reference.
 
@@ -59,12 +60,14 @@ def evaluate(
         out: folder of the results; default: in the run, or ``evaluations/`` for a bare model.
         blend: shares of the way from the reference to each policy, evaluated beside it.
         config: of a bare model; for a run, its own one with changes.
+        trust: programs, functions and addresses that the run names and somebody else may have recorded.
     Returns: the folder of the results.
     """
     request = Request(
         target, prompts, column, checkpoint, num_prompts, samples, frontier_samples, seed, out, blend
     )  # fmt: skip
     with flow_body() as ended_with, adding(target, EVALUATIONS):
+        accept_of_run(local(target), trust)
         return ended_with(measure(replace(request, target=local(target)), config))
 
 

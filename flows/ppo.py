@@ -20,10 +20,11 @@ from flows.progress import also_watched_by, watcher
 from flows.sharding import answering_ahead, compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.trust import accept_config
 from rlhf_core.store.opening import writing
 from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
-from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, start_run
+from tasks.lifecycle import check_resumable, consent, record_drift, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.rank_group import ranks_end
 from tasks.reference_logprobs import reference_logprobs
@@ -65,6 +66,7 @@ def train(config: RunConfig, run_dir: str | None = None) -> str:
 def begin(config: RunConfig, run_dir: str) -> None:
     """Start a run. One that this very flow run has begun, and that was retried or suspended, goes on instead."""
     if was_begun_here(run_dir):
+        accept_config(config)
         check_resumable(run_dir, accept_drift=False)
     else:
         start_run(config, run_dir)
@@ -83,6 +85,8 @@ def resume(
     accept_guards: bool = False,
     set_guards: list[str] | None = None,
     set_update: list[str] | None = None,
+    trust: list[str] | None = None,
+    vllm_python: str | None = None,
 ) -> str:
     """Continue a stopped run from its last committed stage.
 
@@ -92,11 +96,14 @@ def resume(
         accept_guards: go on although a guard has stopped it, until that guard's number is back within its threshold.
         set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
         set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``; a drift, most of them.
+        trust: programs, functions and addresses that the run names and somebody else may have recorded.
+        vllm_python: interpreter of an environment with vLLM, in the place of the recorded one.
     Returns: the same place.
     """
     with flow_body() as ended_with:
         with writing(run_dir, new=False) as path:
             folder = str(path)
+            consent(folder, trust or (), vllm_python)
             check_resumable(folder, accept_drift=accept_drift)
             if accept_drift or set_update:
                 record_drift(folder, set_update or (), accepted=accept_drift)

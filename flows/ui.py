@@ -29,6 +29,7 @@ from flows.displays.terminal import print_warning
 from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
+from rlhf_core.contracts.trust import is_closed, tracker_at
 from tasks.outbox import RefusalError, store_lock
 from tasks.sqlite_store import state_of
 from tasks.tracker_view import view_page
@@ -115,6 +116,11 @@ def find_tracker(runs: Path) -> str:
     """The tracker of the runs in a folder. Raises UserError if there is none yet, or more than one."""
     found = trackers_in(runs)
     if len(found) == 1:
+        if is_closed(tracker_at(found[0])):
+            raise UserError(
+                f"--runs {runs} names the tracker {without_credentials(found[0])}, and you have not; if you trust it, "
+                "give it as --tracking-uri"
+            )
         return found[0]
     if found:
         shown = ", ".join(without_credentials(uri) for uri in found)

@@ -11,6 +11,7 @@ from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.durable import hash_file, write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.trust import SCORING, check_recorded
 from rlhf_core.evaluation.blending import NUM_PROMPTS, NUM_SAMPLES, kl_to_reference, share_at_kl
 from rlhf_core.evaluation.request import Prepared, Request, prepare
 from rlhf_core.evaluation.summary import MIN_KL
@@ -90,6 +91,7 @@ def _check(out: str, share: float | None, kl: float | None, checkpoint: str) -> 
 def _prompts(run: RunFolder) -> Prepared:
     """Prompts of training, drawn by the seed 0."""
     request = Request(str(run.path), num_prompts=NUM_PROMPTS)
+    check_recorded(run.config, run.path, SCORING)
     check_functions(run.config, run.identity, run.path)
     return prepare(request, run.config, trained_on=run.config.prompts, model=None)
 

@@ -19,6 +19,7 @@ from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.run_places import runs_near
+from rlhf_core.contracts.trust import SCORING, accept_config, check_recorded
 from rlhf_core.evaluation import summary
 from rlhf_core.evaluation.folder import (
     BLENDED,
@@ -42,6 +43,9 @@ from rlhf_core.stages.score_rewards import score_rewards
 from tasks.figures import draw_evaluation
 from tasks.resources import Resources
 from tasks.retention import named_checkpoints
+
+EVALUATED = (*SCORING, "tracker", "store")
+"""Kinds of what an evaluation uses of a run: its numbers go to the run's tracker."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,10 @@ def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation
     target = Path(request.target)
     run = RunFolder.open(target) if (target / "run.json").is_file() else None
     if run:
+        check_recorded(config or run.config, run.path, EVALUATED)
         check_functions(run.config, run.identity, run.path)
+    elif config:
+        accept_config(config)
     evaluated = _checkpoints(run, request) if run else _bare_model(request, config)
     policies = {REFERENCE: ""} | _with_blends(evaluated, request.blend)
     ours = config or (run.config if run else RunConfig())

@@ -14,10 +14,13 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
-from rlhf_core.contracts.errors import DriftError, IntegrityError
+from rlhf_core.contracts.errors import DriftError, IntegrityError, UserError
+from rlhf_core.contracts.generation_config import VllmConfig
 from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
+from rlhf_core.contracts.trust import accept_overrides, accept_values, check_recorded
 from rlhf_core.identity import identity_drift, run_identity
 from rlhf_core.models.devices import using_threads
+from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.preflight import preflight
 from rlhf_core.preflight.pins import moved_branches, pinned
 from rlhf_core.preflight.probe import Loaded, probe
@@ -28,6 +31,8 @@ from tasks.retention import drop_expired_checkpoints
 
 logger = logging.getLogger(__name__)
 
+INTERPRETER = "generation.vllm.python"
+"""The one knob that names a program."""
 MAX_SHOWN = 10
 """Findings that a refusal names."""
 
@@ -50,18 +55,46 @@ def start_run(config: RunConfig, run_dir: str) -> None:
     kept.keep_loaded(loaded)
 
 
+def consent(run_dir: str, trust: Sequence[str] = (), vllm_python: str | None = None) -> None:
+    """What a person says about a run before it is looked at: what they accept of it, and which vLLM is theirs.
+
+    Args:
+        run_dir: its folder.
+        trust: programs, functions and addresses that the run names, as its refusal shows them.
+        vllm_python: interpreter of an environment with vLLM, in the place of the recorded one; changes no number.
+    Raises: UserError if the run names no such thing, or there is no vLLM.
+    """
+    run = RunFolder.open(Path(run_dir))
+    accept_values(trust, run.config, run.path)
+    if vllm_python is not None:
+        changed = named_interpreter(run, vllm_python)
+        with run.locked():
+            changed.with_interpreter(changed.config.generation.vllm.interpreter, write=True)
+
+
+def named_interpreter(run: RunFolder, python: str) -> RunFolder:
+    """The run with an interpreter that the person has named. Raises UserError if it has no vLLM, or none is asked."""
+    if run.config.generation.engine != "vllm":
+        raise UserError(f"{INTERPRETER} is set, but {run.path} has the engine {run.config.generation.engine}")
+    changed = run.with_interpreter(VllmConfig(python=python).interpreter, write=False)
+    accept_overrides([INTERPRETER], changed.config)
+    vllm_version(changed.config.generation.vllm.interpreter)
+    return changed
+
+
 def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
     """The config of a stopped run, if resuming it here would give the same run.
 
     Everything that the run wrote is read again: what is damaged is refused, or told where the resume itself cures it.
 
     Raises:
-        UserError: no run there, or its models or prompts are gone.
+        UserError: no run there, its models or prompts are gone, or it names what nobody here has accepted.
         DriftError: machine, libraries, models, prompts or source differ, and the drift is not accepted.
         IntegrityError: it is damaged; the message says what, and how it is recovered.
     """
     path = Path(run_dir)
     run = RunFolder.open(path)
+    check_recorded(run.config, path)
     if not accept_drift:
         check_identity(run, "resuming")
     _refuse_damage(path)
@@ -72,6 +105,7 @@ def check_resumable(run_dir: str, *, accept_drift: bool) -> RunConfig:
 def check_identity(run: RunFolder, doing: str) -> None:
     """Raise DriftError if the run would not be the same here. ``doing``: resuming or repairing."""
     # first without importing what the run names: it may be somebody else's
+    check_recorded(run.config, run.path)
     drift = changed_functions(run.config, run.identity, run.path) or _drift(run)[1]
     if drift:
         raise DriftError(
@@ -96,6 +130,7 @@ def record_drift(run_dir: str, set_update: Sequence[str] = (), *, accepted: bool
     Raises: DriftError if that is not accepted; UserError if a change is wrong.
     """
     unlocked = RunFolder.open(Path(run_dir))
+    check_recorded(unlocked.config, unlocked.path)
     changed_functions(unlocked.config, unlocked.identity, unlocked.path)  # refuses code of the run folder itself
     with unlocked.locked():
         run = RunFolder.open(Path(run_dir))

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from rlhf_core.contracts.errors import WorkerError
+from rlhf_core.contracts.search_path import settle_search_path
 from tasks.workers import MAX_DEATHS
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class LocalWorkers:
 
 
 def _new_worker() -> ProcessPoolExecutor:
+    settle_search_path()
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,11 +57,26 @@ class Channel:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def receive_one(self) -> dict[str, Any]:
-        """The next message, where the other end waits for an answer before it says more. Raises EOFError, OSError."""
-        while not (messages := self.receive()):
-            pass
-        return messages[0]
+    def receive_one(self, within_s: float | None = None) -> dict[str, Any]:
+        """The next message, where the other end waits for an answer before it says more.
+
+        Args:
+            within_s: seconds for the whole message, however its bytes come, after which TimeoutError is raised; None:
+                for ever.
+        Raises: EOFError, OSError.
+        """
+        until = None if within_s is None else time.monotonic() + within_s
+        before = self._socket.gettimeout()
+        try:
+            while True:
+                if until is not None:
+                    if (left := until - time.monotonic()) <= 0:
+                        raise TimeoutError(f"no whole message within {within_s:g} s")
+                    self._socket.settimeout(left)
+                if messages := self.receive():
+                    return messages[0]
+        finally:
+            self._socket.settimeout(before)
 
     def close(self) -> None:
         """The other end hears of it."""

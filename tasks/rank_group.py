@@ -23,11 +23,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts import errors
 from rlhf_core.contracts.errors import RlhfError, StorageError, UserError, WorkerError
+from rlhf_core.contracts.search_path import child_environment
+from rlhf_core.contracts.trust import check_door, meeting
 from rlhf_core.contracts.update_config import UpdateConfig
 from tasks.rank_channel import ADDRESS, ALIVE_S, KEY, Channel
 
@@ -143,20 +144,23 @@ class RankGroup:
 
     def _start(self) -> None:
         update, key = self.update, secrets.token_hex(16)
+        if update.nnodes > 1:
+            check_door(meeting(update))
         host = "127.0.0.1" if update.nnodes == 1 else (update.endpoint or "").rpartition(":")[0]
         with socket.create_server((host, 0), backlog=update.num_ranks) as server, tempfile.TemporaryFile() as log:
             address = f"{host}:{server.getsockname()[1]}"
-            places = [place for place in (str(Path.cwd()), *sys.path) if place]
-            environment = {
-                **os.environ,
-                ADDRESS: address,
-                KEY: key,
-                "OMP_NUM_THREADS": str(self.num_threads),
-                "PYTHONPATH": os.pathsep.join(dict.fromkeys(places)),
-            }
+            own = {ADDRESS: address, KEY: key, "OMP_NUM_THREADS": str(self.num_threads)}
             self._agent = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *_agent_options(update), "-m", "tasks.update_rank"],
-                env=environment,
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "torch.distributed.run",
+                    *_agent_options(update),
+                    "-m",
+                    "tasks.update_rank",
+                ],
+                env=child_environment() | own,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -292,7 +296,7 @@ def _newcomer(server: socket.socket, key: str) -> _Member | None:
         return None
     channel = Channel(connection, END_S)
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # whatever a stranger says
-        hello = channel.receive_one()
+        hello = channel.receive_one(within_s=END_S)
         if hmac.compare_digest(str(hello["key"]), key):
             return _Member(int(hello["rank"]), int(hello["of"]), int(hello["pid"]), str(hello["host"]), channel)
     channel.close()

@@ -22,11 +22,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts.errors import StorageError, UserError, WorkerError
 from rlhf_core.contracts.execution_config import StageResources
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.search_path import ROOT, settle_search_path
+from rlhf_core.contracts.trust import accept_config, check_door, cluster
 from rlhf_core.identity import identity_drift, machine_identity
 from rlhf_core.models.devices import resolve_device, usable_cores
 from rlhf_core.store.helping import compute_at, joining, share
@@ -249,6 +252,7 @@ class _Worker:
     def ready(self, place: str, expected: Mapping[str, Any], config: Any) -> None:
         """Raise WorkerError if this node would compute something else, or nothing."""
         here = f"the Ray node {_node()}"
+        accept_config(config)  # the run's process has looked at it
         try:
             folder = joining(place)
         except (UserError, StorageError) as error:
@@ -272,7 +276,9 @@ def _connected(address: str) -> Callable[[], None]:
     """Connect this process with Ray; returns what ends that."""
     if importlib.util.find_spec("ray") is None:
         raise UserError('execution.engine is ray, but Ray is not installed; pip install "rlhf-flow[ray]"')
+    check_door(cluster(address))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
+    settle_search_path()
     if address == ALONE and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # a token for this process and its workers: Ray would write one into the home folder, and say so
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read as Ray is imported
@@ -287,7 +293,12 @@ def _connected(address: str) -> Callable[[], None]:
         _knock(address)
         with _own_signals():
             ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **of_own
+                address=address,
+                job_config=_job_config(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                **of_own,
             )
     except Exception as error:
         raise UserError(
@@ -296,6 +307,22 @@ def _connected(address: str) -> Callable[[], None]:
             "leave the address out for a Ray of this machine alone"
         ) from None
     return ray.shutdown
+
+
+class _Places(list[str]):
+    """Folders that workers look for modules in: Ray's own additions, the script's and the working folder, are not."""
+
+    def extend(self, places: Any) -> None:
+        """Add nothing."""
+
+
+def _job_config() -> Any:
+    """Where workers find this package, and nothing in the folder that the command was typed in."""
+    from ray.job_config import JobConfig
+
+    found = JobConfig()
+    found._py_driver_sys_path = _Places([] if Path(ROOT).name == "site-packages" else [ROOT])
+    return found
 
 
 def _knock(address: str) -> None:

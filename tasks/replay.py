@@ -7,7 +7,7 @@ next. Nothing is written into the run: the tasks work in a copy of links (:mod:`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -37,6 +37,8 @@ def replay_iteration(
     sample: str | None = None,
     num_threads: int | None = None,
     progress: Progress | None = None,
+    trust: Sequence[str] = (),
+    vllm_python: str | None = None,
 ) -> Replay:
     """Compute an iteration again and compare.
 
@@ -47,13 +49,15 @@ def replay_iteration(
         sample: compare this response alone.
         num_threads: CPU threads; None: those of the run.
         progress: told what is computed now.
+        trust: programs, functions and addresses that it names, and that the person accepts.
+        vllm_python: interpreter of an environment with vLLM that the person names.
     Returns: each stage with its differences; and, if there are any, what differs in the conditions.
     Raises:
         UserError: no such run, iteration, stage or sample, or nothing of it can be computed here.
         IntegrityError: what is stored is damaged.
     """
     stages = _from(first)
-    with opened(path, iteration) as source:
+    with opened(path, iteration, trust=trust, vllm_python=vllm_python) as source:
         stored = {stage: read_artifact(source.run.path, m.artifact) for stage, m in source.manifests.items()}
         if sample is not None:
             check_sample(stored["generate"], sample, source.iteration)

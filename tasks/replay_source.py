@@ -18,6 +18,7 @@ from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.trust import accept_values, refused, sentence
 from rlhf_core.identity import identity_drift, run_identity, source_digest
 from rlhf_core.models.devices import using_threads
 from rlhf_core.models.texts import token_texts
@@ -28,6 +29,7 @@ from rlhf_core.replay.opening import open_bundle
 from rlhf_core.replay.outcome import Weights
 from rlhf_core.replay.relocation import bundle_plan, relocated
 from rlhf_core.replay.rewards import unavailable_rewards, with_models_alone
+from tasks.lifecycle import INTERPRETER, named_interpreter
 from tasks.resources import Resources
 from tasks.shadow import as_it_was
 
@@ -59,6 +61,18 @@ class Source:
         """A located config without rewards that are not here: nothing of them is imported or called."""
         return with_models_alone(config) if "score_rewards" in self.missing else config
 
+    def without_program(self, config: RunConfig) -> RunConfig:
+        """A config for what reads models and prompts alone: where vLLM is not started, it is not asked either."""
+        if self.starts_program or config.generation.engine != "vllm":
+            return config
+        generation = config.generation.model_copy(update={"engine": "own"})
+        return config.model_copy(update={"generation": generation})
+
+    @property
+    def starts_program(self) -> bool:
+        """Whether the vLLM of this machine draws the responses again."""
+        return "generate" not in self.missing
+
     @cached_property
     def config(self) -> RunConfig:
         """What the stages are computed with here."""
@@ -71,6 +85,7 @@ class Source:
 
     def plan_of(self, config: RunConfig) -> Plan:
         """The plan of a located config."""
+        config = self.without_program(config)
         if self.bundle is None:
             return load_plan(config)
         return bundle_plan(config, self.bundle) if self.bundle.with_models else _of_arithmetic(self.bundle.vocab_size)
@@ -93,7 +108,9 @@ class Source:
             return identity_drift(
                 then, {**then, "source": source_digest(), "versions": versions, "num_threads": num_threads}
             )
-        here = run_identity(self.config, self.plan.prompt_set)
+        here = run_identity(self.without_program(self.config), self.plan.prompt_set)
+        if not self.starts_program and "vllm" in then["versions"]:  # told already
+            here["versions"] = here["versions"] | {"vllm": then["versions"]["vllm"]}
         here |= {"config": config_digest(self.run.config), "num_threads": num_threads}
         if self.bundle is not None:  # sealed; and the name of a hub is no digest of a folder
             here |= {"prompts": then["prompts"], "models": then["models"]}
@@ -103,27 +120,33 @@ class Source:
 
 
 @contextmanager
-def opened(path: str, iteration: int | None) -> Iterator[Source]:
+def opened(
+    path: str, iteration: int | None, *, trust: Sequence[str] = (), vllm_python: str | None = None
+) -> Iterator[Source]:
     """A run folder or a bundle, ready to be computed from.
 
     Args:
         path: of the folder or file.
         iteration: finished; a bundle holds one, which need not be named.
+        trust: programs, functions and addresses that it names, and that the person accepts.
+        vllm_python: interpreter of an environment with vLLM that the person names.
     Raises: UserError if there is no such run, bundle or iteration; IntegrityError if it is damaged.
     """
     if not is_bundle(Path(path)):
         run = RunFolder.open(Path(path))
         if iteration is None:
             raise UserError(f"--iteration is missing: {_finished(run, path)}")
-        yield _with_rewards(_as_then(path, run, iteration), calls_services=True)
+        accept_values(trust, run.config, run.path)
+        yield _with_what_is_here(_as_then(path, run, iteration), vllm_python)
         return
     with tempfile.TemporaryDirectory(prefix="rlhf-bundle-") as folder:
         run, record = open_bundle(Path(path), Path(folder))
         if iteration not in (None, record.iteration):
             raise UserError(f"--iteration {iteration} is not in {path}, which holds iteration {record.iteration}")
+        accept_values(trust, run.config, Path(path))
         source = replace(_as_then(path, run, record.iteration), bundle=record, folder=Path(folder))
         if record.with_models:
-            yield _with_rewards(source, calls_services=False)
+            yield _with_what_is_here(source, vllm_python)
         else:
             yield replace(source, missing=dict.fromkeys(MODEL_STAGES, "the bundle was made --without-models"))
 
@@ -161,10 +184,28 @@ def _finished(run: RunFolder, name: str) -> str:
     return f"finished {'is 0' if finished == 1 else f'are 0 to {finished - 1}'}"
 
 
-def _with_rewards(source: Source, *, calls_services: bool) -> Source:
-    run = source.run
-    lines = unavailable_rewards(run.config, run.identity, run.path, calls_services=calls_services)
-    return replace(source, missing={"score_rewards": "; ".join(lines)}) if lines else source
+def _with_what_is_here(source: Source, vllm_python: str | None) -> Source:
+    """The source with the reason for each stage that would start, import or call what nobody here has named."""
+    run, missing = source.run, dict[str, str]()
+    if vllm_python is not None:
+        run = named_interpreter(run, vllm_python)
+    elif why := _why_no_program(source):
+        missing["generate"] = why
+    is_bundle = source.bundle is not None
+    if lines := unavailable_rewards(run.config, run.identity, run.path, calls_services=not is_bundle):
+        missing["score_rewards"] = "; ".join(lines)
+    return replace(source, run=run, missing=missing)
+
+
+def _why_no_program(source: Source) -> str:
+    """Why vLLM is not started; "" if it may be, or none is asked."""
+    config, named = source.run.config, f"--set {INTERPRETER}=PATH"
+    if config.generation.engine != "vllm":
+        return ""
+    if source.bundle is not None:
+        return f"vLLM has drawn the responses, and a bundle starts no program: name yours with {named}"
+    found = refused(config, source.run.path, ("program",))
+    return sentence(found[0], source.run.path) if found else ""
 
 
 def _of_arithmetic(vocab_size: int) -> Plan:

@@ -15,6 +15,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.places import place_of
+from rlhf_core.contracts.trust import accept_config, check_recorded
 from rlhf_core.disk_use import free_bytes, predict_disk_use
 from rlhf_core.models.devices import resolve_num_threads
 from rlhf_core.preflight import preflight
@@ -141,7 +142,13 @@ def _plan(request: SweepRequest, config: RunConfig) -> tuple[PlannedSweep, Sweep
     record = SweepRecord.of(config if held is None else held.config, request.grid, seeds, threads, unpinned)
     try:
         check_folder(path, record)
-        runs = runs_of(before or record, max_runs=request.max_runs)
+        runs = runs_of(record, max_runs=request.max_runs)
+        for run in runs:
+            accept_config(run.config)
+        if before is not None:
+            runs = runs_of(before, max_runs=request.max_runs)
+            for run in runs:
+                check_recorded(run.config, path)
     except UserError as error:
         raise UserError(*problems, *error.problems) from None
     disk_bytes, bad = _preflight(runs)

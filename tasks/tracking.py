@@ -19,6 +19,7 @@ from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_template
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
+from rlhf_core.contracts.trust import check_door, tracker
 from rlhf_core.store.address import shown
 from tasks import sqlite_store, tracker_notes
 from tasks.guards import GuardRecord
@@ -272,6 +273,8 @@ def connect(
         experiment_id: of a run that was begun there: the experiment may have another name by now.
     Raises: RefusalError where a person has to do something first, or whatever the tracker raises.
     """
+    for use in tracker(run.config):
+        check_door(use)
     import mlflow
     from mlflow.tracking import MlflowClient
 

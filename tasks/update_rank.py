@@ -94,6 +94,7 @@ class _Rank:
     def _resources(self, request: dict[str, Any]) -> Resources:
         """Of the run as the run's process has it, which may know of a drift that is not on disk yet."""
         from rlhf_core.contracts.run_folder import RunFolder
+        from rlhf_core.contracts.trust import accept_config
         from rlhf_core.memory import settle_memory
         from tasks.resources import Resources
 
@@ -104,6 +105,7 @@ class _Rank:
         if self._kept is None or self._kept[0] != asked:
             self._kept = None  # before the next one is loaded: there is room for one
             run = RunFolder.of_record(Path(asked["path"]), asked["record"])
+            accept_config(run.config)  # the run's process has looked at it
             self._kept = (asked, Resources(run, self._ranks))
         return self._kept[1]
 

@@ -13,6 +13,7 @@ from rlhf_core.contracts.config_io import flat_params
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.trust import accept_overrides
 from rlhf_core.contracts.update_config import UpdateConfig
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.preflight import Plan
@@ -34,6 +35,7 @@ def ask_what_if(
     *,
     sample: str | None = None,
     progress: Progress | None = None,
+    trust: Sequence[str] = (),
 ) -> WhatIf:
     """Compute an iteration again under other knobs, and tell what moves.
 
@@ -43,19 +45,21 @@ def ask_what_if(
         overrides: ``a.b=c`` each; ``kl.coef`` is β in force in that iteration.
         sample: show this response token by token.
         progress: told which stage begins.
+        trust: programs, functions and addresses that it names, and that the person accepts.
     Returns: the numbers as they were and as they would have been.
     Raises:
         UserError: no such run or iteration, or a key that cannot be asked.
         IntegrityError: what is stored is damaged, or the weights before the iteration cannot be had here.
         NumericalError: under these knobs a stage would have failed.
     """
-    with opened(path, iteration) as source:
+    with opened(path, iteration, trust=trust) as source:
         state = source.run.state_before(source.iteration)
         changes = changes_of(source.run.config, overrides, iteration=source.iteration, kl_coef=state.kl_coef)
         stored = {stage: read_artifact(source.run.path, m.artifact) for stage, m in source.manifests.items()}
         if sample is not None:
             check_sample(stored["generate"], sample, source.iteration)
         skipped = _skipped(source, changes)
+        accept_overrides(overrides, changes.config)
         config = _here(source.located(changes.config, own=changes.keys))
         plan = _plan(source, changes, config)
         trainer = None if "ppo_update" in skipped else _trainer(source, config)

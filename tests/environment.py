@@ -16,6 +16,7 @@ def be_quiet_and_private() -> None:
     os.environ |= {
         "DO_NOT_TRACK": "true",
         "PREFECT_HOME": home,
+        "XDG_STATE_HOME": home,
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",

@@ -55,9 +55,13 @@ class LLM:
         seed: int,
         enable_sleep_mode: bool,
         enforce_eager: bool,
-        misfortune: str = "",
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
     ) -> None:
         assert (skip_tokenizer_init, logprobs_mode) == (True, "processed_logprobs"), "what the artifact needs"
+        misfortune = os.environ.get("RLHF_VLLM_MISFORTUNE", "")
+        if misfortune == "refuses":
+            raise ValueError(f"max_num_seqs {max_num_seqs} does not fit")
         self._dtype, self._misfortune, self._forgotten = getattr(torch, dtype), misfortune, True
         self._load(model)
 

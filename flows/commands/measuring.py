@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from flows import stopping
-from flows.commands.options import JsonOption, RunArgument, SetOption, console, local_only, prepare_environment
+from flows.commands.options import (
+    JsonOption,
+    RunArgument,
+    SetOption,
+    TrustOption,
+    console,
+    local_only,
+    prepare_environment,
+)
 from rlhf_core.contracts.config_places import naming_places
 
 
@@ -36,12 +44,13 @@ def evaluate(
         str | None, typer.Option(help="Also at these shares of the way from the reference to it: 0.5,0.7,0.85.")
     ] = None,
     as_json: JsonOption = False,
+    trust: TrustOption = None,
 ) -> None:
     """Measure a policy against its reference: score, KL, win rate, and the share of what is attainable."""
     prepare_environment()
     from flows.displays.evaluation import evaluate_and_show
     from rlhf_core.evaluation.folder import EVALUATIONS
-    from rlhf_core.evaluation.request import Request, parse_shares, request_config
+    from rlhf_core.evaluation.request import Request, accept_of_run, parse_shares, request_config
     from rlhf_core.store.opening import adding, local
 
     request = Request(
@@ -50,6 +59,7 @@ def evaluate(
     )  # fmt: skip
     stopping.on_stop(lambda: "stopped; the same command goes on from the samples that are there")
     with naming_places(config), adding(target, EVALUATIONS):
+        accept_of_run(local(target), trust)
         evaluate_and_show(console, request, request_config(local(target), config, set_ or []), as_json=as_json)
 
 
@@ -61,11 +71,14 @@ def blend(
     ] = None,
     kl: Annotated[float | None, typer.Option(help="Instead: the KL to the reference it shall have, in nats.")] = None,
     checkpoint: Annotated[str, typer.Option(help="newest, best, last_good, or an iteration.")] = "newest",
+    trust: TrustOption = None,
 ) -> None:
     """Write a policy between the reference and a checkpoint: one run gives one for each smaller KL."""
     prepare_environment()
+    from rlhf_core.evaluation.request import accept_of_run
     from tasks.blend import blend as write_blend
 
+    accept_of_run(str(run), trust)
     with console.status("interpolating" if kl is None else "looking for the share that has this KL"):
         found = write_blend(str(run), str(out), share=share, kl=kl, checkpoint=checkpoint)
     console.print(f"{found.share:.4g} of the way to checkpoint {found.iteration}", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich import console as rich_console
 from rich.text import Text
 
+from rlhf_core.contracts.search_path import settle_search_path
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.memory import settle_memory
 from rlhf_core.store.address import on_disk, shown
@@ -45,6 +47,14 @@ EXIT_INCOMPLETE = 4
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file; `rlhf config` prints a template.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key; may be repeated.")]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="VALUE",
+        help="Accept a program, function or address that the run names and that is not known to be yours; its refusal "
+        "shows what to write; may be repeated.",
+    ),
+]
 A_RUN = "A run folder, or s3://BUCKET/PREFIX."
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=A_RUN, parser=whole_run)]
 """Read with its checkpoints; of an object store, through its copy."""
@@ -61,9 +71,22 @@ def local_only(param: typer.CallbackParam, value: Path | None) -> Path | None:
     return None if value is None else on_disk(value, param.opts[0])
 
 
+def split_interpreter(overrides: Sequence[str] | None) -> tuple[list[str], str | None]:
+    """The overrides of a run, and apart from them the one that names a program: ``generation.vllm.python``."""
+    others, python = list[str](), None
+    for override in overrides or ():
+        key, sign, value = override.partition("=")
+        if key.strip() == "generation.vllm.python" and sign:
+            python = value.strip()
+        else:
+            others.append(override)
+    return others, python
+
+
 def prepare_environment() -> None:
     """Quiet and private defaults for the libraries; whatever the user has set stays."""
     settle_memory()
+    settle_search_path()
     defaults = {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

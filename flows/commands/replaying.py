@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.options import JsonOption, RunArgument, RunOrBundle, console, local_only, prepare_environment
+from flows.commands.options import (
+    JsonOption,
+    RunArgument,
+    RunOrBundle,
+    TrustOption,
+    console,
+    local_only,
+    prepare_environment,
+    split_interpreter,
+)
 from rlhf_core.contracts.errors import UserError
 
 EXIT_DIFFERENT = 1
@@ -33,6 +42,7 @@ def replay(
         typer.Option(min=1, max=1024, help="CPU threads instead of the run's: does a number depend on them?"),
     ] = None,
     as_json: JsonOption = False,
+    trust: TrustOption = None,
 ) -> None:
     """Compute an iteration again, and prove it bit-identical or show the first difference. Changes nothing.
 
@@ -43,18 +53,24 @@ def replay(
     prepare_environment()
     from flows.displays.replay import replay_and_show, what_if_and_show
 
-    if set_:
+    overrides, python = split_interpreter(set_)
+    if overrides and python is not None:
+        raise UserError("--set generation.vllm.python and another --set do not go together: a what-if asks no vLLM")
+    if overrides:
         for name, value in (("--from", from_), ("--threads", threads)):
             if value is not None:
                 raise UserError(
                     f"{name} {value} and --set do not go together: --set begins with the first stage that its keys "
                     "affect, and computes as the run did"
                 )
-        what_if_and_show(console, run, set_, iteration=iteration, sample=sample, as_json=as_json)
+        what_if_and_show(
+            console, run, overrides, iteration=iteration, sample=sample, as_json=as_json, trust=trust or ()
+        )
         return
     same = replay_and_show(
-        console, run, iteration=iteration, first=from_, sample=sample, num_threads=threads, as_json=as_json
-    )
+        console, run, iteration=iteration, first=from_, sample=sample, num_threads=threads, as_json=as_json,
+        trust=trust or (), vllm_python=python,
+    )  # fmt: skip
     if not same:
         raise typer.Exit(EXIT_DIFFERENT)
 

@@ -12,7 +12,15 @@ import typer
 from rich.markup import escape
 
 from flows import stopping
-from flows.commands.options import A_RUN, ConfigOption, SetOption, console, prepare_environment
+from flows.commands.options import (
+    A_RUN,
+    ConfigOption,
+    SetOption,
+    TrustOption,
+    console,
+    prepare_environment,
+    split_interpreter,
+)
 from flows.displays.prompts import checking
 from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import RlhfError
@@ -77,15 +85,22 @@ def resume(
     ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="guards.a.b=c", help="Change a guard, or execution.update.*; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="guards.a.b=c",
+            help="Change a guard, execution.update.* or generation.vllm.python; may be repeated.",
+        ),
     ] = None,
+    trust: TrustOption = None,
 ) -> None:
     """Continue a stopped run from its last committed stage."""
     prepare_environment()
     from rlhf_core.store.opening import writing
-    from tasks.lifecycle import check_resumable
+    from tasks.lifecycle import check_resumable, consent
 
+    others, python = split_interpreter(set_)
     with writing(run, new=False) as folder:
+        consent(str(folder), trust or (), python)
         if repair:
             from flows.displays.verification import repair_and_show
 
@@ -95,9 +110,10 @@ def resume(
         from flows.calling import run_flow
         from flows.ppo import resume as resume_flow
 
-        update = [override for override in set_ or [] if override.strip().startswith("execution.update.")]
-        others = [override for override in set_ or [] if override not in update]
-        watch_run(folder, run_config, lambda: run_flow(resume_flow, run, accept_drift, accept_guards, others, update))
+        update = [override for override in others if override.strip().startswith("execution.update.")]
+        guards = [override for override in others if override not in update]
+        asked = (run, accept_drift, accept_guards, guards, update, trust, python)
+        watch_run(folder, run_config, lambda: run_flow(resume_flow, *asked))
 
 
 def check(

@@ -40,14 +40,17 @@ def replay_and_show(
     sample: str | None,
     num_threads: int | None,
     as_json: bool,
+    trust: Sequence[str] = (),
+    vllm_python: str | None = None,
 ) -> bool:
     """Compute an iteration again and print how it compares. Returns: whether all of it came back bit for bit."""
     from tasks.replay import replay_iteration
 
     with _computing(console, quiet=as_json) as tell:
         replay = replay_iteration(
-            str(path), iteration, first=first, sample=sample, num_threads=num_threads, progress=tell
-        )
+            str(path), iteration, first=first, sample=sample, num_threads=num_threads, progress=tell, trust=trust,
+            vllm_python=vllm_python,
+        )  # fmt: skip
     if as_json:
         _print_json(replay.to_json())
     else:
@@ -56,13 +59,20 @@ def replay_and_show(
 
 
 def what_if_and_show(
-    console: Console, path: Path, overrides: Sequence[str], *, iteration: int | None, sample: str | None, as_json: bool
+    console: Console,
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    iteration: int | None,
+    sample: str | None,
+    as_json: bool,
+    trust: Sequence[str] = (),
 ) -> None:
     """Compute an iteration again under other knobs and print what moves."""
     from tasks.what_if import ask_what_if
 
     with _computing(console, quiet=as_json) as tell:
-        answer = ask_what_if(str(path), iteration, overrides, sample=sample, progress=tell)
+        answer = ask_what_if(str(path), iteration, overrides, sample=sample, progress=tell, trust=trust)
     if as_json:
         _print_json(answer.to_json())
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +13,17 @@ from rlhf_core.contracts.section import Fraction, Positive, PositiveFloat, Secti
 
 NUMBERLESS = frozenset({"python", "deadline_s"})
 """Knobs of vLLM that change no number; its version has an entry of its own in a run's identity."""
+
+VLLM_OPTIONS: Final = frozenset(
+    {"async_scheduling", "block_size", "cpu_offload_gb", "data_parallel_size", "disable_cascade_attn",
+     "disable_custom_all_reduce", "disable_sliding_window", "enable_chunked_prefill", "enable_expert_parallel",
+     "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
+     "long_prefill_token_threshold", "max_long_partial_prefills", "max_model_len", "max_num_batched_tokens",
+     "max_num_partial_prefills", "max_num_seqs", "max_parallel_loading_workers", "max_seq_len_to_capture",
+     "num_gpu_blocks_override", "pipeline_parallel_size", "swap_space", "tensor_parallel_size"}
+)  # fmt: skip
+"""Arguments of ``vllm.LLM`` that say how it uses memory and devices, and load, contact or log nothing."""
+KV_CACHE_DTYPES: Final = frozenset({"auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"})
 
 
 class VllmConfig(Section):
@@ -31,8 +44,36 @@ class VllmConfig(Section):
 
     @property
     def interpreter(self) -> str:
-        """The interpreter as a command."""
-        return str(Path(self.python or "python").expanduser())
+        """The interpreter as a command: a path from the root, or a name that is looked up in PATH."""
+        return self.python or "python"
+
+    @field_validator("python")
+    @classmethod
+    def _from_the_root(cls, python: str | None) -> str | None:
+        if python is None or "/" not in python:
+            return python
+        try:
+            path = str(Path(python).expanduser())
+        except RuntimeError:
+            path = python
+        return os.path.abspath(path)  # noqa: PTH100 - a link tells Python its environment
+
+    @field_validator("options")
+    @classmethod
+    def _harmless(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        for name, value in options.items():
+            if name not in VLLM_OPTIONS:
+                close = difflib.get_close_matches(name, VLLM_OPTIONS, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"those that may be: {', '.join(sorted(VLLM_OPTIONS))}"
+                raise ValueError(
+                    f"options has {name!r}, which is no argument of vllm.LLM that a config may set; {hint}"
+                )
+            if isinstance(value, str) and (name != "kv_cache_dtype" or value not in KV_CACHE_DTYPES):
+                kinds = (
+                    f"one of {', '.join(sorted(KV_CACHE_DTYPES))}" if name == "kv_cache_dtype" else "a number or bool"
+                )
+                raise ValueError(f"the option {name} is a text; give {kinds}")
+        return options
 
 
 class GenerationConfig(Section):

@@ -33,6 +33,7 @@ from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_places import why_no_run
 from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.trust import accept_config, recorded
 from rlhf_core.contracts.typed import typed
 from rlhf_core.contracts.update_config import UpdateConfig
 
@@ -80,8 +81,12 @@ class RunFolder:
         identity: Mapping[str, Any],
         unpinned: Mapping[str, str | None] | None = None,
     ) -> RunFolder:
-        """Start a run in a new or empty folder. Raises UserError if the folder holds anything."""
+        """Start a run of the person's own config in a new or empty folder.
+
+        Raises: UserError if the folder holds anything.
+        """
         check_vacant(path)
+        accept_config(config)
         run = cls(path, config, dict(identity), unpinned=dict(unpinned or {}))
         with run.locked():
             check_vacant(path)  # of two that begin at once, the second sees the first
@@ -113,6 +118,7 @@ class RunFolder:
         except ValueError as error:
             raise IntegrityError(f"{record} is not the record of a run: {error}; {RECORD_REMEDY}") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
+        recorded(config, path)
         return cls(path, config, cast("dict[str, Any]", values["identity"]), more.drifts, more.unpinned)
 
     @property
@@ -213,6 +219,15 @@ class RunFolder:
         """The run with other processes for its update; their layout is a drift. ``write`` as in :meth:`with_drift`."""
         execution = self.config.execution.model_copy(update={"update": update})
         run = replace(self, config=self.config.model_copy(update={"execution": execution}))
+        if write:
+            run._write_record()
+        return run
+
+    def with_interpreter(self, python: str, *, write: bool) -> RunFolder:
+        """The run with another environment that has vLLM; the caller holds the lock if it is to be written."""
+        vllm = self.config.generation.vllm.model_copy(update={"python": python})
+        generation = self.config.generation.model_copy(update={"vllm": vllm})
+        run = replace(self, config=self.config.model_copy(update={"generation": generation}))
         if write:
             run._write_record()
         return run

@@ -1,14 +1,18 @@
-"""Where runs are around a path that is none: what a person may have meant."""
+"""Which runs are around a path: what a person may have meant, and whether a file lies in one."""
 
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 RECORD: Final = "run.json"
 MAX_NAMED: Final = 5
 """Runs that a sentence names."""
+_MAX_LINKS: Final = 40
+_ROOMS: Final = ("iterations", "checkpoints", "lock")
 
 
 def why_no_run(path: Path) -> str:
@@ -28,6 +32,43 @@ def runs_near(path: Path) -> str:
     if close := difflib.get_close_matches(path.name, [run.name for run in beside], n=1):
         return f"; did you mean {path.parent / close[0]}?"
     return f"; beside it: {_listed(beside)}" if beside else ""
+
+
+def run_around(path: Path, run_dir: Path | None = None) -> Path | None:
+    """The run folder that a file lies in, by its own name or by one that its links lead to; None if in none.
+
+    Args:
+        path: of a file or folder, which need not exist.
+        run_dir: a folder that is a run's, whatever it holds.
+    """
+    own = None if run_dir is None else run_dir.resolve()
+    for name in _names(path):
+        for parent in (name, *name.parents):
+            if parent == own or _is_run(parent):
+                return parent
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "run.json").is_file() and any((folder / room).exists() for room in _ROOMS)
+    except OSError:
+        return False
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """A path, without links above it, and every path that its links lead to."""
+    name = Path(os.path.abspath(path))  # noqa: PTH100 - links stay
+    for _ in range(_MAX_LINKS):
+        yield name
+        try:
+            name = name.parent.resolve() / name.name
+            yield name
+            if not name.is_symlink():
+                return
+            name = name.parent / name.readlink()
+        except (OSError, RuntimeError):
+            return
 
 
 def _what_is(path: Path) -> str:

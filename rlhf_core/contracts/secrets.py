@@ -11,34 +11,21 @@ from collections.abc import Iterator
 from typing import Any, Final, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-_NAMED: Final = re.compile(
-    r"password|passwd|passphrase|secret|credential|authorization|bearer|api[_-]?key|access[_-]?key|private[_-]?key"
-    r"|(?:^|[_-])(?:pwd|auth|apikey|sig|signature)$|token$",
-    re.IGNORECASE,
-)
-"""Names of what is a secret."""
-_TEXT_TOKEN: Final = re.compile(
-    r"(?:eos|bos|pad|unk|sep|cls|mask|stop|start|end|begin|first|last|special|think|answer|target|class)[_-]?token$",
-    re.IGNORECASE,
-)
-"""Tokens of a vocabulary, which are none."""
-_SHAPED: Final = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bpn[ub]_[A-Za-z0-9]{30,}|\bglpat-[\w-]{20,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
-"""Values that well-known services give out."""
+from rlhf_core.contracts.secret_shapes import ADDRESS, SHAPED, connection_secret, names_a_secret, shaped_secret
+
 _USERINFO: Final = re.compile(r"(?<=://)[^\s'\"<>]*@")
 """Of an address in a text: up to the last @, since a password may hold what it should not."""
 _QUERY: Final = re.compile(r"([?&;])([^=&;#\s'\"]+)=([^&;#\s'\"<>)]*)")
 _SHORTEST: Final = 6
 """A shorter value of a variable is not looked for in texts: it could stand anywhere."""
 HIDDEN: Final = "***"
-
-
-def names_a_secret(name: str) -> bool:
-    """Whether a field, param, query parameter or variable of this name holds a secret."""
-    return bool(_NAMED.search(name)) and not _TEXT_TOKEN.search(name) and not name.lower().endswith("_env")
+_FREE: Final = re.compile(r"\.(?:params|template_options|options|labels|custom)(?:\.|$)")
+"""Fields whose keys are anybody's."""
+_PROSE: Final = re.compile(r"^prompts\.system$|\.chat_template$|^generation\.stop\.|\.template_options\.")
+"""Fields that hold what people or templates write."""
+_PASSWORD: Final = re.compile(r"(?:password|passwd|passphrase|pwd|pin)$", re.IGNORECASE)
+"""Names of what may be a number."""
+_NAMES_OF_PAIRS: Final = ("name", "key", "header")
 
 
 def url_secret(url: str) -> str | None:
@@ -65,19 +52,30 @@ def url_secret(url: str) -> str | None:
 def config_secrets(tree: Any) -> list[str]:
     """One sentence for each secret in a plain config: its field and the remedy, never its value."""
     problems: list[str] = []
-    for field, value in _texts("", tree):
-        name = field.rpartition(".")[2]
-        if _SHAPED.search(value):
-            problems.append(
-                f"{field} holds what looks like a secret, and a config is stored as it is; {_remedy(field)}"
-            )
-        elif found := url_secret(value):
-            problems.append(
-                f"{field} is an address with {found} in it, and a config is stored as it is; {_remedy(field)}"
-            )
-        elif ".params." in field and value and names_a_secret(name):
-            problems.append(f"{field} is named like a secret, and a config is stored as it is; {_remedy(field)}")
+    for field, name, value in _entries("", "", tree):
+        if found := _secret(field, name, value):
+            problems.append(f"{field} {found}, and a config is stored as it is; {_remedy(field)}")
     return problems
+
+
+def _secret(field: str, name: str, value: str) -> str | None:
+    """How a value is a secret, as the middle of a sentence; None if it is none."""
+    if found := shaped_secret(value):
+        return f"holds what looks like a secret ({found})"
+    is_prose = bool(_PROSE.search(field))
+    for address in [value] if "://" in value and " " not in value else ADDRESS.findall(value):
+        found = url_secret(address)
+        if found and not (is_prose and _has_placeholder(address)):
+            return f"is an address with {found} in it"
+    if _FREE.search(field) and value and names_a_secret(name):
+        return "is named like a secret"
+    if not is_prose and (found := connection_secret(value)):
+        return f"holds {found}"
+    return None
+
+
+def _has_placeholder(address: str) -> bool:
+    return any(sign in address for sign in ("{", "$", "%(", "["))
 
 
 def without_credentials(url: str) -> str:
@@ -96,7 +94,7 @@ def without_secrets(text: str) -> str:
     text = _QUERY.sub(_hide_value, _USERINFO.sub(f"{HIDDEN}@", text))
     for value in sorted(_environment_secrets(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    return _SHAPED.sub(HIDDEN, text)
+    return SHAPED.sub(HIDDEN, text)
 
 
 def _environment_secrets() -> set[str]:
@@ -120,15 +118,28 @@ def _hide_value(match: re.Match[str]) -> str:
     return f"{mark}{name}={HIDDEN if is_secret else value}"
 
 
-def _texts(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+def _entries(field: str, name: str, value: Any, *, in_list: bool = False) -> Iterator[tuple[str, str, str]]:
+    """(field, name, text) of each text; also of a key that has the shape of a secret, at its parent's field."""
     if isinstance(value, str):
-        yield prefix, value
+        yield field, name, value
     elif isinstance(value, dict):
-        for key, child in cast("dict[object, Any]", value).items():
-            yield from _texts(f"{prefix}.{key}" if prefix else str(key), child)
+        table = cast("dict[object, Any]", value)
+        label = next((table[key] for key in _NAMES_OF_PAIRS if isinstance(table.get(key), str)), "")
+        for key, child in table.items():
+            if shaped_secret(str(key)):
+                yield field, "", str(key)
+                yield from _entries(f"{field}.***", "", child)
+            else:
+                yield from _entries(
+                    f"{field}.{key}" if field else str(key), label if key == "value" else str(key), child
+                )
     elif isinstance(value, list):
-        for index, child in enumerate(cast("list[Any]", value)):
-            yield from _texts(f"{prefix}.{index}", child)
+        items = cast("list[Any]", value)
+        is_pair = in_list and len(items) == 2 and isinstance(items[0], str) and names_a_secret(items[0])
+        for index, child in enumerate(items):
+            yield from _entries(f"{field}.{index}", items[0] if is_pair and index else "", child, in_list=True)
+    elif isinstance(value, int) and _PASSWORD.search(name):
+        yield field, name, str(value)
 
 
 def _remedy(field: str) -> str:

@@ -32,6 +32,7 @@ from rlhf_core.contracts.config_io import build_config, digest_json
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_json, read_record, write_record
+from rlhf_core.contracts.trust import recorded
 from rlhf_core.evaluation.samples import PART, Samples, part_sizes
 from rlhf_core.identity import identity_digest
 
@@ -104,9 +105,11 @@ class EvaluationFolder:
         if not isinstance(record.get("run"), str | None):
             raise IntegrityError(f"{path / RECORD} is not the record of an evaluation: its run is no path")
         try:
+            config = build_config(record["config"])
+            recorded(config, path)
             return cls(
                 path,
-                build_config(record["config"]),
+                config,
                 record["identity"],
                 path / record["run"] if record["run"] is not None else None,
                 record["num_trained_on"],

@@ -16,6 +16,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.policy_config import CriticConfig, PolicyConfig, ReferenceConfig
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.trust import accept_overrides, accept_values, recorded
 from rlhf_core.models.adapters import is_adapter as is_lora_adapter
 from rlhf_core.ops.frontier import MIN_WEIGHTED_SAMPLES
 from rlhf_core.preflight import Plan, load_plan, preflight
@@ -119,7 +120,20 @@ def request_config(target: str, config: Path | None, overrides: Sequence[str]) -
         return load_config(config, overrides) if config is not None else None
     if config is not None:
         raise UserError(f"--config {config} is for a bare model; {target} is a run and brings its own: use --set")
-    return build_config(RunFolder.open(run).config.model_dump(), overrides) if overrides else None
+    if not overrides:
+        return None
+    changed = build_config(RunFolder.open(run).config.model_dump(), overrides)
+    accept_overrides(overrides, changed)
+    recorded(changed, run)
+    return changed
+
+
+def accept_of_run(target: str, trust: Sequence[str] | None) -> None:
+    """Accept what a person has typed of a run. Raises UserError if it names no such thing, or there is no run."""
+    if trust and not (Path(target) / "run.json").is_file():
+        raise UserError(f"--trust {trust[0]!r} is for a run, and {target} is none; a config of yours is trusted")
+    if trust:
+        accept_values(trust, RunFolder.open(Path(target)).config, Path(target))
 
 
 def prepare(request: Request, config: RunConfig, *, trained_on: PromptsConfig, model: str | None) -> Prepared:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.search_path import child_environment
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
 
 MAX_SECONDS = 5
@@ -47,7 +48,10 @@ def _check(template: str, messages: str, named: str) -> None:
     asked = json.dumps({"template": template, "messages": json.loads(messages)})
     command = [sys.executable, "-P", "-m", "rlhf_core.models.templates"]
     try:
-        done = subprocess.run(command, input=asked.encode(), capture_output=True, check=False, timeout=_WAIT_SECONDS)
+        done = subprocess.run(
+            command, input=asked.encode(), capture_output=True, check=False, timeout=_WAIT_SECONDS,
+            env=child_environment(),
+        )  # fmt: skip
         ended = done.returncode
     except subprocess.TimeoutExpired:
         ended = 1

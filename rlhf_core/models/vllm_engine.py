@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import select
+import shutil
 import subprocess
 import tempfile
 import time
@@ -18,6 +19,8 @@ import torch
 
 from rlhf_core.contracts.errors import UserError, WorkerError
 from rlhf_core.contracts.generation_config import VllmConfig
+from rlhf_core.contracts.search_path import others_environment
+from rlhf_core.contracts.trust import check_door, check_place, program
 from rlhf_core.models.engines import Drawn
 from rlhf_core.models.language_model import LanguageModel
 
@@ -36,16 +39,32 @@ LOOK_S = 0.5
 REMEDY = "use generation.engine own"
 
 
-@functools.cache
 def vllm_version(python: str) -> str:
     """Which vLLM the environment of a Python has, such as ``vllm 0.32.0``.
 
     Args:
         python: an interpreter.
-    Raises: UserError if it is none, or has none.
+    Raises: UserError if it is none, or has none, or if a record names it and nobody has accepted it.
     """
+    return _version(_command(python))
+
+
+def _command(python: str) -> str:
+    """The interpreter to start. Raises UserError if a record names it and nobody has accepted it, or a run holds it."""
+    check_door(program(python))
+    found = shutil.which(python)
+    command = python if found is None else os.path.abspath(found)  # noqa: PTH100 - a link tells Python its environment
+    check_place(Path(command), f"generation.vllm.python {python!r}")
+    return command
+
+
+@functools.cache
+def _version(python: str) -> str:
     try:
-        told = subprocess.run([python, "-I", "-c", ASK_VERSION], capture_output=True, text=True, timeout=60, check=True)
+        told = subprocess.run(
+            [python, "-I", "-c", ASK_VERSION],
+            capture_output=True, text=True, timeout=60, check=True, env=others_environment(), cwd="/",
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -71,12 +90,14 @@ class VllmProcess:
     """
 
     def __init__(self, config: VllmConfig, dtype: str, device: str, num_threads: int) -> None:
-        self.config, self._options = config, {"dtype": dtype, **config.options}
+        self.config, self._options = config, {**config.options, "dtype": dtype}
+        command = _command(config.interpreter)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
-            [config.interpreter, "-I", str(PROGRAM)],
-            env={**os.environ, **hidden, "OMP_NUM_THREADS": str(num_threads)},
+            [command, "-I", str(PROGRAM)],
+            env={**others_environment(), **hidden, "OMP_NUM_THREADS": str(num_threads)},
+            cwd="/",  # so that nothing of a run folder is imported by what it starts in turn
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

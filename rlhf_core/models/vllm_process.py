@@ -114,9 +114,9 @@ class Engine:
             "disable_log_stats": True,
             "seed": 0,
             "enable_sleep_mode": self._sleeps,
-            "enforce_eager": not self._sleeps,  # compiling takes longer than it gains on a CPU
         }
-        self._llm = LLM(model=model, **{**own, **options})
+        eager = not self._sleeps  # compiling takes longer than it gains on a CPU
+        self._llm = LLM(model=model, **{"enforce_eager": eager, **options, **own})
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rlhf_core.contracts.batches import Scores
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.reward_config import FunctionReward, HttpReward, ModelReward
+from rlhf_core.contracts.trust import refused, sentence
 from rlhf_core.models.reward_text import Conversation
 from rlhf_core.rewards.foreign import changed_functions, module_file
 from rlhf_core.rewards.ready_made import READY_MADE
@@ -67,6 +68,8 @@ def unavailable_rewards(
         calls_services: whether responses may be sent to the addresses that the config names.
     Raises: UserError if a function would be imported from the run folder.
     """
+    if closed := refused(config, run_dir, ("function", *(("service",) if calls_services else ()))):
+        return [sentence(use, run_dir) for use in closed]
     lines = [
         f"the function is not the one of the run: {change}" for change in changed_functions(config, identity, run_dir)
     ]

@@ -2,28 +2,26 @@
 
 A function runs with the rights of whoever resumes or evaluates the run. So its files must be those that the run was
 started with, which are found and compared without running a line of them; they are never taken from the run folder
-itself, which holds data; and a folder that only the run's record names is used where its files belong to this user.
+itself, which holds data; and a function that the run's record alone names is used once the person has accepted it:
+:mod:`rlhf_core.contracts.trust`.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.durable import hash_file
-from rlhf_core.contracts.errors import DriftError, UserError
+from rlhf_core.contracts.errors import DriftError
 from rlhf_core.contracts.reward_config import FunctionReward
+from rlhf_core.contracts.trust import check_place, check_recorded
 from rlhf_core.rewards.imports import find_module, imported_modules
 from rlhf_core.rewards.ready_made import READY_MADE
 
 DEFINES = " (defines it)"
 """End of the label of a file that is found after the import alone."""
-_on_path = frozenset(sys.path)
-"""Folders of Python's path before a run's own folder was added to it."""
 
 
 def changed_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: Path) -> list[str]:
@@ -34,9 +32,9 @@ def changed_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: P
         identity: as the run recorded it.
         run_dir: its folder.
     Returns: one line for each file that is another one: ``rewards.mine (…/lexicon.py): 9f2c… -> 51d3…``.
-    Raises: UserError if a function would be imported from the run folder, or from a folder of another user that
-        neither this command nor Python's path names.
+    Raises: UserError if a function would be imported from a run folder, or is one that nobody here has accepted.
     """
+    check_recorded(config, run_dir, ("function",))
     recorded: Any = identity.get("rewards")
     changed: list[str] = []
     for index, (name, component) in enumerate(zip(config.reward.names, config.reward.components, strict=True)):
@@ -45,7 +43,7 @@ def changed_functions(config: RunConfig, identity: Mapping[str, Any], run_dir: P
         module, field = component.function.partition(":")[0], f"reward.components.{index}.function"
         files = imported_modules(module, component.folder)
         for file in files.values():
-            _check_place(file, run_dir, component, f"{field} {component.function!r}")
+            check_place(file, f"{field} {component.function!r}", run_dir)
         then: Any = recorded.get(name, "") if isinstance(recorded, Mapping) else ""
         main = module_file(module, component.folder)
         if main is None:  # told when it is imported
@@ -88,20 +86,3 @@ def _changes(name: str, then: Mapping[str, Any], files: Mapping[str, Path]) -> l
         for label in labels
         if then.get(label) != now.get(label)
     ]
-
-
-def _check_place(file: Path, run_dir: Path, component: FunctionReward, named: str) -> None:
-    """Raise UserError for code in the run folder, and for code of another user where only the run names its folder."""
-    if file.resolve().is_relative_to(run_dir.resolve()):
-        raise UserError(
-            f"{named} would be imported from {file}, inside the run folder, which holds data and no code; if you trust "
-            "it, put the file elsewhere and start from there"
-        )
-    folder = component.folder
-    if folder is None or folder in _on_path or Path.cwd() == Path(folder) or not file.is_relative_to(folder):
-        return
-    if file.stat().st_uid not in (0, os.geteuid()):
-        raise UserError(
-            f"{named} would be imported from {file}, which belongs to another user, and only the record of the run "
-            f"names that folder; if you trust it, run this command in {folder}"
-        )

@@ -17,6 +17,8 @@ from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import GIVEN, FunctionReward
+from rlhf_core.contracts.trust import check_door, check_place
+from rlhf_core.contracts.trust import function as trusted_function
 from rlhf_core.models.reward_text import Conversation
 from rlhf_core.rewards.foreign import DEFINES
 from rlhf_core.rewards.imports import (
@@ -184,6 +186,8 @@ def _find(config: FunctionReward, field: str) -> Function:
         raise UserError(f"{field} is not set; give module:callable, or one of {', '.join(READY_MADE)}")
     if name in READY_MADE:
         return READY_MADE[name]
+    if ":" in name:
+        check_door(trusted_function(config, field))
     module_name, sign, path = name.partition(":")
     if "/" in module_name or module_name.endswith(".py"):
         raise UserError(_as_module(name, field))
@@ -248,6 +252,8 @@ def _import(config: FunctionReward, module_name: str, field: str) -> Any:
             + (f", and rename {top} in {config.folder}" if config.folder and stands_in(config.folder, top) else "")
         )
     make_importable(config.folder)
+    for file in imported_modules(module_name, config.folder).values():
+        check_place(file, f"{field} {name!r}")
     _refuse_hidden(config, top, f"{field} {name!r}")
     _forget_others(module_name, config.folder)
     before = set(sys.modules)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import HttpReward
 from rlhf_core.contracts.secrets import HIDDEN
+from rlhf_core.contracts.trust import check_door, service
 from rlhf_core.models.reward_text import Conversation
 from rlhf_core.prompts.entries import shown
 from rlhf_core.rewards.function import asked
@@ -121,6 +122,7 @@ def load_http(config: HttpReward, *, field: str) -> HttpComponent:
     """The component of a section. Raises UserError naming ``field`` if address or token are missing."""
     if not config.url:
         raise UserError(f"{field}.url is not set; give the address of the service")
+    check_door(service(config, f"{field}.url"))
     if config.token_env is None:
         return HttpComponent(config, None)
     token = os.environ.get(config.token_env)

@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_core.contracts.run_places import run_around
+
 OWN = frozenset({"rlhf_core", "tasks", "flows"})
 """Packages of this project: their source has an entry of its own in the identity."""
 MAX_SOURCE_BYTES = 4 << 20
@@ -60,9 +62,12 @@ class Module:
 
 
 def make_importable(folder: str | None) -> None:
-    """Append a config's folder and the working folder to ``sys.path``, last, so that they hide no library."""
+    """Append a config's folder and the working folder to ``sys.path``, last, so that they hide no library.
+
+    A run folder holds data: it is left out, so that no library finds a part of itself there.
+    """
     for place in ([folder] if folder else []) + [str(Path.cwd())]:
-        if place not in sys.path:
+        if place not in sys.path and run_around(Path(place)) is None:
             sys.path.append(place)
     importlib.invalidate_caches()
 
@@ -164,6 +169,8 @@ def _find_top(top: str, folder: str | None) -> importlib.machinery.ModuleSpec | 
         return spec
     # another folder of the user's comes first on Python's path, as with `python -m`: the config's own comes before it
     entry = next((i for i, place in enumerate(sys.path) if Path(spec.origin).is_relative_to(place or ".")), 0)
+    if folder not in sys.path:
+        return spec
     sys.path.remove(folder)
     sys.path.insert(entry, folder)
     return _first_spec(top)

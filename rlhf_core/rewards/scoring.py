@@ -62,6 +62,8 @@ def _number(value: object) -> Outcome:
         return value
     if hasattr(value, "item"):  # a scalar of numpy or torch
         value = cast("Any", value).item()
+    if isinstance(value, bool):  # which Python counts as 0 or 1
+        return Failure(f"gave {str(value).lower()}, which is no number (a score is 1.0, say),")
     if not isinstance(value, numbers.Real):
         return Failure("gave None" if value is None else f"gave {shown(value)}, a {type(value).__name__},")
     try:

@@ -29,6 +29,7 @@ from rlhf_core.contracts.locking import holding
 from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.trust import recorded
 from rlhf_core.contracts.typed import typed
 from rlhf_core.inspection import standing
 from rlhf_core.sweeping.grid import Grid, SweepRun, plan_runs, value_text
@@ -135,6 +136,8 @@ class SweepFolder:
         if record is None:
             raise UserError(f"{path} is not a sweep: it has no {RECORD}")
         runs = runs_of(record)
+        for run in runs:
+            recorded(run.config, path)
         return cls(path, build_config(dict(record.config)), record.grid, tuple(record.seeds), tuple(runs))
 
     @property

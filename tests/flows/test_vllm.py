@@ -136,19 +136,26 @@ def test_shards_have_a_process_each_where_they_have_workers(wide: Tiny, python: 
     ],
 )
 def test_its_end_and_its_silence_are_told(
-    misfortune: str, deadline_s: int, told: str, wide: Tiny, python: str, tmp_path: Path
+    misfortune: str,
+    deadline_s: int,
+    told: str,
+    wide: Tiny,
+    python: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unlucky = [f"generation.vllm.options={{misfortune: {misfortune}}}", f"generation.vllm.deadline_s={deadline_s}"]
+    monkeypatch.setenv("RLHF_VLLM_MISFORTUNE", misfortune)
     with pytest.raises(WorkerError, match=told):
-        start(by_vllm(wide, python, *unlucky), tmp_path / "run")
+        start(by_vllm(wide, python, f"generation.vllm.deadline_s={deadline_s}"), tmp_path / "run")
     assert "generate" not in RunFolder.open(tmp_path / "run").manifests(0)
 
 
-def test_what_vllm_does_not_take_is_told_in_its_words(wide: Tiny, python: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"generation.engine vllm could not take the policy: .*no_such_option.*"
-    ) as told:
-        start(by_vllm(wide, python, "generation.vllm.options={no_such_option: 1}"), tmp_path / "run")
+def test_what_vllm_does_not_take_is_told_in_its_words(
+    wide: Tiny, python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_VLLM_MISFORTUNE", "refuses")
+    with pytest.raises(UserError, match=r"generation.engine vllm could not take the policy: .*max_num_seqs.*") as told:
+        start(by_vllm(wide, python, "generation.vllm.options={max_num_seqs: 0}"), tmp_path / "run")
     assert "\n" not in str(told.value)
     assert str(told.value).endswith("; use generation.engine own")
 

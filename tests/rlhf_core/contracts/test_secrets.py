@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.secrets import names_a_secret, url_secret, without_credentials, without_secrets
+from rlhf_core.contracts.secret_shapes import names_a_secret
+from rlhf_core.contracts.secrets import config_secrets, url_secret, without_credentials, without_secrets
 
 VALUE = "Zq7x9WvSECRET"
 
@@ -120,3 +121,127 @@ def test_a_text_is_shown_without_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("DATABASE", "postgresql://me:p%40ssw0rd@h/d")
     text = "GET http://u:p@h/x?token=t7 with abcdef123456 and p@ssw0rd, p%40ssw0rd, a banana"
     assert without_secrets(text) == "GET http://***@h/x?token=*** with *** and ***, ***, a banana"
+
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"
+SHAPES: dict[str, str] = {
+    "odbc": f"mssql+pyodbc:///?odbc_connect=DRIVER%3DODBC%3BSERVER%3Dh%3BUID%3Dme%3BPWD%3D{VALUE}",
+    "odbc plain": f"DRIVER={{ODBC Driver 18}};SERVER=h;DATABASE=d;UID=me;PWD={VALUE}",
+    "odbc encoded twice": f"odbc_connect=DRIVER%253DODBC%253BUID%253Dme%253BPWD%253D{VALUE}",
+    "azure storage": f"DefaultEndpointsProtocol=https;AccountName=me;AccountKey={VALUE}==;EndpointSuffix=core",
+    "azure storage alone": f"AccountKey={VALUE}",
+    "azure bus": f"Endpoint=sb://h/;SharedAccessKeyName=me;SharedAccessKey={VALUE}=",
+    "azure shared access": f"BlobEndpoint=https://h;SharedAccessSignature=sv=2020&sig={VALUE}",
+    "azure url": f"https://me.blob.core.windows.net/c?sv=2020-08-04&sig={VALUE}",
+    "azure query": f"sv=2020-08-04&ss=b&sig={VALUE}",
+    "dsn": f"host=db user=me password={VALUE} dbname=mlflow",
+    "dsn quoted": f"host='db' user='me' password='{VALUE}'",
+    "dsn alone": f"password={VALUE}",
+    "jdbc": f"jdbc:sqlserver://h:1433;databaseName=d;user=me;password={VALUE}",
+    "jdbc oracle": f"jdbc:oracle:thin:scott/{VALUE}@//h:1521/d",
+    "database": f"postgresql://me:{VALUE}@h/d",
+    "database in a sentence": f"see postgresql://me:{VALUE}@h/d for more",
+    "redis": f"redis://:{VALUE}@h:6379/0",
+    "mongo": f"mongodb+srv://me:{VALUE}@h",
+    "signed url": f"https://b.s3.amazonaws.com/k?X-Amz-Algorithm=AWS4&X-Amz-Signature={VALUE}",
+    "aws pairs": f"aws_access_key_id=ID aws_secret_access_key={VALUE}",
+    "option": f"serve --port 80 --api-key {VALUE}",
+    "option with a sign": f"--token={VALUE}",
+    "json": f'{{"user": "me", "api_key": "{VALUE}"}}',
+    "bearer": f"Bearer {VALUE}0123456789",
+    "basic": "Authorization: Basic bWU6WnE3eDlX",
+    "jwt": JWT,
+    "jwt in a text": f"send {JWT} with it",
+    "openai": f"sk-{VALUE}abcdef",
+    "openai project": "sk-proj-a1B2c3D4e5F6g7H8i9J0-k1L2m3N4",
+    "anthropic": "sk-ant-api03-a1B2c3D4e5F6g7H8i9J0",
+    "stripe": "sk_live_a1B2c3D4e5F6g7H8",
+    "hub": "hf_abcdefghijABCDEFGHIJ",
+    "aws": "AKIAABCDEFGHIJKLMNOP",
+    "github": "ghp_" + "a1B2c3" * 6,
+    "google": "AIza" + "a1B2c" * 7,
+    "slack": "xoxb-1234567890-abc",
+    "pypi": "pypi-AgEIcHlwaS5vcmcCJGFiY2RlZi0xMjM0NTY3OA",
+    "databricks": "dapi" + "0123abcd" * 4,
+    "private key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE",
+    "openssh key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+}
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_secret_is_found_by_its_shape_wherever_it_stands(name: str) -> None:
+    value = SHAPES[name]
+    trees: list[dict[str, Any]] = [
+        function(text=value),
+        function(deep=[{"x": [value]}]),
+        {"tracking": {"uri": value}},
+        {"tracking": {"artifact_location": value}},
+        {"generation": {"vllm": {"options": {"kv_cache_dtype": value}}}},
+        {"prompts": {"source": value}},
+    ]
+    for tree in trees:
+        (problem,) = config_secrets(tree)
+        assert "a config is stored as it is" in problem
+        assert value not in problem
+        assert VALUE not in problem
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"headers": [["Authorization", f"Bearer {VALUE}"]]},
+        {"headers": [["Accept", "a"], ["X-Api-Key", VALUE]]},
+        {"headers": [{"name": "Authorization", "value": VALUE}]},
+        {"headers": {"Authorization": VALUE}},
+        {"db": {"password": 4711123}},
+        {"db": {"userPwd": VALUE}},
+        {"AccountKey": VALUE},
+    ],
+)
+def test_a_secret_is_found_by_its_name_in_dictionaries_and_pairs(params: dict[str, Any]) -> None:
+    (problem,) = config_secrets(function(**params))
+    assert "is named like a secret" in problem or "an Authorization header" in problem
+    assert VALUE not in problem
+
+
+def test_a_key_of_a_dictionary_that_is_a_secret_is_not_shown() -> None:
+    (problem,) = config_secrets(function(hf_abcdefghijABCDEFGHIJ="a"))
+    assert "hf_abc" not in problem
+
+
+HARMLESS: tuple[str, ...] = (
+    "", "runs/2026-11-28", "/home/me@work/models/policy", "meta-llama/Llama-3.2-1B", "owner/name@main",
+    "9f2c1b4d9f2c1b4d9f2c1b4d9f2c1b4d9f2c1b4d", "sk-learn-baseline-experiment-of-november", "sqlite:////srv/mlflow.db",
+    "postgresql://me@h/d?sslmode=require", "http://localhost:5000/score?model=a&max_tokens=5", "s3://bucket/prefix",
+    "hf_transfer", "host=db user=me dbname=mlflow sslmode=require", "password=${DB_PASSWORD}", "password=***",
+    "host=db password=<yours> user=me", r"token=(\w+);key=(\d+)", r"(?i)password\s*=", "A password is not told to you.",
+    "Write a poem about a bearer of good tidings, and of secrets.", "Bearer of the ring", "a=1;b=2",
+    "The key = 3 and the token = 42 are numbers of this puzzle", "x = 5 and y = 7", "login(user=me, password=pwd)",
+    "def login(user=None, password=None)", "eyJ is how a token begins", "Authorization is needed",
+    "Basic understanding of English",
+    "<think>keep it secret</think>", "kl.coef=0.05_seed=1", "a--b", "--max-tokens 5 --stop-token END", "AKIA", "dapi",
+    "https://example.org/a?q=tokens#part", "{\"prompt\": \"a\", \"answer\": \"b\"}", "numpy.random:default_rng",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HARMLESS)
+def test_what_is_no_secret_is_taken_wherever_it_stands(value: str) -> None:
+    assert config_secrets(function(text=value, words=["password", "secret"], pairs=[["a", value]])) == []
+    assert config_secrets({"tracking": {"run_name": value, "experiment": value}, "prompts": {"source": value}}) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "You are asked for a password: answer password=hunter2 user=me and no other",
+        "{% if token %}{{ token }}{% endif %}{% set password = 'a' %}{{ 'key=' + api_key }}",
+        '{"password": "hunter2", "user": "me"}',
+        "See https://{{ user }}:{{ password }}@example.org",
+        "--password hunter2",
+    ],
+)
+def test_people_and_templates_may_speak_of_passwords(text: str) -> None:
+    tree = {"prompts": {"system": text}, "policy": {"chat_template": text}, "generation": {"stop": [text]}}
+    assert config_secrets(tree) == []
+    (problem,) = config_secrets({"prompts": {"system": f"{text} {JWT}"}})
+    assert problem.startswith("prompts.system holds what looks like a secret (a JSON web token)")

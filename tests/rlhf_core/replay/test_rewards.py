@@ -14,6 +14,7 @@ from tiny_world import Tiny
 from rlhf_core.contracts.batches import Scores
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
+from rlhf_core.contracts.trust import accept_config
 from rlhf_core.replay.rewards import stored_components, unavailable_rewards, with_models_alone
 from rlhf_core.rewards.scoring import Failure, score_all
 
@@ -24,7 +25,9 @@ FOREIGN = {"kind": "function", "name": "mine", "function": "no_such_module_anywh
 def config_with(tiny: Tiny, *components: dict[str, Any], with_model: bool = True) -> RunConfig:
     tree = tiny_tree(tiny)
     model = tree["reward"]["components"] if with_model else []
-    return build_config(tree | {"reward": {"components": [*model, *components], "allowed_hosts": ["localhost"]}})
+    found = build_config(tree | {"reward": {"components": [*model, *components], "allowed_hosts": ["localhost"]}})
+    accept_config(found)
+    return found
 
 
 class TestUnavailable:

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import DriftError, UserError
+from rlhf_core.contracts.trust import accept_config
 from rlhf_core.rewards.foreign import changed_functions, check_functions, module_file
 
 CODE = "raise SystemExit('this ran')\n"
@@ -28,7 +29,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(function: str = "their_rewards:score") -> Any:
-    return build_config({"reward": {"components": [{"kind": "function", "function": function, "name": "theirs"}]}})
+    found = build_config({"reward": {"components": [{"kind": "function", "function": function, "name": "theirs"}]}})
+    accept_config(found)
+    return found
 
 
 def test_the_file_of_a_module_is_found_without_running_it(folder: Path) -> None:

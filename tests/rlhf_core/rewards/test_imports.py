@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward
+from rlhf_core.contracts.trust import accept_config, accept_values
 from rlhf_core.rewards.foreign import changed_functions
 from rlhf_core.rewards.function import function_digest, load_function, unseen_modules
 from rlhf_core.rewards.imports import imported_modules
@@ -42,6 +43,13 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 def found(module: str, folder: Path | None) -> list[str]:
     return list(imported_modules(module, None if folder is None else str(folder)))
+
+
+def accepted(component: dict[str, str]) -> RunConfig:
+    """The config of a run that its owner has begun here."""
+    config = build_config({"reward": {"components": [component]}})
+    accept_config(config)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_what_has_changed_is_named_before_anything_runs(
 ) -> None:
     write(place / "exp", TEAM | {"team/politeness.py": f"from . import lexicon\n{SCORE}", "team/unused.py": ""})
     component = {"kind": "function", "function": "team:score", "folder": str(place / "exp"), "name": "polite"}
-    config = build_config({"reward": {"components": [component]}})
+    config = accepted(component)
     identity = {"rewards": {"polite": function_digest(FunctionReward(**component))}}  # type: ignore[arg-type]
     for name, text in change.items():
         if text is None:
@@ -179,7 +187,7 @@ def test_what_has_changed_is_named_before_anything_runs(
 def test_an_older_record_has_the_digest_of_one_file(place: Path) -> None:
     write(place / "exp", TEAM | {"team/politeness.py": f"from . import lexicon\n{SCORE}"})
     component = {"kind": "function", "function": "team:score", "folder": str(place / "exp"), "name": "polite"}
-    config = build_config({"reward": {"components": [component]}})
+    config = accepted(component)
     digests = function_digest(FunctionReward(**component))  # type: ignore[arg-type]
     assert isinstance(digests, dict)
     old = f"{digests['team/__init__.py']} {digests['team/politeness.py']}"
@@ -190,24 +198,21 @@ def test_an_older_record_has_the_digest_of_one_file(place: Path) -> None:
 def test_a_helper_in_the_run_folder_is_refused(place: Path) -> None:
     write(place / "exp", {"mine.py": f"import runs.helper\n{SCORE}", "runs/helper.py": ""})
     component = {"kind": "function", "function": "mine:score", "folder": str(place / "exp")}
-    config = build_config({"reward": {"components": [component]}})
+    config = accepted(component)
     with pytest.raises(UserError, match=r"runs/helper\.py, inside the run folder, which holds data and no code"):
         changed_functions(config, {}, place / "exp" / "runs")
 
 
-def test_code_of_another_user_is_used_only_where_the_command_names_it(
+def test_code_that_a_record_alone_names_is_used_once_a_person_has_accepted_it(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(place / "exp", {"mine.py": SCORE})
     component = {"kind": "function", "function": "mine:score", "folder": str(place / "exp")}
     config = build_config({"reward": {"components": [component]}})
-    assert len(changed_functions(config, {}, place / "run")) == 1
-    if os.geteuid() == 0:
-        os.chown(place / "exp" / "mine.py", 4712, -1)
-    monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    with pytest.raises(UserError, match=rf"belongs to another user.*run this command in {place / 'exp'}"):
-        changed_functions(config, {}, place / "run")
     monkeypatch.chdir(place / "exp")
+    with pytest.raises(UserError, match=rf"you have not; if you trust it, add --trust {place / 'exp'}/mine:score"):
+        changed_functions(config, {}, place / "run")
+    accept_values([f"{place / 'exp'}/mine:score"], config, place / "run")
     assert len(changed_functions(config, {}, place / "run")) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,8 +65,10 @@ def test_numbers_of_any_library(values: object) -> None:
     assert [type(value) for value in found] == [float, float]
 
 
-def test_true_and_false_are_1_and_0() -> None:
-    assert checked([True, np.bool_(False)], 2) == [1.0, 0.0]
+def test_true_and_false_are_no_numbers() -> None:
+    for value in checked([True, np.bool_(False)], 2) + checked(torch.tensor([True, False]), 2):
+        assert isinstance(value, Failure)
+        assert re.fullmatch(r"gave (true|false), which is no number .*", value.reason)
 
 
 @pytest.mark.parametrize(
