@@ -15,13 +15,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.artifacts import RunPage
 from flows.calling import call, call_both, flow_body
 from flows.guarding import announce, obey
-from flows.links import link_to_tracker, own_run_dir, run_name, take_over, this_flow_run, was_begun_here
+from flows.links import link_to_tracker, own_run_dir, run_name, take_over, tell_all, this_flow_run, was_begun_here
 from flows.progress import also_watched_by, watcher
 from flows.sharding import answering_ahead, compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.trust import accept_config
 from rlhf_core.store.opening import writing
+from tasks.extension import drop_report_of_earlier_end, extend_run
 from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
 from tasks.lifecycle import check_resumable, consent, record_drift, save_due_checkpoint, start_run
@@ -87,8 +88,9 @@ def resume(
     set_update: list[str] | None = None,
     trust: list[str] | None = None,
     vllm_python: str | None = None,
+    num_iterations: int | None = None,
 ) -> str:
-    """Continue a stopped run from its last committed stage.
+    """Continue a stopped run from its last committed stage, or a finished one to another number of iterations.
 
     Args:
         run_dir: its folder, or s3://bucket/prefix.
@@ -98,6 +100,7 @@ def resume(
         set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``; a drift, most of them.
         trust: programs, functions and addresses that the run names and somebody else may have recorded.
         vllm_python: interpreter of an environment with vLLM, in the place of the recorded one.
+        num_iterations: of the whole run from now on: more for a run that is finished. Default: as it is.
     Returns: the same place.
     """
     with flow_body() as ended_with:
@@ -111,6 +114,8 @@ def resume(
                 change_guards(folder, set_guards)
             if accept_guards:
                 accept_tripped(folder)
+            if num_iterations is not None:
+                tell_all(extend_run(folder, num_iterations))
             iterate(folder)
         return ended_with(run_dir)
 
@@ -119,7 +124,9 @@ def iterate(run_dir: str) -> str:
     """Run the iterations that are missing."""
     run = RunFolder.open(Path(run_dir))
     with run.locked():
+        run = RunFolder.open(Path(run_dir))  # again: nobody else can change or remove it now
         remove_run_leftovers(run)
+        drop_report_of_earlier_end(run)
         take_over(run)
         guards = Guards(run)
         with (

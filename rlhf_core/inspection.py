@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
-from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.run_folder import Extension, RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer_of
@@ -29,6 +29,14 @@ class Sheet:
     table: pa.Table
     facts: Row = field(default_factory=dict[str, Any])
     """Plain JSON."""
+    spoken: Callable[[Row], str] = field(default=lambda row: row["prompt_text"], repr=False)
+    """What a person reads of the prompt of a row: of a chat, the last message of the user."""
+
+    def iterations(self, limit: int | None = None) -> list[int]:
+        """The iterations that the first rows are of, ascending; none where nothing says so."""
+        if "iteration" in self.table.column_names:
+            return sorted(set(self.table["iteration"].slice(0, limit).to_pylist()))
+        return [self.facts["iteration"]] if "iteration" in self.facts else []
 
 
 def run_sheet(run: RunFolder) -> Sheet:
@@ -36,6 +44,8 @@ def run_sheet(run: RunFolder) -> Sheet:
     rows, of = iteration_rows(run), run.config.num_iterations
     facts = {"run": str(run.path), "finished": len(rows), "num_iterations": of}
     facts |= {"checkpoints": run.checkpoints(), "standing": standing(run)}
+    if run.extensions:
+        facts["extensions"] = [extension_sentence(extension) for extension in run.extensions]
     title = (
         f"{run.path}: {len(rows)} of {of} iterations" if rows else f"{run.path}: no iteration of {of} is finished yet"
     )
@@ -63,7 +73,13 @@ def artifact_sheet(run: RunFolder, iteration: int | None, stage: str) -> Sheet:
 def sample_sheet(run: RunFolder, sample_id: str) -> Sheet:
     """One response token by token. Raises UserError if it is not in the run."""
     facts, tokens = sample_tokens(run, sample_id)
-    return Sheet(sample_id, pa.Table.from_pylist(tokens), facts)
+    iteration, spoken = _iteration_of(sample_id), _Spoken(run)
+    prompt_id = _row_with(run, _manifests(run, iteration)["generate"], "sample_id", sample_id)["prompt_id"]
+
+    def said(row: Row) -> str:
+        return spoken(row | {"iteration": iteration, "prompt_id": prompt_id})
+
+    return Sheet(sample_id, pa.Table.from_pylist(tokens), facts, said)
 
 
 def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
@@ -77,7 +93,7 @@ def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: S
     chosen, where = _chosen(run, iterations, selection)
     order = f", the {'lowest' if selection.lowest else 'highest'} {selection.by} first" if selection.by else ""
     facts = {"run": str(run.path), "total": chosen.num_rows}
-    return Sheet(f"responses of {where}{order}", chosen, facts)
+    return Sheet(f"responses of {where}{order}", chosen, facts, _Spoken(run))
 
 
 def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
@@ -87,6 +103,27 @@ def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection:
         raise UserError(f"no response of {where} is like that")
     title = f"{chosen.num_rows} responses of {where}"
     return Sheet(title, pa.Table.from_pylist(spread(chosen)), {"run": str(run.path), "responses": chosen.num_rows})
+
+
+class _Spoken:
+    """Finds the last user message of a chat for a row of a response; a plain prompt is shown as it is."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._said: dict[int, dict[int, str]] = {}
+
+    def __call__(self, row: Row) -> str:
+        iteration = row["iteration"]
+        if iteration not in self._said:
+            prompts = read_artifact(self._run.path, self._run.manifests(iteration)["sample_prompts"].artifact)
+            chats = prompts.select(["prompt_id", "messages"]).to_pylist()
+            self._said[iteration] = {chat["prompt_id"]: _last_of_user(chat["messages"]) for chat in chats}
+        return self._said[iteration].get(row["prompt_id"]) or row["prompt_text"]
+
+
+def _last_of_user(messages: Sequence[Mapping[str, str]]) -> str:
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return said[-1] if said else ""
 
 
 def _chosen(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> tuple[pa.Table, str]:
@@ -217,6 +254,14 @@ def standing(run: RunFolder) -> str:
     if not (run.path / "before_after.json").is_file():
         return f"stopped before its report: nobody works on it; finish it with  rlhf resume {run.path}"
     return "finished"
+
+
+def extension_sentence(extension: Extension) -> str:
+    """What an extension has changed, and when."""
+    return (
+        f"num_iterations: {extension.before} -> {extension.after}, given on {extension.date} after "
+        f"{extension.iteration} iterations"
+    )
 
 
 def _token_texts(run: RunFolder, token_ids: list[int]) -> list[str]:

@@ -20,6 +20,7 @@ from rlhf_core.contracts.config_io import config_template
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.contracts.trust import check_door, tracker
+from rlhf_core.inspection import extension_sentence
 from rlhf_core.store.address import shown
 from tasks import sqlite_store, tracker_notes
 from tasks.guards import GuardRecord
@@ -195,6 +196,8 @@ class _Sender:
             self.client.set_tag(run_id, name, value)
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
+        for extension in self.run.extensions:  # params, num_iterations among them, cannot change any more
+            self.client.set_tag(run_id, f"rlhf.extension.{extension.iteration:06d}", extension_sentence(extension))
         if not self.ledger.is_described:
             self._describe(run_id)
             tracker_notes.introduce_experiment(self.client, self.experiment_id)

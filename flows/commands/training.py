@@ -92,10 +92,16 @@ def resume(
         ),
     ] = None,
     trust: TrustOption = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the whole run from now on: a finished run goes on to more of them."),
+    ] = None,
 ) -> None:
-    """Continue a stopped run from its last committed stage."""
+    """Continue a stopped run from its last committed stage, or a finished one to more iterations."""
     prepare_environment()
+    from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.store.opening import writing
+    from tasks.extension import plan_extension
     from tasks.lifecycle import check_resumable, consent
 
     others, python = split_interpreter(set_)
@@ -107,12 +113,17 @@ def resume(
             repair_and_show(console, folder)
         with console.status("checking the run, its models and prompts"):
             run_config = check_resumable(str(folder), accept_drift=accept_drift)
+            plan = None if iterations is None else plan_extension(RunFolder.open(folder), iterations)
+        if plan is not None:
+            run_config = plan.config
+            for sentence in plan.sentences:
+                console.print(f"[bold]note[/]  {escape(sentence)}", soft_wrap=True, highlight=False)
         from flows.calling import run_flow
         from flows.ppo import resume as resume_flow
 
         update = [override for override in others if override.strip().startswith("execution.update.")]
         guards = [override for override in others if override not in update]
-        asked = (run, accept_drift, accept_guards, guards, update, trust, python)
+        asked = (run, accept_drift, accept_guards, guards, update, trust, python, iterations)
         watch_run(folder, run_config, lambda: run_flow(resume_flow, *asked))
 
 

@@ -175,7 +175,7 @@ class SweepFolder:
                 metrics.get("objective/kl"),
                 is_begun=True,
                 is_running=folder.is_locked(),
-                is_finished=said == "finished",
+                is_finished=said == "finished" or finished >= of < folder.config.num_iterations,  # it was extended
                 stopped_by=read_record(guards).get("stopped") if guards.is_file() else None,
             )
         except (RlhfError, FileNotFoundError) as error:
@@ -190,7 +190,9 @@ class SweepFolder:
                 there = RunFolder.open(self.run_path(run))
             except IntegrityError:  # resuming that run tells about it
                 continue
-            if config_digest(run.config) not in map(config_digest, (there.config, there.asked_config)):
+            begun_with = {"num_iterations": there.num_iterations_begun_with}
+            configs = (config.model_copy(update=begun_with) for config in (there.config, there.asked_config))
+            if config_digest(run.config) not in map(config_digest, configs):
                 raise UserError(f"{there.path} is a run of another config than the sweep's; move it away")
             if there.is_locked():
                 raise RunLockedError(f"another process is working on {there.path}; wait for it, or stop it")
@@ -243,12 +245,12 @@ def check_folder(path: Path, record: SweepRecord) -> None:
     if there is not None:
         if differences := _differences(there, record):
             raise UserError(
-                f"--out {path} holds another sweep ({'; '.join(differences)}); choose another folder, or give what it "
-                "was begun with to go on"
+                f"--run-dir {path} holds another sweep ({'; '.join(differences)}); choose another folder, or give "
+                "what it was begun with to go on"
             )
         return
     if path.exists() and (not path.is_dir() or any(p.name != "lock" and p.suffix != ".tmp" for p in path.iterdir())):
-        raise UserError(f"--out {path} is neither an empty folder nor a sweep; choose a new one")
+        raise UserError(f"--run-dir {path} is neither an empty folder nor a sweep; choose a new one")
 
 
 def _differences(there: SweepRecord, asked: SweepRecord) -> list[str]:

@@ -17,6 +17,7 @@ from rlhf_core.contracts.artifacts import (
     read_manifest,
     stage_key,
 )
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
@@ -55,6 +56,7 @@ class IterationCheck:
 
     def __init__(self, run: RunFolder, archived: Collection[int] = ()) -> None:
         self.run, self.archived = run, archived
+        self.cleaned = Cleaned.of(run.path)
         self.num_files = 0
         self.num_bytes = 0
         self._state: LoopState | None = LoopState(iteration=0, kl_coef=run.config.kl.coef)
@@ -89,6 +91,8 @@ class IterationCheck:
                 yield self._finding(_json(iteration, stage), "damaged", problem, ((iteration, stage),))
                 continue
             manifests[stage] = manifest
+            if self.cleaned.lacks(iteration) and not (self.run.path / manifest.artifact.path).exists():
+                continue
             table, wrong = self._artifact(manifest)
             if table is None:
                 kind, problem = wrong
@@ -149,7 +153,7 @@ class IterationCheck:
     def _of_this_place(self, iteration: int, manifest: Manifest) -> str:
         """What a manifest says of itself that is wrong; empty if nothing is."""
         run, stage, inputs = self.run, manifest.artifact.stage, dict(manifest.inputs)
-        identity = digest_json(dict(run.identity_at(iteration)))
+        identity = run.identity_digest_at(iteration)
         if manifest.identity != identity:
             return "it is of another run: its identity is not that of run.json"
         if manifest.seed != run.config.seed:
@@ -223,7 +227,7 @@ class IterationCheck:
         except IntegrityError as error:
             yield self._finding(_json(iteration, "ppo_update"), "damaged", str(error), blamed)
             return
-        same_config = self.run.identity_at(iteration).get("config") == config_digest(self.run.config)
+        same_config = self.run.identity_at(iteration).get("config") == config_digest(self.run.config_at(iteration))
         if before is None or not {"sample_prompts", "shape_rewards"} <= manifests.keys() or not same_config:
             return
         sampled, shaped = manifests["sample_prompts"], manifests["shape_rewards"]
@@ -249,7 +253,7 @@ class IterationCheck:
 
     def _finding(self, path: str, kind: Any, problem: str, stages: tuple[tuple[int, str], ...]) -> Finding:
         where = self.run.path
-        drift = next((d for d in self.run.drifts if d.iteration > stages[-1][0]), None)
+        drift = self.run.drift_after(stages[-1][0])
         if drift is not None:
             remedy = (
                 f"put it back from a copy: it is older than the drift accepted at iteration {drift.iteration}, so that "
