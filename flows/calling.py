@@ -26,6 +26,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, no_server_is_wanted, outage
 from flows.stopping import received, stoppable
+from flows.temporary_server import bind_temporary_server
 
 Result = TypeVar("Result")
 
@@ -33,6 +34,7 @@ PATIENCE_S = 10.0
 """How long the end of a flow waits for an API that is gone, to tell it that the work is done."""
 
 _without_prefect = False
+bind_temporary_server()  # also of a flow that is called directly, not by run_flow
 
 
 def call(task: Task[..., Result], *arguments: Any) -> Result:
@@ -136,6 +138,7 @@ def run_flow(flow: Flow[..., Result], *arguments: Any, **named: Any) -> Result:
     if not api_answers():
         return _run_bare(flow, arguments, named, None)
     _body = _Body(hurry=contextlib.ExitStack())
+    bind_temporary_server()
     try:
         with cast("contextlib.ExitStack", _body.hurry):
             return cast("Result", flow(*arguments, **named))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.contracts import errors
+from rlhf_core.contracts.bound_processes import start_bound
 from rlhf_core.contracts.errors import RlhfError, StorageError, UserError, WorkerError
 from rlhf_core.contracts.update_config import UpdateConfig
 from tasks.rank_channel import ADDRESS, ALIVE_S, KEY, Channel
@@ -154,7 +155,7 @@ class RankGroup:
                 "OMP_NUM_THREADS": str(self.num_threads),
                 "PYTHONPATH": os.pathsep.join(dict.fromkeys(places)),
             }
-            self._agent = subprocess.Popen(
+            self._agent = start_bound(
                 [sys.executable, "-m", "torch.distributed.run", *_agent_options(update), "-m", "tasks.update_rank"],
                 env=environment,
                 stdin=subprocess.DEVNULL,

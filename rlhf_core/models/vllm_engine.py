@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from rlhf_core.contracts.bound_processes import start_bound
 from rlhf_core.contracts.errors import UserError, WorkerError
 from rlhf_core.contracts.generation_config import VllmConfig
 from rlhf_core.models.engines import Drawn
@@ -74,7 +75,7 @@ class VllmProcess:
         self.config, self._options = config, {"dtype": dtype, **config.options}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        self._process = subprocess.Popen(
+        self._process = start_bound(
             [config.interpreter, "-I", str(PROGRAM)],
             env={**os.environ, **hidden, "OMP_NUM_THREADS": str(num_threads)},
             stdin=subprocess.PIPE,

@@ -32,6 +32,7 @@ ROWS = (
     "mlflow_outages",
     "races",
     "signals",
+    "orphans",
     "ray_nodes",
     "clock",
     "bit_rot",
