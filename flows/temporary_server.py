@@ -21,7 +21,7 @@ class _BoundSubprocess:
         return getattr(subprocess, name)
 
     @staticmethod
-    def Popen(args: list[str], **options: Any) -> subprocess.Popen[Any]:  # noqa: N802 - the name that Prefect calls
+    def Popen(args: list[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a server."""
         return start_bound(args, **options)
 

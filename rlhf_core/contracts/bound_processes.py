@@ -87,7 +87,9 @@ def _requests() -> queue.SimpleQueue[Any]:
     with _lock:
         if _asked is None or _asked[0] != os.getpid():
             _asked = (os.getpid(), queue.SimpleQueue())
-            threading.Thread(target=_start_what_is_asked, args=(_asked[1],), name="starts children", daemon=True).start()
+            threading.Thread(
+                target=_start_what_is_asked, args=(_asked[1],), name="starts children", daemon=True
+            ).start()
         return _asked[1]
 
 

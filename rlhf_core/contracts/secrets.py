@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 _NAMED: Final = re.compile(
-    r"password|passwd|passphrase|secret|credential|authorization|bearer|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"password|passwd|passphrase|secret|credential|authorization|bearer|auth[_-]?string|api[_-]?key|access[_-]?key|private[_-]?key"
     r"|(?:^|[_-])(?:pwd|auth|apikey|sig|signature)$|token$",
     re.IGNORECASE,
 )
