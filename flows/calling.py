@@ -37,12 +37,18 @@ _without_prefect = False
 bind_temporary_server()  # also of a flow that is called directly, not by run_flow
 
 
-def call(task: Task[..., Result], *arguments: Any) -> Result:
-    """Run a task and return its result. Where Prefect fails, it runs as the function that it is."""
+def call(task: Task[..., Result], *arguments: Any, after: Any = None) -> Result:
+    """Run a task and return its result. Where Prefect fails, it runs as the function that it is.
+
+    Args:
+        task: to run.
+        arguments: of it.
+        after: the result of a task that this one depends on through the run folder, for Prefect's graph; None: none.
+    """
     if is_bare():
         return task.fn(*arguments)
     try:
-        return task(*arguments)
+        return task(*arguments, wait_for=None if after is None else [after])
     except Exception as error:
         return _instead(error, task, arguments)
 
