@@ -1,9 +1,9 @@
 """One typed tree: the only home of every knob, of its default and of its documentation.
 
 The tree is the parameter of the Prefect flow (the UI draws a form from it), the template printed by
-``rlhf config``, and the content of ``RUN/run.json``. The form and the template have the order of the fields. A stage function receives its own section, an op
-receives scalars. Rules that need two knobs stand in the validators below; rules that need a file or a
-model stand in :mod:`rlhf_core.preflight`.
+``rlhf config``, and the content of ``RUN/run.json``. Form and template have the order of the fields. A stage
+function receives its own section, an op receives scalars. Rules that need two knobs stand in the validators
+below; rules that need a file or a model stand in :mod:`rlhf_core.preflight`.
 """
 
 from __future__ import annotations

@@ -16,15 +16,17 @@ from processes import lives, until
 from rlhf_core.contracts import bound_processes
 from rlhf_core.contracts.bound_processes import BOUND_PID, start_bound
 
-SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]
 PARENT = """
-import sys, time
+import subprocess, sys, time
 from rlhf_core.contracts.bound_processes import start_bound
-child = start_bound([sys.executable, "-S", "-c", sys.argv[1]])
+child = start_bound([sys.executable, "-S", "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child.stdout.readline()  # it is what it was to become
 print(child.pid, flush=True)
 time.sleep(60)
 """
-DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+BUSY = "print(flush=True)\nwhile True: pass"
 SELF_BOUND = """
 import os, subprocess, sys, time
 from rlhf_core.contracts.bound_processes import end_with_parent
@@ -50,7 +52,7 @@ def kill_parent_of(code: str, *arguments: str, **environment: str) -> int:
 
 
 def test_it_ends_with_a_parent_that_was_killed() -> None:
-    for code in (DEAF, "while True: pass"):
+    for code in (DEAF, BUSY):
         pid = kill_parent_of(PARENT, code)
         until(lambda: not lives(pid), 5)  # noqa: B023 - called at once
 
@@ -67,12 +69,20 @@ def test_one_whose_parent_is_gone_already_ends_at_once() -> None:
 
 def test_it_outlives_the_thread_that_asked_for_it() -> None:
     started: list[subprocess.Popen[bytes]] = []
-    thread = threading.Thread(target=lambda: started.append(start_bound(SLEEP)))
+
+    def work() -> None:
+        started.append(start_bound(SLEEP, stdout=subprocess.PIPE))
+        assert started[0].stdout is not None
+        started[0].stdout.readline()
+
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     (child,) = started
+    assert child.stdout is not None
     time.sleep(0.3)
     assert child.poll() is None
+    child.stdout.close()
     child.kill()
     assert child.wait() == -signal.SIGKILL
 
