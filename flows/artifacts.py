@@ -1,32 +1,37 @@
 """What Prefect shows of a run while it is going: a progress bar, and one page that is written over and over.
 
     <run>-progress    how many of its iterations are finished
-    <run>             the newest iterations, a few responses, the way to MLflow; at the end the result
+    <run>             the newest iterations, a few responses, the way to MLflow and files; at the end the result
 
 Two artifacts a flow run, however long it is. They are written by a thread of their own, at most every ``EVERY_S``, so
 that no iteration waits; what does not arrive is left out: the run folder has it all, and the next page is newer.
+The log of the flow run has a line an iteration, by the same thread.
 """
 
 from __future__ import annotations
 
 import contextvars
 import logging
+import queue
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate, LogCreate
 from prefect.exceptions import Pause
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 
 from flows.calling import is_bare
-from flows.markdown import Metrics, code, edges, escaped, result_page, run_page
+from flows.markdown import Metrics, code, edges, escaped, log_line, moved, result_page, run_page
 from flows.outages import api_answers
 from flows.progress import Silent
 from rlhf_core.contracts.artifacts import read_artifact
@@ -62,8 +67,9 @@ class RunPage(Silent):
         self.tracker: Tracker | None = None
         """Set once there is one, for the way to it."""
         self._standing = "running"
-        self._recent: dict[int, Metrics] = {}
+        self._read: dict[int, Metrics] = {}
         self._guards: list[str] = []
+        self._lines: queue.SimpleQueue[LogCreate] = queue.SimpleQueue()
         self._changed, self._over = threading.Event(), threading.Event()
         self._ids: dict[str, UUID] = {}
         self._has_warned = False
@@ -84,13 +90,17 @@ class RunPage(Silent):
         if self._thread is None:
             return
         self._standing = "finished" if error is None else _why(error)
+        if error is None and (finished := self.run.num_finished()):
+            self._say(f"finished: {moved(*self._edges(finished))}; look into it with  rlhf inspect {self._folder}")
         self._over.set()
         self._changed.set()
         self._thread.join(CLOSE_S if error is None or isinstance(error, Exception | Pause) else BRIEF_S)
 
     def iteration_finished(self, iteration: int, metrics: Metrics) -> None:
-        """There is something new to show."""
-        self._changed.set()
+        """There is something new to show; a line of it in the log."""
+        if self._thread is not None:
+            self._say(log_line(iteration, self.run.config.num_iterations, metrics))
+            self._changed.set()
 
     def guards_spoke(self, iteration: int, sentences: Sequence[str]) -> None:
         """Show what they said."""
@@ -99,6 +109,21 @@ class RunPage(Silent):
 
     def warned(self, sentence: str) -> None:
         """Told elsewhere."""
+
+    def _say(self, line: str) -> None:
+        """A line in the flow run's log at INFO; also where the process's own loggers are quieter, as in ``rlhf``."""
+        log = get_run_logger()
+        if log.isEnabledFor(logging.INFO):
+            log.info(line)
+        elif get_current_settings().logging.to_api.enabled:
+            flow_run_id, now = UUID(str(flow_run.id)), datetime.now(UTC)
+            known = {"name": log.name, "level": logging.INFO, "flow_run_id": flow_run_id, "timestamp": now}
+            self._lines.put(LogCreate(message=line, **known))  # pyright: ignore[reportArgumentType]
+
+    def _send_lines(self, client: SyncPrefectClient) -> None:
+        lines = [self._lines.get() for _ in range(self._lines.qsize())]
+        if lines:
+            client.create_logs(lines)
 
     def _work(self) -> None:
         try:
@@ -113,10 +138,11 @@ class RunPage(Silent):
             self._warn(error)
 
     def _attempt(self, client: SyncPrefectClient) -> None:
-        try:
-            self._write(client)
-        except Exception as error:  # whatever it is, the run does not need it, and the next page may arrive
-            self._warn(error)
+        for send in (self._send_lines, self._write):
+            try:
+                send(client)
+            except Exception as error:  # whatever it is, the run does not need it, and the next page may arrive
+                self._warn(error)
 
     def _warn(self, error: Exception) -> None:
         """Say once that Prefect does not take the page; an API that is gone is told by whoever needs it."""
@@ -131,8 +157,8 @@ class RunPage(Silent):
         page = self._result(finished) if is_done else self._newest(finished)
         slug = key_of(self.run.path)
         self._put(client, f"{slug}-progress", "progress", 100.0 * finished / of, f"{finished} of {of} iterations")
-        what = "the result" if is_done else "its newest iterations"
-        self._put(client, slug, "markdown", page, f"Run {self.run.path.name}: {what}")
+        told = moved(*self._edges(finished)) if finished else "its first iteration is not finished"
+        self._put(client, slug, "markdown", page, f"Run {self.run.path.name}: {told}")
 
     def _put(self, client: SyncPrefectClient, key: str, kind: str, data: Any, description: str) -> None:
         if key in self._ids:
@@ -146,27 +172,45 @@ class RunPage(Silent):
         self._ids[key] = client.create_artifact(made).id
 
     def _facts(self, finished: int) -> list[str]:
-        config, folder = self.run.config, shown(self.run.path.resolve())
+        config, folder = self.run.config, self._folder
         how_far = f"**{finished} of {config.num_iterations} iterations** · {escaped(self._standing)}"
         written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         lines = [f"{how_far} · written {written}", f"folder {code(folder)}"]
+        if finished:
+            lines.insert(1, f"**{moved(*self._edges(finished))}**")
+            newest = f"{folder}/iterations/{finished - 1:06d}"
+            lines.append(f"artifacts {code(newest)} · look with {code(f'rlhf inspect {folder}')}")
         if self.tracker is not None and (run_id := self.tracker.run_id) is not None:
-            page = self.tracker.page
-            lines.append(f"[MLflow run]({page})" if page else f"MLflow run {code(run_id)} in {code(self.tracker.uri)}")
+            page, uri = self.tracker.page, self.tracker.uri
+            runs = f"--tracking-uri {uri}" if "://" in folder else f"--runs {Path(folder).parent}"
+            file = f"MLflow run {code(run_id)} in {code(uri)} · open with {code(f'rlhf ui {runs}')}"
+            lines.append(f"[MLflow run]({page})" if page else file)
         lines += [extension_sentence(extension) for extension in self.run.extensions]
         if self._standing not in ("running", "finished"):
             lines.append(f"go on with {code(f'rlhf resume {folder}')}")
         return lines
 
+    @property
+    def _folder(self) -> str:
+        return shown(self.run.path.resolve())
+
+    def _edges(self, finished: int) -> tuple[list[Metrics], list[Metrics]]:
+        """Metrics of the first and of the last few iterations; what was read is kept."""
+        first, last = edges(finished)
+        read = self._metrics({*first, *last, *range(max(0, finished - RECENT), finished)})
+        return [read[i] for i in first], [read[i] for i in last]
+
+    def _metrics(self, wanted: Iterable[int]) -> dict[int, Metrics]:
+        read = self._read = {i: self._read.get(i) or iteration_metrics(self.run, i) for i in wanted}
+        return read
+
     def _newest(self, finished: int) -> str:
-        wanted = range(max(0, finished - RECENT), finished)
-        self._recent = {i: self._recent.get(i) or iteration_metrics(self.run, i) for i in wanted}
+        recent = self._metrics(range(max(0, finished - RECENT), finished))
         samples = a_few(self.run, finished - 1) if finished else []
-        return run_page(self._facts(finished), self._recent, samples, self._guards)
+        return run_page(self._facts(finished), recent, samples, self._guards)
 
     def _result(self, finished: int) -> str:
-        first, last = ([iteration_metrics(self.run, i) for i in of] for of in edges(finished))
-        return result_page(self._facts(finished), first, last, before_and_after(self.run))
+        return result_page(self._facts(finished), *self._edges(finished), before_and_after(self.run))
 
 
 def key_of(path: Path) -> str:

@@ -26,6 +26,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from flows.outages import GOES_ON, NOT_SHOWN, NOT_TOLD, api_answers, no_server_is_wanted, outage
 from flows.stopping import received, stoppable
+from flows.temporary_server import bind_temporary_server
 from rlhf_core.contracts.search_path import settle_search_path
 
 Result = TypeVar("Result")
@@ -34,14 +35,21 @@ PATIENCE_S = 10.0
 """How long the end of a flow waits for an API that is gone, to tell it that the work is done."""
 
 _without_prefect = False
+bind_temporary_server()  # also of a flow that is called directly, not by run_flow
 
 
-def call(task: Task[..., Result], *arguments: Any) -> Result:
-    """Run a task and return its result. Where Prefect fails, it runs as the function that it is."""
+def call(task: Task[..., Result], *arguments: Any, after: Any = None) -> Result:
+    """Run a task and return its result. Where Prefect fails, it runs as the function that it is.
+
+    Args:
+        task: to run.
+        arguments: of it.
+        after: the result of a task that this one depends on through the run folder, for Prefect's graph; None: none.
+    """
     if is_bare():
         return task.fn(*arguments)
     try:
-        return task(*arguments)
+        return task(*arguments, wait_for=None if after is None else [after])
     except Exception as error:
         return _instead(error, task, arguments)
 
@@ -138,6 +146,7 @@ def run_flow(flow: Flow[..., Result], *arguments: Any, **named: Any) -> Result:
     if not api_answers():
         return _run_bare(flow, arguments, named, None)
     _body = _Body(hurry=contextlib.ExitStack())
+    bind_temporary_server()
     try:
         with cast("contextlib.ExitStack", _body.hurry):
             return cast("Result", flow(*arguments, **named))

@@ -15,22 +15,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from rlhf_core.contracts.bound_processes import start_bound
 from rlhf_core.contracts.durable import make_folder
 from rlhf_core.contracts.search_path import child_environment, settled
 from rlhf_core.contracts.secrets import without_secrets
 
 RLHF = (sys.executable, "-P", "-c", "from flows.cli import main; main()")
 """The ``rlhf`` command of this very installation; -P, so that no folder here is taken for one of its packages."""
-_BOUND = """\
-import ctypes, os, signal, sys
-prctl = getattr(ctypes.CDLL(None), "prctl", None)
-if prctl is not None:
-    prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Binds its life to its parent's, then becomes the command. (Between fork and exec, threads would be a risk.)"""
 END_S = 2.8
 """How long children may take to end by themselves: less than ``flows.stopping`` gives this process."""
 REAP_S = 0.4
@@ -50,11 +41,11 @@ class Child:
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         make_folder(log.parent)
-        bound = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]
         with log.open("ab") as output:
             self._begins_at = output.tell()
-            self._process = subprocess.Popen(
-                bound,
+            self._process = start_bound(
+                command,
+                signal.SIGTERM,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

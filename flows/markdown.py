@@ -19,6 +19,8 @@ COLUMNS = {
     "seconds": ("time/iteration_s", 2),
 }
 """Column of an iteration -> its metric and digits."""
+MOVED = ("score", "KL")
+"""Columns whose change from the first to the last iterations is the headline."""
 Metrics = Mapping[str, float]
 
 
@@ -33,6 +35,27 @@ def escaped(text: str) -> str:
 def code(text: str) -> str:
     """A name or path in fixed width; as it reads, whatever is in it."""
     return escaped(text) if "`" in text or "|" in text or not text.isprintable() else f"`{text}`"
+
+
+def moved(first: Sequence[Metrics], last: Sequence[Metrics]) -> str:
+    """The headline: "score 0.170 → 2.889, KL 0.36 → 3.61", means of the first and of the last iterations.
+
+    Args:
+        first: metrics of the first few iterations; at least one.
+        last: as many of the last.
+    """
+    parts: list[str] = []
+    for name in MOVED:
+        metric, digits = COLUMNS[name]
+        then, now = (sum(m[metric] for m in of) / len(of) for of in (first, last))
+        parts.append(f"{name} {then:z.{digits}f} → {now:z.{digits}f}")
+    return ", ".join(parts)
+
+
+def log_line(iteration: int, of: int, metrics: Metrics) -> str:
+    """An iteration in the log: "iteration 7 (8 of 40): score 1.234, KL 3.21, β 0.2000"."""
+    numbers = (f"{name} {metrics[COLUMNS[name][0]]:z.{COLUMNS[name][1]}f}" for name in ("score", "KL", "β"))
+    return f"iteration {iteration} ({iteration + 1} of {of}): {', '.join(numbers)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -87,17 +110,8 @@ def result_page(
             rows.append((name, f"{then:.{digits}f}", f"{now:.{digits}f}", f"{now - then:+.{digits}f}"))
         parts += [f"### First → last (means of {len(first)})", table(("", "first", "last", "change"), rows)]
     if samples:
-        rows = [
-            (
-                escaped(row["prompt"]), escaped(row["before"]), f"{row['score_before']:.2f}", escaped(row["after"]),
-                f"{row['score_after']:.2f}",
-            )
-            for row in samples
-        ]  # fmt: skip
-        parts += [
-            "### Before and after: same prompts, same random numbers",
-            table(("prompt", "before", "score", "after", "score"), rows, left=5),
-        ]
+        names = {"before": ("score_before", "before"), "after": ("score_after", "after")}
+        parts += ["### Before and after: same prompts, same random numbers", _side_by_side(samples, names)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -121,17 +135,8 @@ def evaluation_page(where: str, summary: Mapping[str, Any], samples: Sequence[Ma
         table(("policy", "score", "gain", "KL", "win rate", "of the attainable", "length"), rows),
     ]
     if samples:
-        shown = [
-            (
-                escaped(row["prompt"]), escaped(row["ref_response"]), f"{row['ref_score']:.2f}",
-                escaped(row["response"]), f"{row['score']:.2f}",
-            )
-            for row in samples
-        ]  # fmt: skip
-        parts += [
-            "### Same prompt, same random numbers",
-            table(("prompt", "reference", "score", "policy", "score"), shown, left=5),
-        ]
+        names = {"reference": ("ref_score", "ref_response"), "policy": ("score", "response")}
+        parts += ["### Same prompt, same random numbers", _side_by_side(samples, names)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,6 +154,21 @@ def _iterations(recent: Mapping[int, Metrics]) -> str:
     ]
     bars = [sparkline([metrics[name] for metrics in recent.values()], len(recent)) for name, _ in COLUMNS.values()]
     return table(("iteration", *COLUMNS), [("oldest → newest", *bars), *rows])
+
+
+def _side_by_side(samples: Sequence[Mapping[str, Any]], names: Mapping[str, tuple[str, str]]) -> str:
+    """Two responses to each prompt, one below the other: no cell wraps in Prefect's page, and what is right is cut.
+
+    Args:
+        samples: rows with the prompt, and what ``names`` says.
+        names: whose response -> its columns of score and text.
+    """
+    rows = [
+        (who, f"{row[score]:.2f}", escaped(row[text]), escaped(row["prompt"]) if who == next(iter(names)) else "")
+        for row in samples
+        for who, (score, text) in names.items()
+    ]
+    return table(("", "score", "response", "prompt"), rows, left=4)
 
 
 def _interval(value: Mapping[str, float] | float | None) -> str:

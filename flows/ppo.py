@@ -18,6 +18,7 @@ from flows.guarding import announce, obey
 from flows.links import link_to_tracker, own_run_dir, run_name, take_over, tell_all, this_flow_run, was_begun_here
 from flows.progress import also_watched_by, watcher
 from flows.sharding import answering_ahead, compute_ahead, shard_workers
+from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.trust import accept_config
@@ -138,12 +139,13 @@ def iterate(run_dir: str) -> str:
         ):
             page.tracker = tracker
             drop_finished_shards(run)  # of a process that was killed before it did
+            update = None
             for iteration in range(run.num_finished(), run.config.num_iterations):
                 obey(guards, iteration - 1)
                 call(save_due_checkpoint, run_dir, iteration)
                 if compaction_is_due(run, iteration):
                     call(compact, run_dir, iteration)
-                train_iteration(run_dir, iteration)
+                update = train_iteration(run_dir, iteration, update)
                 drop_finished_shards(run)
                 announce(run, guards.check(iteration))
                 tracker.iteration_done(iteration)
@@ -155,14 +157,21 @@ def iterate(run_dir: str) -> str:
     return run_dir
 
 
-def train_iteration(run_dir: str, iteration: int) -> None:
-    """One iteration: six tasks; the two that do not depend on each other run side by side."""
+def train_iteration(run_dir: str, iteration: int, before: ArtifactRef | None = None) -> ArtifactRef:
+    """One iteration: six tasks; the two that do not depend on each other run side by side.
+
+    Args:
+        run_dir: of the run.
+        iteration: from 0.
+        before: the update before it, whose policy and prompt cursor are in the run folder; None: of another flow run.
+    Returns: its own update.
+    """
     saw = watcher().stage_started
     saw(iteration, "sample_prompts")
-    prompts = call(sample_prompts, run_dir, iteration)
+    prompts = call(sample_prompts, run_dir, iteration, after=before)
     saw(iteration, "generate")
     compute_ahead(run_dir, iteration, {"generate": [prompts]})
-    rollouts = call(generate, run_dir, iteration, prompts)
+    rollouts = call(generate, run_dir, iteration, prompts, after=before)
     saw(iteration, "score_rewards")
     read = [prompts, rollouts]
     compute_ahead(run_dir, iteration, {"score_rewards": read, "reference_logprobs": read})
@@ -172,4 +181,4 @@ def train_iteration(run_dir: str, iteration: int) -> None:
     experience = call(shape_rewards, run_dir, iteration, prompts, rollouts, scores, ref_logprobs)
     saw(iteration, "ppo_update")
     with answering_ahead(run_dir, iteration):
-        call(ppo_update, run_dir, iteration, prompts, rollouts, experience)
+        return call(ppo_update, run_dir, iteration, prompts, rollouts, experience)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_core.contracts import errors
+from rlhf_core.contracts.bound_processes import start_bound
 from rlhf_core.contracts.errors import RlhfError, StorageError, UserError, WorkerError
 from rlhf_core.contracts.search_path import child_environment
 from rlhf_core.contracts.trust import check_door, meeting
@@ -150,7 +151,7 @@ class RankGroup:
         with socket.create_server((host, 0), backlog=update.num_ranks) as server, tempfile.TemporaryFile() as log:
             address = f"{host}:{server.getsockname()[1]}"
             own = {ADDRESS: address, KEY: key, "OMP_NUM_THREADS": str(self.num_threads)}
-            self._agent = subprocess.Popen(
+            self._agent = start_bound(
                 [
                     sys.executable,
                     "-P",

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contracts.bound_processes import BOUND_PID, end_with_parent
 from tasks.rank_channel import ADDRESS, ALIVE_S, KEY, Channel
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ GRACE_S = 30.0
 def main() -> None:
     """Serve until the run's process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_agent, args=(os.getppid(),), daemon=True).start()
+    by_hand = os.environ.get(ADDRESS) is None
+    end_with_parent(os.getppid() if by_hand else int(os.environ[BOUND_PID]))  # torchrun
     import torch.distributed as dist
 
     store, rank, size = next(dist.rendezvous("env://"))
@@ -159,12 +161,6 @@ def _say_alive(channel: Channel) -> None:
             channel.send({"alive": True})
         except OSError:
             os._exit(1)
-
-
-def _end_with_agent(agent: int) -> None:
-    while os.getppid() == agent:
-        time.sleep(ALIVE_S / 2)
-    os._exit(1)
 
 
 def _told(error: BaseException) -> dict[str, Any]:

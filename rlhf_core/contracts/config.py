@@ -1,9 +1,9 @@
 """One typed tree: the only home of every knob, of its default and of its documentation.
 
 The tree is the parameter of the Prefect flow (the UI draws a form from it), the template printed by
-``rlhf config``, and the content of ``RUN/run.json``. A stage function receives its own section, an op
-receives scalars. Rules that need two knobs stand in the validators below; rules that need a file or a
-model stand in :mod:`rlhf_core.preflight`.
+``rlhf config``, and the content of ``RUN/run.json``. Form and template have the order of the fields. A stage
+function receives its own section, an op receives scalars. Rules that need two knobs stand in the validators
+below; rules that need a file or a model stand in :mod:`rlhf_core.preflight`.
 """
 
 from __future__ import annotations
@@ -168,20 +168,12 @@ def absolute_sqlite(uri: str) -> str:
 class RunConfig(Section):
     """Everything a run is made of."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="every draw derives from it")
-    num_iterations: Positive = Field(default=100, description="sample, score, update: once each")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: cuda, then mps, then cpu")
-    num_threads: Positive | None = Field(default=None, description="CPU threads; null: the cores at hand")
-    frozen_models: Literal["keep", "cpu", "disk"] = Field(
-        default="keep",
-        description="reference and reward models between their stages: keep on the device, move to CPU memory, or "
-        "drop and read from disk again; changes no number",
-    )
-    execution: ExecutionConfig = ExecutionConfig()
     prompts: PromptsConfig = PromptsConfig()
     policy: PolicyConfig = PolicyConfig()
-    reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
+    num_iterations: Positive = Field(default=100, description="sample, score, update: once each")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="every draw derives from it")
+    reference: ReferenceConfig = ReferenceConfig()
     generation: GenerationConfig = GenerationConfig()
     kl: KLConfig = KLConfig()
     shaping: ShapingConfig = ShapingConfig()
@@ -190,6 +182,14 @@ class RunConfig(Section):
     artifacts: ArtifactsConfig = ArtifactsConfig()
     guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: cuda, then mps, then cpu")
+    num_threads: Positive | None = Field(default=None, description="CPU threads; null: the cores at hand")
+    frozen_models: Literal["keep", "cpu", "disk"] = Field(
+        default="keep",
+        description="reference and reward models between their stages: keep on the device, move to CPU memory, or "
+        "drop and read from disk again; changes no number",
+    )
+    execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Final
 from urllib.parse import unquote
 
 NAMED: Final = re.compile(
-    r"password|passwd|passphrase|secret|credential|authorization|bearer|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"password|passwd|passphrase|secret|credential|authorization|bearer|auth[_-]?string|api[_-]?key|access[_-]?key|private[_-]?key"
     r"|account[_-]?key|shared[_-]?access|(?:^|[_-])(?:pwd|auth|apikey|sig|signature)$|pwd$|token$",
     re.IGNORECASE,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -21,6 +21,12 @@ ModelName = Annotated[str, AfterValidator(_expand_home)]
 """Folder or hub id."""
 
 
+def _number_fields(schema: dict[str, Any]) -> None:
+    """Keep the order of the fields in their schema, as ``position``: forms go by it, and a database may lose order."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys, wrong types, NaN and infinity are refused."""
 
@@ -31,4 +37,5 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         hide_input_in_errors=True,  # it might be a secret
+        json_schema_extra=_number_fields,
     )

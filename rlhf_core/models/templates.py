@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_core.contracts.bound_processes import end_with_parent
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.search_path import child_environment
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
@@ -46,7 +48,7 @@ def _check(template: str, messages: str, named: str) -> None:
     if len(template) > MAX_TEXT_BYTES:
         raise UserError(f"{named} has a chat template of {len(template)} characters; at most {MAX_TEXT_BYTES} are read")
     asked = json.dumps({"template": template, "messages": json.loads(messages)})
-    command = [sys.executable, "-P", "-m", "rlhf_core.models.templates"]
+    command = [sys.executable, "-P", "-m", "rlhf_core.models.templates", str(os.getpid())]
     try:
         done = subprocess.run(
             command, input=asked.encode(), capture_output=True, check=False, timeout=_WAIT_SECONDS,
@@ -80,4 +82,6 @@ def render(asked: Mapping[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        end_with_parent(int(sys.argv[1]))
     sys.exit(render(json.load(sys.stdin)))

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from rlhf_core.contracts.bound_processes import start_bound
 from rlhf_core.contracts.errors import UserError, WorkerError
 from rlhf_core.contracts.generation_config import VllmConfig
 from rlhf_core.contracts.search_path import others_environment
@@ -94,7 +95,7 @@ class VllmProcess:
         command = _command(config.interpreter)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        self._process = subprocess.Popen(
+        self._process = start_bound(
             [command, "-I", str(PROGRAM)],
             env={**others_environment(), **hidden, "OMP_NUM_THREADS": str(num_threads)},
             cwd="/",  # so that nothing of a run folder is imported by what it starts in turn

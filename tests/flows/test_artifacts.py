@@ -12,7 +12,14 @@ from uuid import UUID
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.runtime import flow_run as this_flow_run
 
 from flows import artifacts, guarding
@@ -23,6 +30,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.inspection import before_and_after, iteration_rows
 
 Configure = Callable[..., RunConfig]
 
@@ -58,6 +66,62 @@ def test_a_finished_run_has_its_result_and_a_full_bar(finished: Path) -> None:
     assert f"folder `{finished}`" in page
     assert "### First → last (means of 1)" in page
     assert "### Before and after" in page
+
+
+def test_the_score_before_and_after_stand_in_the_first_lines(finished: Path) -> None:
+    first, headline, folder, artifacts_line = shown(finished)[1]["reviews-2"].data.split("\n")[:4]
+    rows = iteration_rows(RunFolder.open(finished))
+    assert first.startswith("**3 of 3 iterations** · finished")
+    wanted = f"score {rows[0]['score']:.3f} → {rows[-1]['score']:.3f}, KL {rows[0]['kl']:.2f} → {rows[-1]['kl']:.2f}"
+    assert headline.strip() == f"**{wanted}**"
+    assert str(finished) in folder
+    assert f"artifacts `{finished}/iterations/000002` · look with `rlhf inspect {finished}`" in artifacts_line
+    assert shown(finished)[1]["reviews-2"].description == f"Run Reviews_2: {wanted}"
+    (sample, *_) = before_and_after(RunFolder.open(finished))
+    samples = shown(finished)[1]["reviews-2"].data.split("### Before and after")[1].split("\n")
+    assert any(line.startswith(f"| before | {sample['score_before']:.2f} | ") for line in samples)
+
+
+def test_the_log_has_a_line_an_iteration_and_the_result(finished: Path) -> None:
+    """Also where the process's own loggers are quiet, as here and in ``rlhf``."""
+    flow_run_id = UUID(read_record(finished / "prefect.json")["flow_run_id"])
+    of_it = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        lines = [log for log in client.read_logs(log_filter=of_it) if log.level == logging.INFO]
+    told = sorted(log.message for log in lines if log.message.startswith(("iteration", "finished")))
+    rows = iteration_rows(RunFolder.open(finished))
+    begins = [line.partition(":")[0] for line in told]
+    assert begins == ["finished", *(f"iteration {i} ({i + 1} of 3)" for i in range(3))]
+    assert f"score {rows[1]['score']:.3f}, KL {rows[1]['kl']:.2f}, β {rows[1]['beta']:.4f}" in told[2]
+    assert told[0].endswith(f"look into it with  rlhf inspect {finished}")
+
+
+def test_where_mlflow_is_a_file_the_page_says_how_to_open_it(
+    tiny_config: Configure, tmp_path: Path, prefect_server: None
+) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    train(tiny_config(["num_iterations=1", "tracking.enabled=true"]), str(run_dir))
+    page = shown(run_dir)[1]["run"].data
+    assert f"in `sqlite:///{run_dir.parent}/mlflow.db` · open with `rlhf ui --runs {run_dir.parent}`" in page
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["execution.num_shards=2", "execution.num_workers=0"],
+                 ["execution.num_shards=2", "execution.num_workers=1", "execution.overlap=true"]],
+    ids=["whole", "shards", "overlap"],
+)  # fmt: skip
+def test_an_update_leads_to_the_next_responses_in_the_graph(
+    settings: list[str], tiny_config: Configure, tmp_path: Path, prefect_server: None
+) -> None:
+    train(tiny_config(["num_iterations=2", *settings]), str(tmp_path / "run"))
+    flow_run_id = UUID(read_record(tmp_path / "run" / "prefect.json")["flow_run_id"])
+    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        found = {each.name: each for each in client.read_task_runs(flow_run_filter=of_it)}
+    inputs = {name: {i.id for of in each.task_inputs.values() for i in of} for name, each in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
+    assert found["ppo_update-0"].id in inputs["generate-1"]
+    assert found["ppo_update-0"].id in inputs["sample_prompts-1"]
+    assert found["sample_prompts-1"].id in inputs["generate-1"]
 
 
 def test_a_resume_is_named_by_its_folder_too(finished: Path) -> None:

@@ -134,8 +134,12 @@ def site(server: PrefectServer, tiny: Tiny, tmp_path_factory: pytest.TempPathFac
         (folder / "kl-ceiling.yaml").write_text(text)
         site.prefect("automation", "create", "--from-file", str(folder / "kl-ceiling.yaml"))
         zombies = (ROOM / "zombies.yaml").read_text()
-        assert "within: 90" in zombies
-        (folder / "zombies.yaml").write_text(zombies.replace("within: 90", f"within: {WITHIN_S}"))
+        assert "within: 90\n" in zombies
+        assert "within: 1800\n" in zombies
+        for within in ("90", "1800"):
+            zombies = zombies.replace(f"within: {within}\n", f"within: {WITHIN_S}\n")
+        (folder / "zombies.yaml").write_text(zombies)
+        site.prefect("automation", "create", "--from-file", str(folder / "zombies.yaml"))
         with (folder / "worker.log").open("w") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "prefect", "worker", "start", "--pool", "rlhf"],
@@ -274,7 +278,6 @@ def test_kl_above_its_ceiling_suspends_the_run_tells_somebody_and_resumed_it_goe
 @pytest.mark.slow
 def test_kill_9_is_seen_as_crashed_by_the_automation_and_a_living_run_is_left_alone(site: Site, tmp_path: Path) -> None:
     server, environment = site.server, site.environment
-    site.prefect("automation", "create", "--from-file", str(site.folder / "zombies.yaml"))
     (tmp_path / "run.yaml").write_text(json.dumps(site.config(5000)))
     train = ["train", "--config", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
     run = subprocess.Popen([sys.executable, "-c", HURRIED, *train], env=environment, stdout=subprocess.DEVNULL)
@@ -294,3 +297,18 @@ def test_kill_9_is_seen_as_crashed_by_the_automation_and_a_living_run_is_left_al
     while server.state(flow_run_id) == "RUNNING" and time.monotonic() < until:
         time.sleep(0.2)
     assert server.state(flow_run_id) == "CRASHED"
+
+
+@pytest.mark.slow
+def test_a_run_left_pending_by_a_dead_worker_is_crashed_and_one_of_somebody_else_is_left_alone(site: Site) -> None:
+    """A worker has taken it, and dies before the flow begins: nothing is heard of it again."""
+    tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    path, taken = f"/deployments/{site.deployment('ppo/train')}/create_flow_run", {"type": "PENDING", "name": "Pending"}
+    ours = site.server.ask(path, {"state": tomorrow, "parameters": {"config": site.config(2)}})["id"]
+    flow_id = site.server.ask("/flows/", {"name": "of somebody else"})["id"]
+    others = site.server.ask("/flow_runs/", {"flow_id": flow_id, "state": tomorrow})["id"]
+    for flow_run_id in (ours, others):
+        site.server.ask(f"/flow_runs/{flow_run_id}/set_state", {"state": taken, "force": True})
+    assert site.until_state(ours, "CRASHED") > 0.5 * WITHIN_S
+    assert "died before it began" in site.server.ask(f"/flow_runs/{ours}")["state"]["message"]
+    assert site.server.state(others) == "PENDING"

@@ -80,6 +80,16 @@ def test_each_flow_takes_its_parameters(name: str, given: dict[str, Any]) -> Non
         flow.validate_parameters(parameters)
 
 
+def test_the_form_begins_with_prompts_policy_and_reward_in_any_database() -> None:
+    """Prefect's pages sort by ``position``; its Postgres keeps objects in an order of its own."""
+    definitions = load_flow_from_entrypoint("flows.ppo.train").parameters.model_dump_for_openapi()["definitions"]
+    first = sorted(definitions["RunConfig"]["properties"].items(), key=lambda item: item[1]["position"])
+    assert [name for name, _ in first][:4] == ["prompts", "policy", "reward", "num_iterations"]
+    for name in ("PromptsConfig", "PolicyConfig", "ModelReward", "PPOConfig"):
+        fields = definitions[name]["properties"].values()
+        assert [field["position"] for field in fields] == list(range(len(fields)))
+
+
 def test_names_are_unique_on_one_server() -> None:
     names = [(load_flow_from_entrypoint(p.values[1]["entrypoint"]).name, p.values[1]["name"]) for p in deployments()]
     assert len(set(names)) == len(names)
@@ -156,7 +166,14 @@ def test_automations_are_ones_of_prefect(name: str) -> None:
 
 
 def test_a_suspended_run_is_no_zombie() -> None:
-    assert "prefect.flow-run.Suspended" in tree("zombies.yaml")["trigger"]["expect"]
+    for each in tree("zombies.yaml")["automations"]:
+        assert "prefect.flow-run.Suspended" in each["trigger"]["expect"]
+
+
+def test_a_run_that_never_began_is_known_by_the_tag_of_every_deployment() -> None:
+    (_, never_began) = tree("zombies.yaml")["automations"]
+    tag = never_began["trigger"]["match_related"]["prefect.resource.id"].removeprefix("prefect.tag.")
+    assert all(tag in parameters.values[1]["tags"] for parameters in deployments())
 
 
 def test_the_kl_automations_listen_to_what_a_guard_sends() -> None:

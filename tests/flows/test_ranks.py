@@ -204,10 +204,10 @@ def test_a_run_moves_from_one_process_to_ranks_and_back(
 
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
-    def stopping(run_dir: str, i: int) -> None:
+    def stopping(run_dir: str, i: int, *before: Any) -> Any:
         if i == iteration:
             raise KeyboardInterrupt
-        train_iteration(run_dir, i)
+        return train_iteration(run_dir, i, *before)
 
     monkeypatch.setattr("flows.ppo.train_iteration", stopping)
 

@@ -102,11 +102,11 @@ def test_a_node_that_dies_takes_nothing_with_it(
         if is_under_way:
             killed.set()
 
-    def train_iteration(run_dir: str, iteration: int) -> None:
+    def train_iteration(run_dir: str, iteration: int, *before: Any) -> Any:
         if iteration == 1:
             nodes.settle()
             threading.Thread(target=kill, args=(RunFolder.open(Path(run_dir)), iteration), daemon=True).start()
-        without_a_kill(run_dir, iteration)
+        return without_a_kill(run_dir, iteration, *before)
 
     monkeypatch.setattr(ppo, "train_iteration", train_iteration)
     by_nodes(tiny, nodes, url, monkeypatch)

@@ -33,6 +33,7 @@ ROWS = (
     "mlflow_store",
     "races",
     "signals",
+    "orphans",
     "ray_nodes",
     "clock",
     "bit_rot",

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from ray_nodes import AUTHENTICATION, RayNodes
 from torture.battery import Effort, Outcome
@@ -71,11 +72,11 @@ def _with_kills(effort: Effort, iterations: int, every: int, run_dir: Path, told
         told.write_text(json.dumps(killed))
         effort.progress(iteration + 1, iterations)
 
-    def train_iteration(run_path: str, iteration: int) -> None:
+    def train_iteration(run_path: str, iteration: int, *before: Any) -> Any:
         if (iteration + 1) % every == 0:
             nodes.settle()  # of two that begin at once one fails: they find each other's sockets
             threading.Thread(target=kill, args=(iteration,), daemon=True).start()
-        without_a_kill(run_path, iteration)
+        return without_a_kill(run_path, iteration, *before)
 
     ppo.train_iteration = train_iteration
     try:
