@@ -118,7 +118,7 @@ class RunPage(Silent):
         elif get_current_settings().logging.to_api.enabled:
             flow_run_id, now = UUID(str(flow_run.id)), datetime.now(UTC)
             known = {"name": log.name, "level": logging.INFO, "flow_run_id": flow_run_id, "timestamp": now}
-            self._lines.put(LogCreate(message=line, **known))  # pyright: ignore[reportArgumentType]
+            self._lines.put(LogCreate(message=line, **known))
 
     def _send_lines(self, client: SyncPrefectClient) -> None:
         lines = [self._lines.get() for _ in range(self._lines.qsize())]

@@ -32,4 +32,4 @@ def bind_temporary_server() -> None:
         from prefect.server.api import server
 
         if not isinstance(server.subprocess, _BoundSubprocess):
-            server.subprocess = _BoundSubprocess()  # pyright: ignore[reportAttributeAccessIssue]
+            server.subprocess = _BoundSubprocess()
