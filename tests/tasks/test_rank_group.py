@@ -156,6 +156,37 @@ def test_who_does_not_know_the_key_is_no_rank() -> None:
                 assert stranger.recv(1) == b"", "it is hung up on"
 
 
+def test_a_hello_has_one_deadline_however_its_bytes_drip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "END_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        with socket.create_connection(server.getsockname()) as stranger:
+            is_over = threading.Event()
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    while not is_over.wait(0.05):
+                        stranger.sendall(b" ")
+
+            threading.Thread(target=drip, daemon=True).start()
+            began = time.monotonic()
+            assert rank_group._newcomer(server, "secret") is None
+            assert time.monotonic() - began < 2
+            is_over.set()
+
+
+def test_a_rank_is_heard_for_longer_than_its_hello_took() -> None:
+    mine, its = socket.socketpair()
+    channel, other = Channel(mine, 5.0), Channel(its)
+    other.send({"rank": 0})
+    assert channel.receive_one(within_s=0.5) == {"rank": 0}
+    assert mine.gettimeout() == 5.0
+    with pytest.raises(TimeoutError, match=r"no whole message within 0\.1 s|timed out"):
+        channel.receive_one(within_s=0.1)
+    channel.close()
+    other.close()
+
+
 def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_group, "_agent_options", lambda _: ["--standalone", "-m", "no.such.module"])
     group = RankGroup(UpdateConfig(launcher="torchrun", nproc_per_node=2), "cpu", 1)

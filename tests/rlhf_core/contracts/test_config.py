@@ -323,3 +323,29 @@ def test_the_critic_starts_as_the_reward_model_where_there_is_one() -> None:
     assert init(reward=model) == "reward"
     assert init(reward=function) == "policy"
     assert init(reward=model, policy={"critic": {"init": "zero"}}) == "zero"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hf_token", "a"), ("api_key", "a"), ("trust_remote_code", True), ("worker_extension_cls", "os.system"),
+        ("worker_cls", "a.b"), ("load_format", "evil"), ("model", "a"), ("tokenizer", "a"), ("hf_overrides", "a"),
+        ("distributed_executor_backend", "a.B"), ("compilation_config", 3), ("download_dir", "/"), ("dtype", "float16"),
+        ("seed", 3), ("logprobs_mode", "raw_logprobs"), ("skip_tokenizer_init", False), ("quantization", "evil"),
+        ("enable_sleep_mode", True), ("misfortune", "dies"), ("", 1), ("kv_transfer_config", "a"),
+    ],
+)  # fmt: skip
+def test_an_option_of_vllm_that_could_do_more_is_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=r"no argument of vllm.LLM that a config may set|named like a secret") as told:
+        build_config({"generation": {"vllm": {"options": {name: value}}}})
+    assert str(told.value).startswith("generation.vllm")
+
+
+def test_options_of_vllm_are_numbers_and_switches() -> None:
+    harmless = {"gpu_memory_utilization": 0.5, "max_model_len": 2048, "enforce_eager": True, "kv_cache_dtype": "fp8"}
+    assert build_config({"generation": {"vllm": {"options": harmless}}}).generation.vllm.options == harmless
+    for name in ("max_model_len", "kv_cache_dtype"):
+        with pytest.raises(UserError, match=f"the option {name} is a text; give "):
+            build_config({"generation": {"vllm": {"options": {name: "evil.plugin"}}}})
+    with pytest.raises(UserError, match=r"did you mean gpu_memory_utilization\?"):
+        build_config({"generation": {"vllm": {"options": {"gpu_memory_utilisation": 0.5}}}})
