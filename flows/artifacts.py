@@ -32,7 +32,7 @@ from flows.progress import Silent
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
-from rlhf_core.inspection import before_and_after
+from rlhf_core.inspection import before_and_after, extension_sentence
 from rlhf_core.store.address import shown
 from tasks.tracked_metrics import iteration_metrics
 from tasks.tracking import Tracker
@@ -153,6 +153,7 @@ class RunPage(Silent):
         if self.tracker is not None and (run_id := self.tracker.run_id) is not None:
             page = self.tracker.page
             lines.append(f"[MLflow run]({page})" if page else f"MLflow run {code(run_id)} in {code(self.tracker.uri)}")
+        lines += [extension_sentence(extension) for extension in self.run.extensions]
         if self._standing not in ("running", "finished"):
             lines.append(f"go on with {code(f'rlhf resume {folder}')}")
         return lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -128,6 +128,13 @@ def warn(sentence: str) -> None:
         logger.warning(sentence)
     else:
         get_run_logger().warning(sentence)
+
+
+def tell_all(sentences: Iterable[str]) -> None:
+    """Lines in the log of the flow run; the command line has printed them already."""
+    if not is_bare():
+        for sentence in sentences:
+            get_run_logger().info(sentence)
 
 
 def leave_note(key: str, markdown: str, description: str) -> None:

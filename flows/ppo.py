@@ -15,12 +15,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.artifacts import RunPage
 from flows.calling import call, call_both, flow_body
 from flows.guarding import announce, obey
-from flows.links import link_to_tracker, own_run_dir, run_name, take_over, this_flow_run, was_begun_here
+from flows.links import link_to_tracker, own_run_dir, run_name, take_over, tell_all, this_flow_run, was_begun_here
 from flows.progress import also_watched_by, watcher
 from flows.sharding import answering_ahead, compute_ahead, shard_workers
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.store.opening import writing
+from tasks.extension import drop_report_of_earlier_end, extend_run
 from tasks.generate import generate
 from tasks.guards import Guards, accept_tripped, change_guards
 from tasks.lifecycle import check_resumable, record_drift, save_due_checkpoint, start_run
@@ -83,8 +84,9 @@ def resume(
     accept_guards: bool = False,
     set_guards: list[str] | None = None,
     set_update: list[str] | None = None,
+    num_iterations: int | None = None,
 ) -> str:
-    """Continue a stopped run from its last committed stage.
+    """Continue a stopped run from its last committed stage, or a finished one to another number of iterations.
 
     Args:
         run_dir: its folder, or s3://bucket/prefix.
@@ -92,6 +94,7 @@ def resume(
         accept_guards: go on although a guard has stopped it, until that guard's number is back within its threshold.
         set_guards: changes of its guards, as ``guards.kl_ceiling.threshold=20``.
         set_update: changes of who makes its updates, as ``execution.update.nproc_per_node=2``; a drift, most of them.
+        num_iterations: of the whole run from now on: more for a run that is finished. Default: as it is.
     Returns: the same place.
     """
     with flow_body() as ended_with:
@@ -104,6 +107,8 @@ def resume(
                 change_guards(folder, set_guards)
             if accept_guards:
                 accept_tripped(folder)
+            if num_iterations is not None:
+                tell_all(extend_run(folder, num_iterations))
             iterate(folder)
         return ended_with(run_dir)
 
@@ -113,6 +118,7 @@ def iterate(run_dir: str) -> str:
     run = RunFolder.open(Path(run_dir))
     with run.locked():
         remove_run_leftovers(run)
+        drop_report_of_earlier_end(run)
         take_over(run)
         guards = Guards(run)
         with (

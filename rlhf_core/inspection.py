@@ -11,7 +11,7 @@ import pyarrow as pa
 from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
-from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.contracts.run_folder import Extension, RunFolder
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer_of
@@ -36,6 +36,8 @@ def run_sheet(run: RunFolder) -> Sheet:
     rows, of = iteration_rows(run), run.config.num_iterations
     facts = {"run": str(run.path), "finished": len(rows), "num_iterations": of}
     facts |= {"checkpoints": run.checkpoints(), "standing": standing(run)}
+    if run.extensions:
+        facts["extensions"] = [extension_sentence(extension) for extension in run.extensions]
     title = (
         f"{run.path}: {len(rows)} of {of} iterations" if rows else f"{run.path}: no iteration of {of} is finished yet"
     )
@@ -217,6 +219,14 @@ def standing(run: RunFolder) -> str:
     if not (run.path / "before_after.json").is_file():
         return f"stopped before its report: nobody works on it; finish it with  rlhf resume {run.path}"
     return "finished"
+
+
+def extension_sentence(extension: Extension) -> str:
+    """What an extension has changed, and when."""
+    return (
+        f"num_iterations: {extension.before} -> {extension.after}, given on {extension.date} after "
+        f"{extension.iteration} iterations"
+    )
 
 
 def _token_texts(run: RunFolder, token_ids: list[int]) -> list[str]:

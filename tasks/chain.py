@@ -51,6 +51,8 @@ class Link:
     """What its policy is judged by."""
     outcome: str | None = None
     """What became of it, in a sentence; None while it is not done."""
+    num_iterations: int | None = None
+    """Of its run when it was judged; None while it is not done, and in the links of earlier releases."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def next_link(runs: Path, config: RunConfig, gate: Gate) -> tuple[Link, list[str
     """The link to make, or to go on with, and what is new; None where there is nothing new.
 
     New is: another digest of the prompts, of a model, of a reward, or of the config; or, without a training, another
-    gate. A link that is not done goes on while its inputs are the same; else it is left, since its run cannot go on.
+    gate or another number of iterations of the last run. A link that is not done goes on while its inputs are the same; else it is left, since its run cannot go on.
     The caller holds the chain.
 
     Raises: UserError with every problem of the config.
@@ -107,13 +109,24 @@ def next_link(runs: Path, config: RunConfig, gate: Gate) -> tuple[Link, list[str
     if canonical_json(dict(last.gate)) != canonical_json(judged_by):
         chain.with_last(runs, link := replace(last, gate=judged_by, outcome=None), instead=True)
         return link, [f"{last.run} is judged by another gate"]
+    if (now := _num_iterations(runs, last)) != last.num_iterations and last.num_iterations is not None:
+        chain.with_last(runs, link := replace(last, outcome=None), instead=True)
+        return link, [f"{last.run} was judged after {last.num_iterations} iterations, and has {now} now"]
     return None
 
 
 def close_link(runs: Path, outcome: str) -> None:
     """Write down what became of the last link. The caller holds the chain."""
     chain = Chain.of(runs)
-    chain.with_last(runs, replace(chain.links[-1], outcome=outcome), instead=True)
+    last = chain.links[-1]
+    closed = replace(last, outcome=outcome, num_iterations=_num_iterations(runs, last))
+    chain.with_last(runs, closed, instead=True)
+
+
+def _num_iterations(runs: Path, link: Link) -> int | None:
+    """``num_iterations`` of a link's run; as when it was judged, where its folder is gone."""
+    path = runs / link.run
+    return RunFolder.open(path).config.num_iterations if (path / "run.json").is_file() else link.num_iterations
 
 
 def chain_inputs(config: RunConfig) -> dict[str, str]:

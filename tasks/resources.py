@@ -31,7 +31,6 @@ from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import handed_weights
-from rlhf_core.identity import identity_digest
 from rlhf_core.memory import settle_memory
 from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer, save_checkpoint
@@ -64,7 +63,6 @@ class Resources:
 
     def __init__(self, run: RunFolder, ranks: GroupRanks | None = None) -> None:
         self.run, self.ranks = run, ranks
-        self.identity = identity_digest(run.identity)
         self.device = resolve_device(run.config.device) if ranks is None else torch.device("cpu")
         self._kept: dict[str, Any] = {}
         self._models = FrozenModels()
@@ -273,7 +271,7 @@ class Resources:
                 self.trainer(iteration),
                 self.tokenizer.tokenizer,
                 self.run.state_before(iteration),
-                identity=self.identity,
+                identity=self.run.identity_digest_at(iteration),
                 merge_adapter=self.run.config.policy.lora.save == "merged",
             )
 
@@ -357,7 +355,7 @@ class Resources:
             max_response_len=config.generation.max_new_tokens,
             seed=config.seed,
             iteration=iteration,
-            num_iterations=config.num_iterations,
+            num_iterations=self.run.num_iterations_at(iteration),
             importance_cap=config.importance_cap,
         )
         expected = manifests["ppo_update"].inputs["policy_after"]

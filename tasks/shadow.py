@@ -9,9 +9,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from prefect.tasks import Task
 
@@ -95,9 +94,14 @@ def remove_stage(stage: str, iteration: int, folder: Path) -> None:
 
 
 def as_it_was(run: RunFolder, iteration: int) -> RunFolder:
-    """The run under the identity that an iteration was computed with, and without the drifts after it."""
-    drifts = tuple(drift for drift in run.drifts if drift.iteration <= iteration)
-    return replace(run, identity=run.identity_at(iteration), drifts=drifts)
+    """The run under the identity that an iteration was computed with, without the drifts and extensions after it."""
+    return replace(
+        run,
+        config=run.config_at(iteration),
+        identity=run.identity_at(iteration),
+        drifts=tuple(drift for drift in run.drifts if drift.iteration <= iteration),
+        extensions=tuple(extension for extension in run.extensions if extension.iteration <= iteration),
+    )
 
 
 @contextmanager
@@ -110,9 +114,8 @@ def shadow_of(run: RunFolder, iteration: int) -> Iterator[RunFolder]:
     """
     with tempfile.TemporaryDirectory(prefix="rlhf-replay-") as name:
         folder = Path(name)
-        record: dict[str, Any] = {"config": run.config.model_dump(), "identity": dict(run.identity)}
-        if run.drifts:
-            record["drifts"] = [asdict(drift) for drift in run.drifts]
+        record = run.record()
+        record.pop("unpinned", None)
         write_record(folder / "run.json", record)
         begin = max((i for i in run.checkpoints() if i <= iteration), default=0)
         for before in range(max(begin - 1, 0), iteration + 1):

@@ -159,7 +159,7 @@ def _part_key(kept: Resources, stage: str, iteration: int, shard: Shard, refs: R
     inputs = stage_inputs(kept, stage, iteration, refs)
     if stage == "generate":  # the same prompts, whether foreseen or committed, which adds where they come from
         inputs["prompts"] = hashlib.sha256(encode_table(kept.prompts(refs[0]).to_table(), {})).hexdigest()
-    return stage_key(stage, iteration, kept.identity, inputs | {"shard": str(shard)})
+    return stage_key(stage, iteration, kept.run.identity_digest_at(iteration), inputs | {"shard": str(shard)})
 
 
 def _joined(parts: Sequence[Part]) -> pa.Table:

@@ -77,7 +77,8 @@ def run_stage(
         outputs: digests of results that are not in the artifact, recorded beside the inputs.
         num_threads: default: the run's.
     """
-    key = stage_key(stage, iteration, resources.identity, inputs)
+    identity = resources.run.identity_digest_at(iteration)
+    key = stage_key(stage, iteration, identity, inputs)
     committed = _committed(resources, stage, iteration)
     if committed is not None and committed.key == key and _is_intact(resources, committed):
         return committed.artifact
@@ -97,7 +98,7 @@ def run_stage(
         key=key,
         inputs=recorded,
         seed=resources.run.config.seed,
-        identity=resources.identity,
+        identity=identity,
         metrics=result.metrics,
         state=state(result) if state else result.state,
         timing={

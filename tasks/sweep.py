@@ -94,12 +94,13 @@ def start_sweep(request: SweepRequest, config: RunConfig) -> SweepFolder:
 
 def is_done(there: SweepFolder, run: SweepRun) -> bool:
     """Whether a run is finished, and nothing of it is missing in the tracker."""
-    if not there.standing(run).is_finished:
+    standing = there.standing(run)
+    if not standing.is_finished:
         return False
     if not run.config.tracking.enabled:
         return True
     try:
-        return Ledger.of(there.run_path(run)).sent >= run.config.num_iterations
+        return Ledger.of(there.run_path(run)).sent >= min(standing.finished, standing.of)
     except IntegrityError:  # resuming the run tells about it
         return False
 

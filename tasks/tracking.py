@@ -21,7 +21,7 @@ from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.config_io import config_template, flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_credentials
-from rlhf_core.inspection import before_and_after
+from rlhf_core.inspection import before_and_after, extension_sentence
 from rlhf_core.viewer.page import NAME as PAGE
 from rlhf_core.viewer.page import write_run_page
 from tasks import tracker_notes
@@ -178,6 +178,8 @@ class _Sender:
             self.client.set_tag(run_id, f"prefect.{name}", without_credentials(value))
         for drift in self.run.drifts:
             self.client.set_tag(run_id, f"rlhf.drift.{drift.iteration:06d}", "; ".join(drift.changes))
+        for extension in self.run.extensions:  # params, num_iterations among them, cannot change any more
+            self.client.set_tag(run_id, f"rlhf.extension.{extension.iteration:06d}", extension_sentence(extension))
         if not self.ledger.is_described:
             self._describe(run_id)
             tracker_notes.introduce_experiment(self.client, self.experiment_id)

@@ -31,7 +31,7 @@ def make_update(kept: Resources, iteration: int, refs: Sequence[ArtifactRef]) ->
             max_response_len=config.generation.max_new_tokens,
             seed=config.seed,
             iteration=iteration,
-            num_iterations=config.num_iterations,
+            num_iterations=kept.run.num_iterations_at(iteration),
             importance_cap=config.importance_cap,
         )
     except BaseException:

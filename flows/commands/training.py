@@ -78,10 +78,16 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="guards.a.b=c", help="Change a guard, or execution.update.*; may be repeated."),
     ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the whole run from now on: a finished run goes on to more of them."),
+    ] = None,
 ) -> None:
-    """Continue a stopped run from its last committed stage."""
+    """Continue a stopped run from its last committed stage, or a finished one to more iterations."""
     prepare_environment()
+    from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.store.opening import writing
+    from tasks.extension import plan_extension
     from tasks.lifecycle import check_resumable
 
     with writing(run, new=False) as folder:
@@ -91,12 +97,18 @@ def resume(
             repair_and_show(console, folder)
         with console.status("checking the run, its models and prompts"):
             run_config = check_resumable(str(folder), accept_drift=accept_drift)
+            plan = None if iterations is None else plan_extension(RunFolder.open(folder), iterations)
+        if plan is not None:
+            run_config = plan.config
+            for sentence in plan.sentences:
+                console.print(f"[bold]note[/]  {escape(sentence)}", soft_wrap=True, highlight=False)
         from flows.calling import run_flow
         from flows.ppo import resume as resume_flow
 
         update = [override for override in set_ or [] if override.strip().startswith("execution.update.")]
         others = [override for override in set_ or [] if override not in update]
-        watch_run(folder, run_config, lambda: run_flow(resume_flow, run, accept_drift, accept_guards, others, update))
+        settings = (run, accept_drift, accept_guards, others, update, iterations)
+        watch_run(folder, run_config, lambda: run_flow(resume_flow, *settings))
 
 
 def check(

@@ -133,6 +133,8 @@ def _print_run(console: Console, sheet: Sheet, limit: int) -> None:
         console.print(f"checkpoints: {kept}", highlight=False)
     else:
         console.print(sheet.title, highlight=False, markup=False, soft_wrap=True)
+    for sentence in sheet.facts.get("extensions", ()):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     console.print(sheet.facts["standing"], highlight=False, markup=False, soft_wrap=True)
 
 

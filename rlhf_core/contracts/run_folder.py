@@ -1,7 +1,8 @@
 """The folder of a run: its layout, its lock, and where its loop stands.
 
-    RUN/run.json                        the config and the identity of the run, and each drift that was accepted;
-                                        the config has the commits of hub ids, ``unpinned`` the names without them
+    RUN/run.json                        the config and the identity of the run, each drift that was accepted and each
+                                        extension to another number of iterations; the config has the commits of hub
+                                        ids, ``unpinned`` the names without them
     RUN/iterations/000007/01_….arrow    six artifacts, each with its manifest 01_….json
     RUN/archive/000000-000099/          old iterations, one file a stage: artifacts.keep_iterations
     RUN/checkpoints/000010/             policy/, critic/, optimizer.safetensors, state.json, manifest.json
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,8 +55,29 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """Another number of iterations, given to a run that was finished or stopped.
+
+    Example: ``Extension(40, before=40, after=200, date="2026-11-03", identity={...})``
+    """
+
+    iteration: int
+    """The first one under the new number."""
+    before: int
+    """``num_iterations`` until then."""
+    after: int
+    date: str
+    """The day on which it was given, as 2026-11-03."""
+    identity: Mapping[str, Any]
+    """The identity until then: the number of iterations decides the learning rate, so that it is part of it."""
+    num_drifts: int = 0
+    """Drifts that were accepted before it."""
+
+
+@dataclass(frozen=True)
 class _More:
     drifts: tuple[Drift, ...]
+    extensions: tuple[Extension, ...]
     unpinned: Mapping[str, str | None]
 
 
@@ -69,6 +91,8 @@ class RunFolder:
     """In force now."""
     drifts: tuple[Drift, ...] = ()
     """In the order in which they were accepted."""
+    extensions: tuple[Extension, ...] = ()
+    """In the order in which they were given."""
     unpinned: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     """Field of the config -> its value as the user has it, before it was held at a commit or a date."""
 
@@ -104,16 +128,19 @@ class RunFolder:
     def of_record(cls, path: Path, values: Mapping[str, Any]) -> RunFolder:
         """A run from the content of its ``run.json``. Raises IntegrityError if that is damaged."""
         record = path / "run.json"
-        if values.keys() - {"drifts", "unpinned"} != {"config", "identity"}:
+        optional = {field.name for field in fields(_More)}
+        if values.keys() - optional != {"config", "identity"}:
             raise IntegrityError(f"{record} is not the record of a run; {RECORD_REMEDY}")
         try:
-            more = typed(_More, {"drifts": values.get("drifts", []), "unpinned": values.get("unpinned", {})})
+            empty: dict[str, Any] = {"drifts": [], "extensions": [], "unpinned": {}}
+            more = typed(_More, {name: values.get(name, nothing) for name, nothing in empty.items()})
             if not isinstance(values["config"], dict) or not isinstance(values["identity"], dict):
                 raise ValueError("config or identity is no object")
         except ValueError as error:
             raise IntegrityError(f"{record} is not the record of a run: {error}; {RECORD_REMEDY}") from None
         config = build_config(cast("dict[str, Any]", values["config"]))
-        return cls(path, config, cast("dict[str, Any]", values["identity"]), more.drifts, more.unpinned)
+        identity = cast("dict[str, Any]", values["identity"])
+        return cls(path, config, identity, more.drifts, more.extensions, more.unpinned)
 
     @property
     def asked_config(self) -> RunConfig:
@@ -122,17 +149,47 @@ class RunFolder:
 
     def identity_at(self, iteration: int) -> Mapping[str, Any]:
         """The identity that an iteration was, or will be, computed under."""
-        return next((drift.before for drift in self.drifts if drift.iteration > iteration), self.identity)
+        return next((identity for until, identity in self._history if until > iteration), self.identity)
+
+    def identity_digest_at(self, iteration: int) -> str:
+        """sha256 of the identity that an iteration was, or will be, computed under."""
+        return digest_json(dict(self.identity_at(iteration)))
+
+    def num_iterations_at(self, iteration: int) -> int:
+        """``num_iterations`` as it was when an iteration was computed."""
+        return next((each.before for each in self.extensions if each.iteration > iteration), self.config.num_iterations)
+
+    @property
+    def num_iterations_begun_with(self) -> int:
+        """``num_iterations`` of the config that the run was started with."""
+        return self.extensions[0].before if self.extensions else self.config.num_iterations
+
+    def config_at(self, iteration: int) -> RunConfig:
+        """The config that an iteration was, or will be, computed with."""
+        return self.config.model_copy(update={"num_iterations": self.num_iterations_at(iteration)})
 
     @functools.cached_property
     def identities(self) -> frozenset[str]:
         """Digests of every identity that the run has had."""
-        had = [drift.before for drift in self.drifts]
+        had = [identity for _, identity in self._history]
         return frozenset(digest_json(dict(identity)) for identity in (*had, self.identity))
+
+    @functools.cached_property
+    def _history(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """(iteration, identity until then) of every drift and extension, in the order in which they were recorded."""
+        found: list[tuple[int, Mapping[str, Any]]] = []
+        for number in range(len(self.drifts) + 1):
+            found += [(each.iteration, each.identity) for each in self.extensions if each.num_drifts == number]
+            found += [(drift.iteration, drift.before) for drift in self.drifts[number : number + 1]]
+        return found
 
     def drift_at(self, iteration: int) -> Drift | None:
         """The newest drift that was accepted before an iteration, if one was accepted just there."""
         return next((drift for drift in reversed(self.drifts) if drift.iteration == iteration), None)
+
+    def drift_after(self, iteration: int) -> Drift | None:
+        """The first drift that was accepted after an iteration, which cannot be computed again since."""
+        return next((drift for drift in self.drifts if drift.iteration > iteration), None)
 
     def updates_behind(self, iteration: int) -> int:
         """How many updates older the policy is that answers an iteration's prompts: one where stages overlap.
@@ -230,11 +287,25 @@ class RunFolder:
             run._write_record()
         return run
 
+    def with_extension(self, config: RunConfig, identity: Mapping[str, Any], extension: Extension) -> RunFolder:
+        """Record another number of iterations. The caller holds the lock.
+
+        Args:
+            config: with the new number.
+            identity: from ``extension.iteration`` on.
+            extension: since when, and what was before.
+        """
+        run = replace(self, config=config, identity=dict(identity), extensions=(*self.extensions, extension))
+        run._write_record()
+        return run
+
     def record(self) -> dict[str, Any]:
         """The content of ``run.json``."""
         record: dict[str, Any] = {"config": self.config.model_dump(), "identity": dict(self.identity)}
         if self.drifts:
             record["drifts"] = [asdict(drift) for drift in self.drifts]
+        if self.extensions:
+            record["extensions"] = [asdict(extension) for extension in self.extensions]
         if self.unpinned:
             record["unpinned"] = dict(self.unpinned)
         return record

@@ -172,7 +172,7 @@ class SweepFolder:
                 metrics.get("objective/kl"),
                 is_begun=True,
                 is_running=folder.is_locked(),
-                is_finished=said == "finished",
+                is_finished=said == "finished" or finished >= of < folder.config.num_iterations,  # it was extended
                 stopped_by=read_record(guards).get("stopped") if guards.is_file() else None,
             )
         except (RlhfError, FileNotFoundError) as error:
@@ -187,7 +187,9 @@ class SweepFolder:
                 there = RunFolder.open(self.run_path(run))
             except IntegrityError:  # resuming that run tells about it
                 continue
-            if config_digest(run.config) not in map(config_digest, (there.config, there.asked_config)):
+            begun_with = {"num_iterations": there.num_iterations_begun_with}
+            configs = (config.model_copy(update=begun_with) for config in (there.config, there.asked_config))
+            if config_digest(run.config) not in map(config_digest, configs):
                 raise UserError(f"{there.path} is a run of another config than the sweep's; move it away")
             if there.is_locked():
                 raise RunLockedError(f"another process is working on {there.path}; wait for it, or stop it")

@@ -83,8 +83,11 @@ def criterion_of(kl_coef: float, at_kl: float | None, price: float | None) -> Cr
 
 
 def run_numbers(run: RunFolder) -> dict[str, float]:
-    """Score and KL at the end of a finished run, and the score that it has gained since its first iteration."""
-    last = run.config.num_iterations
+    """Score and KL at the end of a finished run, and the score that it has gained since its first iteration.
+
+    A run that was extended since is read up to where the others end.
+    """
+    last = min(run.num_iterations_begun_with, run.num_finished())
     edge = min(EDGE, max(1, last // 2))
     first = _metrics(run, 0)["objective/scores"]
     ends = [_metrics(run, iteration) for iteration in range(last - edge, last)]

@@ -48,7 +48,8 @@ class CheckpointCheck:
         due = list(range(settings.every, num_finished, settings.every))
         if is_complete and num_finished == self.run.config.num_iterations:
             due.append(num_finished)
-        known = sorted({*due, *(i for i in there if i % settings.every == 0 or i == self.run.config.num_iterations)})
+        ends = {self.run.config.num_iterations, *(extension.before for extension in self.run.extensions)}
+        known = sorted({*due, *(i for i in there if i % settings.every == 0 or i in ends)})
         kept = known[-1 if self.run.last_good is not None else -settings.keep_last :]
         for iteration in kept:
             if iteration not in there and not self.run.checkpoint_path(iteration).exists():
@@ -144,7 +145,7 @@ class CheckpointCheck:
         return ""
 
     def _rebuilt(self, path: Path, iteration: int, kind: Any, problem: str, *, stops_resume: bool = True) -> Finding:
-        drift = next((d for d in self.run.drifts if d.iteration > iteration), None)
+        drift = self.run.drift_after(iteration)
         if drift is None:
             remedy = f"`rlhf resume {self.run.path} --repair` rebuilds the checkpoint and compares its digests"
             if not stops_resume:

@@ -149,7 +149,7 @@ class IterationCheck:
     def _of_this_place(self, iteration: int, manifest: Manifest) -> str:
         """What a manifest says of itself that is wrong; empty if nothing is."""
         run, stage, inputs = self.run, manifest.artifact.stage, dict(manifest.inputs)
-        identity = digest_json(dict(run.identity_at(iteration)))
+        identity = run.identity_digest_at(iteration)
         if manifest.identity != identity:
             return "it is of another run: its identity is not that of run.json"
         if manifest.seed != run.config.seed:
@@ -223,7 +223,7 @@ class IterationCheck:
         except IntegrityError as error:
             yield self._finding(_json(iteration, "ppo_update"), "damaged", str(error), blamed)
             return
-        same_config = self.run.identity_at(iteration).get("config") == config_digest(self.run.config)
+        same_config = self.run.identity_at(iteration).get("config") == config_digest(self.run.config_at(iteration))
         if before is None or not {"sample_prompts", "shape_rewards"} <= manifests.keys() or not same_config:
             return
         sampled, shaped = manifests["sample_prompts"], manifests["shape_rewards"]
@@ -249,7 +249,7 @@ class IterationCheck:
 
     def _finding(self, path: str, kind: Any, problem: str, stages: tuple[tuple[int, str], ...]) -> Finding:
         where = self.run.path
-        drift = next((d for d in self.run.drifts if d.iteration > stages[-1][0]), None)
+        drift = self.run.drift_after(stages[-1][0])
         if drift is not None:
             remedy = (
                 f"put it back from a copy: it is older than the drift accepted at iteration {drift.iteration}, so that "

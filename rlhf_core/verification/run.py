@@ -146,7 +146,7 @@ def _archive(run: RunFolder) -> Iterator[Finding]:
             where = str(damage.path.relative_to(run.path))
             problem = said(IntegrityError(damage.sentence), damage.path)
             lost = tuple((iteration, stage) for stage, iteration in damage.lost)
-            drift = next((d for d in run.drifts if d.iteration > first), None)
+            drift = run.drift_after(first)
             if not lost:
                 aside = f"`rlhf resume {run.path} --repair` moves it aside"
                 yield Finding(where, "surplus", problem, aside, moved_aside=True)

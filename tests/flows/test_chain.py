@@ -163,6 +163,22 @@ class TestNews:
         assert Chain.of(runs).links[0].outcome == "left before it was done: its inputs have changed"
 
 
+def test_a_link_whose_run_was_extended_is_judged_again(linked: Path, tmp_path: Path) -> None:
+    from tasks.extension import extend_run
+
+    runs = Path(shutil.copytree(linked / "runs", tmp_path / "runs"))
+    chain(config_of(linked / "world"), str(runs), gate_of(linked / "world"))
+    resources.cache_clear()
+    extend_run(str(runs / "chain-000001"), 3)
+    found = next_link(runs, config_of(linked / "world"), gate_of(linked / "world"))
+    assert found is not None
+    assert found[1] == ["chain-000001 was judged after 2 iterations, and has 3 now"]
+    said = chain(config_of(linked / "world"), str(runs), gate_of(linked / "world"))
+    assert said == "promoted: rlhf-policy version 2 is production"
+    assert RunFolder.open(runs / "chain-000001").num_finished() == 3
+    assert next_link(runs, config_of(linked / "world"), gate_of(linked / "world")) is None
+
+
 @pytest.mark.parametrize("where", ["in the training", "in the evaluation", "before the promotion"])
 def test_stopped_anywhere_the_same_call_goes_on(
     where: str, linked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

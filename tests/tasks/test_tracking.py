@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -379,3 +380,25 @@ def test_the_address_of_the_tracker_is_shown_without_the_password(
     run = RunFolder.open(tracked)
     assert tracking.tracking_uri(run) == "http://me:secret@h:5000"
     assert tracking.shown_tracking_uri(run) == tracking.Tracker(run, {}).uri == "http://h:5000"
+
+
+def test_a_run_that_is_extended_goes_on_in_its_tracker_run(tracked: Path, tmp_path: Path) -> None:
+    from flows.ppo import resume
+
+    run_dir = shutil.copytree(tracked.parent, tmp_path / "copy") / "run-a"
+    before = json.loads((run_dir / "before_after.json").read_text())["samples"]
+    resume(str(run_dir), num_iterations=5)
+    client, run = client_of(run_dir)
+    after = json.loads((run_dir / "before_after.json").read_text())["samples"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "objective/kl")] == [0, 1, 2, 3, 4]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["rlhf.extension.000003"].startswith("num_iterations: 3 -> 5, given on ")
+    assert run.data.tags["mlflow.note.content"].startswith("Finished: **5 of 5** iterations")
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "achieved/score")] == [2, 4]
+    versions = {int(v.tags["rlhf.iteration"]): v.version for v in client.search_model_versions("name = 'rlhf-policy'")}
+    assert {3, 4, 5} <= versions.keys()
+    assert client.get_model_version_by_alias("rlhf-policy", "newest").version == versions[5]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json", str(tmp_path))).read_text())
+    column = table["columns"].index("after")
+    assert [row[column] for row in table["data"]] == [sample["after"] for sample in after]
+    assert after != before

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from damage import flip
-from torture.runs import start
+from torture.runs import go_on, start
 
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import load_config
@@ -17,6 +17,8 @@ from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
 from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord, check_folder
+from rlhf_core.sweeping.summary import run_numbers
+from tasks.extension import extend_run
 from tasks.resources import resources
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
@@ -113,6 +115,19 @@ def test_where_a_run_stands(there: SweepFolder) -> None:
         there.check_runs()
     flip(there.run_path(run) / "run.json")
     assert "run.json is damaged" in str(there.standing(run).problem)
+
+
+def test_a_run_that_was_extended_counts_as_when_the_sweep_ended(there: SweepFolder) -> None:
+    run = there.runs[0]
+    start(run.config, there.run_path(run))
+    before = run_numbers(RunFolder.open(there.run_path(run)))
+    extend_run(str(there.run_path(run)), 4)
+    there.check_runs()
+    assert there.standing(run).is_finished, "of the sweep, though the run is not"
+    go_on(there.run_path(run))
+    there.check_runs()
+    assert (there.standing(run).finished, there.standing(run).is_finished) == (4, True)
+    assert run_numbers(RunFolder.open(there.run_path(run))) == before
 
 
 def test_one_process_at_a_time(there: SweepFolder) -> None:
