@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from flows import stopping
-from flows.commands import chaining, looking, measuring, replaying, sweeping, training
+from flows.commands import chaining, keeping, looking, measuring, replaying, sweeping, training
 from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, Console, console
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
 from rlhf_core.contracts.secrets import without_secrets
@@ -20,9 +20,10 @@ from rlhf_core.store.address import shown
 
 PANELS = {
     "Train": (training.quickstart, training.train, training.resume, training.check, training.config, chaining.chain),
-    "Look": (looking.inspect, looking.view, looking.compare, looking.verify, looking.ui),
+    "Look": (keeping.runs, looking.inspect, looking.view, looking.compare, looking.verify, looking.ui),
     "Measure": (measuring.evaluate, measuring.blend, sweeping.sweep),
     "Replay": (replaying.replay, replaying.bundle),
+    "Tidy up": (keeping.clean,),
 }
 """Heading of the help -> its commands, named as their functions."""
 

@@ -117,6 +117,7 @@ def iterate(run_dir: str) -> str:
     """Run the iterations that are missing."""
     run = RunFolder.open(Path(run_dir))
     with run.locked():
+        run = RunFolder.open(Path(run_dir))  # again: nobody else can change or remove it now
         remove_run_leftovers(run)
         drop_report_of_earlier_end(run)
         take_over(run)

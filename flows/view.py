@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.displays.terminal import print_warning
-from rlhf_core.choice import chosen_iterations, first_middle_last
+from rlhf_core.choice import ALL, chosen_iterations, first_middle_last
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.viewer.page import NAME, check_out, write_page
@@ -25,6 +26,9 @@ def write_view(console: Console, path: Path, *, iterations: str | None, out: Pat
     if finished == 0:
         raise UserError(f"{path} has no finished iteration yet; a page needs one")
     chosen = first_middle_last(finished) if iterations is None else chosen_iterations(iterations, finished)
+    if iterations in (None, ALL):
+        cleaned = Cleaned.of(path)
+        chosen = [iteration for iteration in chosen if not cleaned.lacks(iteration)]
     written = write_page(run, page, chosen, limit=limit)
     if written.note:
         print_warning(console, written.note)

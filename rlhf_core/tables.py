@@ -23,6 +23,7 @@ import pyarrow.compute
 
 from rlhf_core.contracts.archive import ITERATION
 from rlhf_core.contracts.artifacts import Manifest, read_artifact
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import GENERATE, PPO_UPDATE, REFERENCE_LOGPROBS, SAMPLE_PROMPTS, SHAPE_REWARDS, STAGES
@@ -174,7 +175,8 @@ class RunTables:
         finished = self.run.num_finished()
         begun = [finished] if self.run.manifest(stage, finished) is not None else []
         there = [*range(finished), *begun]
-        asked = there if iterations is None else list(iterations)
+        cleaned = Cleaned.of(self.run.path)
+        asked = [i for i in there if not cleaned.lacks(i)] if iterations is None else list(iterations)
         if missing := [i for i in asked if not 0 <= i < len(there)]:
             newest = f"the newest is {there[-1]}" if there else "none is"
             raise UserError(f"{stage} of iteration {missing[0]} is not committed in {self.run.path}; {newest}")

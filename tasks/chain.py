@@ -84,8 +84,8 @@ def next_link(runs: Path, config: RunConfig, gate: Gate) -> tuple[Link, list[str
     """The link to make, or to go on with, and what is new; None where there is nothing new.
 
     New is: another digest of the prompts, of a model, of a reward, or of the config; or, without a training, another
-    gate or another number of iterations of the last run. A link that is not done goes on while its inputs are the same; else it is left, since its run cannot go on.
-    The caller holds the chain.
+    gate or another number of iterations of the last run. A link that is not done goes on while its inputs are the
+    same; else it is left, since its run cannot go on. The caller holds the chain.
 
     Raises: UserError with every problem of the config.
     """

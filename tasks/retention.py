@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import MissingContextError
 
 from rlhf_core.contracts.archive import find_segment, segment_path
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.compaction import loose_iterations, remove_archived, write_segment
 from rlhf_core.contracts.durable import remove_folder, remove_leftovers
 from rlhf_core.contracts.errors import IntegrityError, UserError
@@ -39,7 +40,8 @@ def compact(run_dir: str, num_finished: int) -> list[str]:
     run = resources(run_dir).run
     keep = run.config.artifacts.keep_iterations
     assert keep is not None
-    loose = set(loose_iterations(run.path))
+    cleaned = Cleaned.of(run.path)
+    loose = {iteration for iteration in loose_iterations(run.path) if not cleaned.lacks(iteration)}
     told: list[str] = []
     for first in range(0, num_finished - 2 * keep + 1, keep):
         there = sorted(loose.intersection(range(first, first + keep)))

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.displays.terminal import print_records, table_of
-from rlhf_core.choice import chosen_iterations
+from rlhf_core.choice import ALL, chosen_iterations
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.export import check_target, export_table
@@ -82,7 +83,9 @@ class Question:
     def _where(self, run: RunFolder) -> list[int] | None:
         """The iterations whose responses are asked for; None: of the newest."""
         if self.iterations is not None:
-            return chosen_iterations(self.iterations, run.num_finished())
+            chosen = chosen_iterations(self.iterations, run.num_finished())
+            cleaned = Cleaned.of(run.path)
+            return [i for i in chosen if not cleaned.lacks(i)] if self.iterations.strip() == ALL else chosen
         return None if self.iteration is None else [self.iteration]
 
 

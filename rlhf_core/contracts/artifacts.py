@@ -22,6 +22,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from rlhf_core.contracts.archive import MANIFESTS, Segment, find_segment
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.config_io import canonical_json, digest_json
 from rlhf_core.contracts.durable import hash_file, read_file, write_file, write_folder
 from rlhf_core.contracts.errors import IntegrityError, NumericalError
@@ -232,6 +233,12 @@ def locate_artifact(run_dir: Path, ref: ArtifactRef) -> tuple[Path, bytes, Segme
         return path, read_file(path), None
     except FileNotFoundError:
         segment = find_segment(run_dir, ref.iteration)
+        is_there, cleaned = segment is not None and segment.file(ref.stage).exists(), Cleaned.of(run_dir)
+        if cleaned.lacks(ref.iteration) and not is_there:
+            raise IntegrityError(
+                f"{path} was removed by `rlhf clean` on {cleaned.date}, with all artifacts of iterations "
+                f"{cleaned.artifacts_from} to {cleaned.artifacts_before - 1}; choose another iteration"
+            ) from None
         if segment is None:
             raise IntegrityError(f"{path} is missing, though its stage is committed") from None
         return segment.file(ref.stage), encode_archived(segment, ref), segment

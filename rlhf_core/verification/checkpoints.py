@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from rlhf_core.contracts.artifacts import read_manifest
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.durable import hash_file, is_leftover, read_file
 from rlhf_core.contracts.errors import IntegrityError
@@ -51,8 +52,9 @@ class CheckpointCheck:
         ends = {self.run.config.num_iterations, *(extension.before for extension in self.run.extensions)}
         known = sorted({*due, *(i for i in there if i % settings.every == 0 or i in ends)})
         kept = known[-1 if self.run.last_good is not None else -settings.keep_last :]
+        removed = Cleaned.of(self.run.path).checkpoints
         for iteration in kept:
-            if iteration not in there and not self.run.checkpoint_path(iteration).exists():
+            if iteration not in (*there, *removed) and not self.run.checkpoint_path(iteration).exists():
                 yield self._rebuilt(self.run.checkpoint_path(iteration), iteration, "missing",
                                     "this checkpoint is missing", stops_resume=False)  # fmt: skip
 

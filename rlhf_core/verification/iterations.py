@@ -17,6 +17,7 @@ from rlhf_core.contracts.artifacts import (
     read_manifest,
     stage_key,
 )
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
@@ -55,6 +56,7 @@ class IterationCheck:
 
     def __init__(self, run: RunFolder, archived: Collection[int] = ()) -> None:
         self.run, self.archived = run, archived
+        self.cleaned = Cleaned.of(run.path)
         self.num_files = 0
         self.num_bytes = 0
         self._state: LoopState | None = LoopState(iteration=0, kl_coef=run.config.kl.coef)
@@ -89,6 +91,8 @@ class IterationCheck:
                 yield self._finding(_json(iteration, stage), "damaged", problem, ((iteration, stage),))
                 continue
             manifests[stage] = manifest
+            if self.cleaned.lacks(iteration) and not (self.run.path / manifest.artifact.path).exists():
+                continue
             table, wrong = self._artifact(manifest)
             if table is None:
                 kind, problem = wrong

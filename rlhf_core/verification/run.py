@@ -11,6 +11,8 @@ from pathlib import Path
 from rlhf_core.contracts.archive import FOLDER as ARCHIVE
 from rlhf_core.contracts.archive import segment_paths
 from rlhf_core.contracts.artifacts import read_manifest
+from rlhf_core.contracts.cleaned import FILE as CLEANED
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.compaction import check_segment
 from rlhf_core.contracts.durable import is_leftover, read_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, StorageError, UserError
@@ -26,7 +28,7 @@ QUARANTINE = ".quarantine"
 """Where a repair puts what does not belong."""
 KNOWN = frozenset(
     {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "before_after.json",
-     "report.png", "view.html", "evaluations", ARCHIVE, QUARANTINE, SHARDS}
+     "report.png", "view.html", "evaluations", CLEANED, ARCHIVE, QUARANTINE, SHARDS}
 )  # fmt: skip
 SETTLE_S = 0.5
 """How long a run that is going has for a write, before a second look."""
@@ -100,6 +102,10 @@ def _look(path: Path, load_weights: bool, progress: Progress, *, going: bool) ->
     if others:
         return _without_record(path, "damaged", f"it is of another run: {others}")
     finished = num_finished(run)
+    try:
+        Cleaned.of(path)
+    except IntegrityError as error:
+        return _without_record(path, "damaged", said(error, path / CLEANED), CLEANED)
     found: list[Finding] = []
     checkpoints = CheckpointCheck(run, load_weights=load_weights)
     saved = sorted(int(p.name) for p in _folders(run.path / "checkpoints"))
@@ -133,16 +139,20 @@ def _look(path: Path, load_weights: bool, progress: Progress, *, going: bool) ->
     )
 
 
-def _without_record(path: Path, kind: str, problem: str) -> Verification:
-    remedy = f"{RECORD_REMEDY}. Everything else is read once it is there"
-    finding = Finding("run.json", kind, problem, remedy, recoverable=False)  # pyright: ignore[reportArgumentType]
+def _without_record(path: Path, kind: str, problem: str, name: str = "run.json") -> Verification:
+    remedy = RECORD_REMEDY if name == "run.json" else f"put {name} back from a copy"
+    remedy += ". Everything else is read once it is there"
+    finding = Finding(name, kind, problem, remedy, recoverable=False)  # pyright: ignore[reportArgumentType]
     return Verification(path, [finding], 0, 0, 1, 0)
 
 
 def _archive(run: RunFolder) -> Iterator[Finding]:
     """The segments of old iterations; what is lost with one can be computed again."""
-    for first, _, segment in segment_paths(run.path):
+    cleaned = Cleaned.of(run.path)
+    for first, last, segment in segment_paths(run.path):
         for damage in check_segment(segment):
+            if last < cleaned.artifacts_before and damage.path.suffix == ".arrow" and not damage.path.exists():
+                continue
             where = str(damage.path.relative_to(run.path))
             problem = said(IntegrityError(damage.sentence), damage.path)
             lost = tuple((iteration, stage) for stage, iteration in damage.lost)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rlhf_core.choice import first_middle_last
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -80,7 +81,8 @@ def write_run_page(run: RunFolder, tokenizer: PreTrainedTokenizerBase | None = N
     Returns: None while no iteration is finished.
     Raises: as :func:`write_page`.
     """
-    iterations = first_middle_last(run.num_finished())
+    cleaned = Cleaned.of(run.path)
+    iterations = [i for i in first_middle_last(run.num_finished()) if not cleaned.lacks(i)]
     if not iterations:
         return None
     limit = _small_limit(run, iterations)
