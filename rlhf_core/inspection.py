@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,14 @@ class Sheet:
     table: pa.Table
     facts: Row = field(default_factory=dict[str, Any])
     """Plain JSON."""
+    spoken: Callable[[Row], str] = field(default=lambda row: row["prompt_text"], repr=False)
+    """What a person reads of the prompt of a row: of a chat, the last message of the user."""
+
+    def iterations(self, limit: int | None = None) -> list[int]:
+        """The iterations that the first rows are of, ascending; none where nothing says so."""
+        if "iteration" in self.table.column_names:
+            return sorted(set(self.table["iteration"].slice(0, limit).to_pylist()))
+        return [self.facts["iteration"]] if "iteration" in self.facts else []
 
 
 def run_sheet(run: RunFolder) -> Sheet:
@@ -65,7 +73,13 @@ def artifact_sheet(run: RunFolder, iteration: int | None, stage: str) -> Sheet:
 def sample_sheet(run: RunFolder, sample_id: str) -> Sheet:
     """One response token by token. Raises UserError if it is not in the run."""
     facts, tokens = sample_tokens(run, sample_id)
-    return Sheet(sample_id, pa.Table.from_pylist(tokens), facts)
+    iteration, spoken = _iteration_of(sample_id), _Spoken(run)
+    prompt_id = _row_with(run, _manifests(run, iteration)["generate"], "sample_id", sample_id)["prompt_id"]
+
+    def said(row: Row) -> str:
+        return spoken(row | {"iteration": iteration, "prompt_id": prompt_id})
+
+    return Sheet(sample_id, pa.Table.from_pylist(tokens), facts, said)
 
 
 def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
@@ -79,7 +93,7 @@ def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: S
     chosen, where = _chosen(run, iterations, selection)
     order = f", the {'lowest' if selection.lowest else 'highest'} {selection.by} first" if selection.by else ""
     facts = {"run": str(run.path), "total": chosen.num_rows}
-    return Sheet(f"responses of {where}{order}", chosen, facts)
+    return Sheet(f"responses of {where}{order}", chosen, facts, _Spoken(run))
 
 
 def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
@@ -89,6 +103,27 @@ def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection:
         raise UserError(f"no response of {where} is like that")
     title = f"{chosen.num_rows} responses of {where}"
     return Sheet(title, pa.Table.from_pylist(spread(chosen)), {"run": str(run.path), "responses": chosen.num_rows})
+
+
+class _Spoken:
+    """Finds the last user message of a chat for a row of a response; a plain prompt is shown as it is."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._said: dict[int, dict[int, str]] = {}
+
+    def __call__(self, row: Row) -> str:
+        iteration = row["iteration"]
+        if iteration not in self._said:
+            prompts = read_artifact(self._run.path, self._run.manifests(iteration)["sample_prompts"].artifact)
+            chats = prompts.select(["prompt_id", "messages"]).to_pylist()
+            self._said[iteration] = {chat["prompt_id"]: _last_of_user(chat["messages"]) for chat in chats}
+        return self._said[iteration].get(row["prompt_id"]) or row["prompt_text"]
+
+
+def _last_of_user(messages: Sequence[Mapping[str, str]]) -> str:
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return said[-1] if said else ""
 
 
 def _chosen(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> tuple[pa.Table, str]:

@@ -35,7 +35,8 @@ ul.runs li:focus-visible { outline: 2px solid var(--color); outline-offset: 1px;
 .working { color: var(--warn); } .stopped { color: var(--bad); } .finished { color: var(--good); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
 figure, section { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-figure { padding: 14px 14px 8px; } section { padding: 16px 18px; margin-top: 14px; overflow-x: auto; }
+figure { padding: 14px 14px 8px; } section { padding: 16px 18px; margin-top: 14px; }
+.wide { overflow: auto; max-height: 88vh; }
 figcaption { font-weight: 600; margin: 0 0 6px 2px; } figcaption span { font-weight: 400; color: var(--dim); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 11px; fill: var(--dim); }
@@ -56,9 +57,12 @@ thead th { border-bottom: 1px solid var(--line); white-space: normal; overflow-w
   min-width: 8em; }
 thead th i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--color);
   margin-right: 6px; }
-tbody tr:nth-child(even) { background: var(--zebra); }
+tbody tr { background: var(--card); } tbody tr:nth-child(even) { background: var(--zebra); }
+thead th { position: sticky; top: 0; z-index: 1; background: var(--card); }
+th:first-child { position: sticky; left: 0; background: inherit; } thead th:first-child { z-index: 2; }
+tbody th { max-width: 22em; overflow: hidden; text-overflow: ellipsis; } td { max-width: 28em; white-space: normal; }
 td { overflow-wrap: anywhere; } .note { color: var(--dim); overflow-wrap: anywhere; } .note b { color: var(--warn); }
-@media print { body { max-width: none; } figure, section { break-inside: avoid; } }
+@media print { .wide { max-height: none; } body { max-width: none; } figure, section { break-inside: avoid; } }
 """
 
 
@@ -166,13 +170,15 @@ def _table(title: str, heads: Sequence[str], lines: Sequence[Line], *, colored: 
     def cell(text: str) -> str:
         return f'<td class="{text}">{text}</td>' if text in STANDINGS else f"<td>{escape(text)}</td>"
 
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(map(cell, cells))}</tr>' for label, cells in lines
-    )
+    def row(label: str, cells: Sequence[str]) -> str:
+        name = escape(label)
+        return f'<tr><th scope="row" title="{name}">{name}</th>{"".join(map(cell, cells))}</tr>'
+
+    rows = "\n".join(row(label, cells) for label, cells in lines)
     columns = "".join(head(i, name) for i, name in enumerate(heads))
     return (
-        f"<section><h2>{title}</h2><table><thead><tr><th></th>{columns}</tr></thead><tbody>\n{rows}\n</tbody>"
-        "</table></section>"
+        f'<section><h2>{title}</h2><div class="wide" tabindex="0"><table><thead><tr><th></th>{columns}</tr></thead>'
+        f"<tbody>\n{rows}\n</tbody></table></div></section>"
     )
 
 

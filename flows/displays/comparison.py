@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.displays.braille import braille_plot, ends
+from flows.displays.narrow import WIDE, Column, apart, print_columns
 from flows.displays.terminal import BARS
 from rlhf_core.comparing.comparison import Comparison, compare
 from rlhf_core.comparing.outcome import smoothed
@@ -24,8 +25,8 @@ from rlhf_core.store.address import shown
 
 STYLES = ("dodger_blue1", "dark_orange", "green3", "medium_orchid", "gold3", "deep_pink3", "turquoise2", "grey62")
 """Of the runs, in order, again from the first after the last."""
-CELL, LABEL = 18, 32
-"""Characters of a column of a run, and of the labels before it."""
+CELL, LABEL, NAME = 18, 32, 21
+"""Characters of a column of a run, of the labels before it, and of a run's name in a narrow terminal."""
 PLOT_HEIGHT = 10
 WIDEST_PLOT = 72
 STANDINGS = {"working": "yellow", "stopped": "red", "finished": "green"}
@@ -47,7 +48,8 @@ def compare_and_show(console: Console, paths: Sequence[Path], *, last: int, out:
 
 def show_comparison(console: Console, compared: Comparison) -> None:
     """Print it."""
-    names = [Text(o.name, style=style_of(i), overflow="fold") for i, o in enumerate(compared.outcomes)]
+    short = apart([each.name for each in compared.outcomes], NAME if console.width < WIDE else LABEL)
+    names = [Text(name, style=style_of(i)) for i, name in enumerate(short)]
     differences = difference_lines(compared)
     if differences:
         _print_lines(console, "Configs: what differs", names, differences)
@@ -55,7 +57,7 @@ def show_comparison(console: Console, compared: Comparison) -> None:
         _print_title(console, "Configs: all the same\n")
     _print_lines(console, f"Results: means of the last {compared.last} iterations ± std", names, result_lines(compared))
     if compared.groups:
-        heads = [Text(group.name, overflow="fold") for group in compared.groups]
+        heads = [Text(name) for name in apart([group.name for group in compared.groups], LABEL)]
         _print_lines(console, "Across seeds: mean ± std over runs", heads, group_lines(compared))
     _print_sparklines(console, compared, names)
     _print_score_against_kl(console, compared)
@@ -87,32 +89,31 @@ def _print_title(console: Console, title: str) -> None:
 
 def _print_lines(console: Console, title: str, names: Sequence[Text], lines: Sequence[Line]) -> None:
     """A table with a column a run; as many beside each other as the terminal is wide, then the rest below."""
-    fit = max(1, (console.width - LABEL) // CELL)
     _print_title(console, title)
-    for start in range(0, len(names), fit):
-        table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("", max_width=LABEL, overflow="fold")
-        for name in names[start : start + fit]:
-            table.add_column(name, justify="right", overflow="fold")
-        for label, cells in lines:
-            shown = [Text(cell, style=STANDINGS.get(cell, "")) for cell in cells[start : start + fit]]
-            table.add_row(Text(label), *shown)
-        console.print(table)
+    columns = [Column("", [label for label, _ in lines], is_name=True)]
+    for i, name in enumerate(names):
+        cells = [cells[i] for _, cells in lines]
+        columns.append(
+            Column(str(name), cells, is_name=True, is_left=False, styles=STANDINGS, heading_style=str(name.style))
+        )
+    fit = max(1, (console.width - LABEL) // CELL)
+    for start in range(1, len(columns), fit):
+        print_columns(console, [columns[0], *columns[start : start + fit]])
 
 
 def _print_sparklines(console: Console, compared: Comparison, names: Sequence[Text]) -> None:
     """A line of bars for each run and quantity, all of one quantity on one scale."""
     longest = max(len(each.rows) for each in compared.outcomes)
-    room = (console.width - max(len(name) for name in names) - 4) // len(CURVES) - 2
+    room = (console.width - max(name.cell_len for name in names) - 4) // len(CURVES) - 2
     width = min(longest, max(8, room), 40)
     _print_title(console, f"Curves: iterations 0 to {longest - 1}, each quantity on one scale")
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     scales: dict[str, tuple[float, float]] = {}
     for column, label in CURVES.items():
         values = [row[column] for each in compared.outcomes for row in each.rows]
         scales[column] = min(values), max(values)
-        table.add_column(f"{label}  {' to '.join(ends(*scales[column]))}", no_wrap=True)
+        table.add_column(f"{label}\n{' to '.join(ends(*scales[column]))}", no_wrap=True)
     for i, (each, name) in enumerate(zip(compared.outcomes, names, strict=True)):
         lines = [
             Text(_bars([row[column] for row in each.rows], scales[column], width, longest), style=style_of(i))
@@ -139,7 +140,8 @@ def _print_score_against_kl(console: Console, compared: Comparison) -> None:
     """What each run paid in KL for its score, smoothed, over what is attainable where it was evaluated."""
     curves = [(style_of(i), _path_of(each.rows, compared.last)) for i, each in enumerate(compared.outcomes)]
     reach = max(kl for _, path in curves for kl, _ in path)
-    names = [(each.name + "   ", style) for each, (style, _) in zip(compared.outcomes, curves, strict=True)]
+    short = apart([each.name for each in compared.outcomes], LABEL)
+    names = [(f"{name}   ", style) for name, (style, _) in zip(short, curves, strict=True)]
     attainable = next((each.evaluated.frontier for each in compared.outcomes if each.evaluated), None)
     if attainable is not None:
         curves.insert(0, ("bold", [(kl, score) for kl, score in attainable if kl <= reach]))

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from flows.displays.terminal import print_warning, side_by_side, table_of
+from flows.displays.narrow import print_rows
+from flows.displays.terminal import print_warning, side_by_side
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.store.opening import local
@@ -167,7 +168,7 @@ def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequ
         for row in summary["best_of_n"]
     ]  # fmt: skip
     if best:
-        console.print(table_of(best, "Best-of-n of the reference, no training"))
+        print_rows(console, best, "Best-of-n of the reference, no training")
     if samples:
         names = ("prompt", "ref_response", "ref_score", "response", "score")
         pairs = (tuple(sample[name] for name in names) for sample in samples)

@@ -15,7 +15,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from flows.displays.terminal import print_records, table_of
+from flows.displays.narrow import WIDE, Column, middle, print_rows
+from flows.displays.terminal import LABEL, print_records
 from rlhf_core.choice import ALL, chosen_iterations
 from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
@@ -35,6 +36,13 @@ from rlhf_core.store.address import shown
 
 SHOWN = 20
 """Rows in a terminal, unless a person asks for another number."""
+NUMBERS = {"score": "score", "kl": "KL", "num_tokens": "tokens", "change": "change"}
+"""Number of a response -> its heading."""
+INDENT = "  "
+MAX_NAMED = 8
+"""Iterations that a sentence names one by one."""
+LINES = 3
+"""Of a response in a narrow terminal."""
 BAR = 24
 """Characters of a histogram's longest bar."""
 
@@ -116,8 +124,9 @@ def show_run(
         table = sheet.table.slice(0, limit)
         export_table(table, to)
         console.print(
-            f"{table.num_rows} rows, {table.num_columns} columns: {to}", highlight=False, markup=False, soft_wrap=True
-        )
+            f"{table.num_rows} rows{_of_iterations(sheet.iterations(limit))}, {table.num_columns} columns: {to}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     if as_json:
         rows = sheet.table.slice(0, limit).to_pylist()
         sys.stdout.write(
@@ -127,13 +136,24 @@ def show_run(
         show(console, sheet, limit or SHOWN)
 
 
+def _of_iterations(there: Sequence[int]) -> str:
+    """Of which iterations rows are, in words."""
+    if not there:
+        return ""
+    if len(there) == 1:
+        return f" of iteration {there[0]}"
+    gaps = len(there) != there[-1] - there[0] + 1
+    named = ", ".join(map(str, there)) if gaps and len(there) <= MAX_NAMED else f"{there[0]} to {there[-1]}"
+    return f" of iterations {named}" + (f" ({len(there)} of them)" if gaps and len(there) > MAX_NAMED else "")
+
+
 def _print_run(console: Console, sheet: Sheet, limit: int) -> None:
     rows = sheet.table.to_pylist()
     if rows:
         shown = rows if len(rows) <= limit else rows[:: -(-len(rows) // limit)]
-        console.print(table_of(shown, sheet.title))
+        print_rows(console, shown, sheet.title)
         kept = ", ".join(f"{i:06d}" for i in sheet.facts["checkpoints"]) or "none yet"
-        console.print(f"checkpoints: {kept}", highlight=False)
+        console.print(f"checkpoints: {kept}", highlight=False, soft_wrap=True)
     else:
         console.print(sheet.title, highlight=False, markup=False, soft_wrap=True)
     for sentence in sheet.facts.get("extensions", ()):
@@ -143,8 +163,8 @@ def _print_run(console: Console, sheet: Sheet, limit: int) -> None:
 
 def _print_iteration(console: Console, sheet: Sheet, _: int) -> None:
     rows = [{**row, "sha256": row["sha256"][:12]} for row in sheet.table.to_pylist()]
-    console.print(table_of(rows, sheet.title))
-    console.print(table_of([{"metric": k, "value": v} for k, v in sheet.facts["metrics"].items()]))
+    print_rows(console, rows, sheet.title)
+    print_rows(console, [{"metric": k, "value": v} for k, v in sheet.facts["metrics"].items()])
 
 
 def _print_artifact(console: Console, sheet: Sheet, limit: int) -> None:
@@ -153,31 +173,72 @@ def _print_artifact(console: Console, sheet: Sheet, limit: int) -> None:
 
 
 def _print_sample(console: Console, sheet: Sheet, _: int) -> None:
-    for name, value in sheet.facts.items():
-        console.print(Text.assemble((f"{name:14} ", "bold"), str(value)))
-    console.print(table_of(sheet.table.to_pylist()))
+    spoken = sheet.spoken({"prompt_text": sheet.facts["prompt"]})
+    for name, value in {**sheet.facts, "prompt": spoken}.items():
+        console.print(Text.assemble((f"{name:{LABEL}}", "bold"), str(value)))
+    if spoken != sheet.facts["prompt"]:
+        told = "the prompt is a chat, shown by its last user message; --json has it as the policy reads it"
+        console.print(told, style="dim", soft_wrap=True, highlight=False)
+    print_rows(console, sheet.table.to_pylist())
 
 
 def _print_samples(console: Console, sheet: Sheet, limit: int) -> None:
-    table = Table(
-        title=Text(shown(sheet.title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
-    numbers = {"score": "score", "kl": "KL", "num_tokens": "tokens", "change": "change"}
-    table.add_column("sample", no_wrap=True)
-    for heading in numbers.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, ratio in (("finish", None), ("prompt", 2), ("response", 5)):
-        table.add_column(name, ratio=ratio)
-    for row in sheet.table.slice(0, limit).to_pylist():
-        cells = (f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in numbers)
-        texts = (row["finish_reason"], row["prompt_text"].strip(), row["response_text"].strip())
-        table.add_row(row["sample_id"], *cells, *(Text(text) for text in texts))
-    console.print(table)
+    rows = sheet.table.slice(0, limit).to_pylist()
+    (_print_wide_samples if console.width >= WIDE else _print_narrow_samples)(console, sheet, rows)
     if sheet.table.num_rows:
         one = sheet.table["sample_id"][0].as_py()
         command = f"rlhf inspect {sheet.facts['run']} --sample {one}"
         console.print(f"one of them token by token:  {command}", highlight=False, markup=False, soft_wrap=True)
     _print_rest(console, sheet, limit)
+
+
+def _print_narrow_samples(console: Console, sheet: Sheet, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The numbers of each response on one line, then its prompt on one and the beginning of what it answers."""
+    console.print(Text(shown(sheet.title), "italic"))
+    columns = [
+        Column("sample", [row["sample_id"] for row in rows], is_left=True),
+        *(Column(heading, [_digits(row[name]) for row in rows]) for name, heading in NUMBERS.items()),
+        Column("finish", [row["finish_reason"] for row in rows], is_left=True),
+    ]
+    widths = [column.width for column in columns]
+    for i in range(-1, len(rows)):
+        cells = [column.heading if i < 0 else str(column.cells[i]) for column in columns]
+        line = "  ".join(
+            cell.ljust(width) if column.is_left else cell.rjust(width)
+            for cell, width, column in zip(cells, widths, columns, strict=True)
+        )
+        console.print(Text(line.rstrip(), "bold" if i < 0 else ""), no_wrap=True, overflow="ignore", crop=False)
+        if i < 0:
+            continue
+        room = console.width - len(INDENT)
+        prompt, response = _one_line(sheet.spoken(rows[i])), _one_line(rows[i]["response_text"])
+        console.print(Text(f"{INDENT}{middle(prompt, room)}", "dim"), no_wrap=True)
+        for part in Text(response).wrap(console, room)[:LINES]:
+            console.print(Text.assemble(INDENT, part), no_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _print_wide_samples(console: Console, sheet: Sheet, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(
+        title=Text(shown(sheet.title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("sample", no_wrap=True)
+    for heading in NUMBERS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, ratio in (("finish", None), ("prompt", 2), ("response", 5)):
+        table.add_column(name, ratio=ratio)
+    for row in rows:
+        cells = (_digits(row[name]) for name in NUMBERS)
+        texts = (row["finish_reason"], sheet.spoken(row).strip(), row["response_text"].strip())
+        table.add_row(row["sample_id"], *cells, *(Text(text) for text in texts))
+    console.print(table)
 
 
 def _print_rest(console: Console, sheet: Sheet, limit: int) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.displays.narrow import WIDE, Column, print_columns
 from rlhf_core.replay.outcome import Replay, StageReplay
 from rlhf_core.store.address import shown
 
@@ -95,7 +96,7 @@ def verify_and_show_bundle(console: Console, path: Path, *, as_json: bool) -> No
 def show_replay(console: Console, replay: Replay) -> None:
     """Print a table of stages, then whatever differs, then one last line."""
     _line(console, f"{replay.run}, iteration {replay.iteration}", style="bold")
-    console.print(_table_of_stages(replay))
+    _print_stages(console, replay)
     for reason in dict.fromkeys(stage.skipped for stage in replay.stages if stage.skipped is not None):
         names = [stage.stage for stage in replay.stages if stage.skipped == reason]
         verb = "was" if len(names) == 1 else "were"
@@ -104,7 +105,7 @@ def show_replay(console: Console, replay: Replay) -> None:
         _show_stage(console, stage)
     if replay.sample is not None:
         _line(console, f"{replay.sample}, token by token", style="bold")
-        console.print(_table_of_tokens(replay.tokens, "replayed"))
+        _print_tokens(console, replay.tokens, "replayed")
     computed = [stage for stage in replay.stages if stage.is_identical is not None]
     where = f"iteration {replay.iteration} of {replay.run}"
     is_part = len(computed) < len(replay.stages)
@@ -137,10 +138,10 @@ def show_what_if(console: Console, answer: WhatIf) -> None:
         _line(console, f"{stage} was not: {reason}", style="yellow")
     for note in answer.notes:
         _line(console, f"note: {note}", style="yellow")
-    console.print(_table_of_quantities(answer.quantities))
+    _print_quantities(console, answer.quantities)
     if answer.sample is not None:
         _line(console, f"{answer.sample}: stored → what if", style="bold")
-        console.print(_table_of_tokens(answer.tokens, "what_if", digits=4))
+        _print_tokens(console, answer.tokens, "what_if", digits=4)
     if "shape_rewards" in answer.computed:
         _show_advantages(console, answer.advantages)
 
@@ -154,41 +155,40 @@ def _show_advantages(console: Console, moved: Advantages) -> None:
     if not moved.most_changed:
         return
     _line(console, "Samples whose advantage changes most (mean over tokens)", style="bold")
-    table = _table()
-    table.add_column("sample", no_wrap=True)
-    for name in ("score", "advantage, stored", "what if"):
-        table.add_column(name, justify="right")
-    for row in moved.most_changed:
-        score, advantage = row["score"], row["advantage"]
-        shown = _number(score["stored"])
-        shown += "" if score["stored"] == score["what_if"] else f" → {_number(score['what_if'])}"
-        table.add_row(Text(row["sample_id"]), shown, _number(advantage["stored"]), _number(advantage["what_if"]))
-    console.print(table)
+    rows = moved.most_changed
+    scores = [(_number(row["score"]["stored"]), _number(row["score"]["what_if"])) for row in rows]
+    columns = [
+        Column("sample", [row["sample_id"] for row in rows], is_left=True),
+        Column("score", [then if then == now else f"{then} → {now}" for then, now in scores]),
+        Column("advantage, stored", [_number(row["advantage"]["stored"]) for row in rows]),
+        Column("what if", [_number(row["advantage"]["what_if"]) for row in rows]),
+    ]
+    print_columns(console, columns)
 
 
-def _table_of_stages(replay: Replay) -> Table:
-    table = _table()
-    table.add_column("stage", no_wrap=True)
-    table.add_column("rows", justify="right")
-    table.add_column("stored", no_wrap=True)
-    table.add_column("replayed", no_wrap=True)
-    table.add_column("identical")
-    table.add_column("seconds", justify="right")
+def _print_stages(console: Console, replay: Replay) -> None:
+    digits = 12 if console.width >= WIDE else 8
+    rows: list[tuple[str | Text, ...]] = []
     if replay.weights is not None:
         weights = replay.weights
-        stored = weights.stored[:12]
+        stored = weights.stored[:digits]
         origin = "the models" if weights.checkpoint is None else f"checkpoint {weights.checkpoint}"
         origin += f" + {weights.updates} update{'s' if weights.updates > 1 else ''}" if weights.updates else ""
-        table.add_row(f"weights from {origin}", "", stored, weights.replayed[:12], _yes(), f"{weights.seconds:.2f}")
+        rows.append((f"weights, {origin}", "", stored, weights.replayed[:digits], _yes(), f"{weights.seconds:.2f}"))
     for stage in replay.stages:
         seconds = "" if stage.skipped is not None else f"{stage.seconds:.2f}"
-        replayed = "" if stage.replayed is None else stage.replayed[:12]
-        table.add_row(stage.stage, str(stage.rows), stage.stored[:12], replayed, _verdict(stage), seconds)
+        replayed = "" if stage.replayed is None else stage.replayed[:digits]
+        rows.append((stage.stage, str(stage.rows), stage.stored[:digits], replayed, _verdict(stage), seconds))
         if stage.weights is not None:
             stored, again = stage.weights
             same = _yes() if stored == again else _no()
-            table.add_row("  weights after it", "", stored[:12], again[:12], same, "")
-    return table
+            rows.append(("  weights after it", "", stored[:digits], again[:digits], same, ""))
+    headings = ("stage", "rows", "stored", "replayed", "identical", "seconds")
+    columns = [
+        Column(heading, cells, is_name=heading == "stage", is_left=heading not in ("rows", "seconds"))
+        for heading, cells in zip(headings, zip(*rows, strict=True), strict=True)
+    ]
+    print_columns(console, columns)
 
 
 def _verdict(stage: StageReplay) -> Text:
@@ -212,7 +212,7 @@ def _show_stage(console: Console, stage: StageReplay) -> None:
     if stage.difference is not None:
         columns = stage.difference.columns
         _line(console, f"{stage.stage}: first difference in {_place(columns[0])}", style="bold")
-        console.print(_table_of_columns(columns))
+        _print_differences(console, columns)
     for line in stage.others[:SHOWN_LINES]:
         _line(console, f"  {stage.stage}: {line}")
     if len(stage.others) > SHOWN_LINES:
@@ -225,32 +225,33 @@ def _place(column: ColumnDifference) -> str:
     return f"{at.column}, row {at.row} ({at.key}){token}: stored {_value(at.stored)}, replayed {_value(at.replayed)}"
 
 
-def _table_of_columns(columns: Sequence[ColumnDifference]) -> Table:
-    table = _table()
-    table.add_column("column", no_wrap=True)
-    for name in ("values that differ", "largest difference", "in ulp"):
-        table.add_column(name, justify="right")
-    table.add_column("first at")
-    for column in columns:
+def _print_differences(console: Console, found: Sequence[ColumnDifference]) -> None:
+    rows: list[tuple[str, ...]] = []
+    for column in found:
         at = column.first
         where = at.key if at.position is None else f"{at.key}[{at.position}]"
         largest = "" if column.largest is None else f"{column.largest:.3g}"
         ulp = "" if column.largest_ulp is None else f"{column.largest_ulp:,}"
-        share = f"{column.num_different:,} of {column.num_values:,}"
-        table.add_row(at.column, share, largest, ulp, Text(where))
-    return table
+        rows.append((at.column, f"{column.num_different:,} of {column.num_values:,}", largest, ulp, where))
+    headings = ("column", "values that\ndiffer", "largest\ndifference", "in ulp", "first at")
+    columns = [
+        Column(heading, cells, is_name=heading == "column", is_left=heading in ("column", "first at"))
+        for heading, cells in zip(headings, zip(*rows, strict=True), strict=True)
+    ]
+    print_columns(console, columns)
 
 
-def _table_of_quantities(quantities: Sequence[Quantity]) -> Table:
-    table = _table()
-    table.add_column("quantity", no_wrap=True)
-    for name in ("stored", "what if", "change"):
-        table.add_column(name, justify="right")
+def _print_quantities(console: Console, quantities: Sequence[Quantity]) -> None:
+    rows: list[list[Text]] = []
     for quantity in quantities:
         change = _change(quantity.stored, quantity.what_if)
-        style = "dim" if change in ("", "=", "≈") else ""
-        table.add_row(quantity.name, _number(quantity.stored), _number(quantity.what_if), change, style=style)
-    return table
+        cells = (quantity.name, _number(quantity.stored), _number(quantity.what_if), change)
+        rows.append([Text(cell, "dim" if change in ("", "=", "≈") else "") for cell in cells])
+    columns = [
+        Column(heading, cells, is_name=heading == "quantity")
+        for heading, cells in zip(("quantity", "stored", "what if", "change"), zip(*rows, strict=True), strict=True)
+    ]
+    print_columns(console, columns)
 
 
 def _change(stored: float | None, what_if: float | None) -> str:
@@ -261,16 +262,13 @@ def _change(stored: float | None, what_if: float | None) -> str:
     return f"{what_if - stored:+.4g}" if abs(what_if - stored) > ROUNDING * max(1.0, abs(stored)) else "≈"
 
 
-def _table_of_tokens(tokens: Sequence[Mapping[str, Any]], again: str, *, digits: int = EXACT) -> Table:
-    """One row a token; a cell is one number where both are the same, else both."""
-    table = _table()
-    columns = [name for name in (tokens[0] if tokens else ()) if name not in ("position", "token")]
-    for name in ("position", "token", *columns):
-        table.add_column(name.replace("_", " "), justify="left" if name == "token" else "right", overflow="fold")
-    for row in tokens:
-        cells = [_pair(row[name], again, digits) for name in columns]
-        table.add_row(str(row["position"]), Text(row["token"]), *cells)
-    return table
+def _print_tokens(console: Console, tokens: Sequence[Mapping[str, Any]], again: str, *, digits: int = EXACT) -> None:
+    """One row a token; a cell is one number where both are the same, else both. The rest of the columns below."""
+    names = [name for name in (tokens[0] if tokens else ()) if name not in ("position", "token")]
+    place = [f"{row['position']} {row['token']}" for row in tokens]
+    columns = [Column("token", place, is_name=True)]
+    columns += [Column(name.replace("_", " "), [_pair(row[name], again, digits) for row in tokens]) for name in names]
+    print_columns(console, columns)
 
 
 def _pair(cell: Mapping[str, Any], again: str, digits: int) -> Text:

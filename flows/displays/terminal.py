@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +15,7 @@ from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
+from flows.displays.narrow import cell_text, middle, print_rows
 from rlhf_core.store.address import shown
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -23,6 +23,8 @@ WIDEST = 9
 """Columns that fit side by side in a terminal."""
 FEW = "--num-prompts 16 --samples 8 --frontier-samples 32"
 """Options of an evaluation that takes seconds on a small model, not minutes."""
+LABEL = 17
+"""Columns of a name before its value."""
 EDGE = 5
 """Iterations averaged at the beginning and at the end."""
 
@@ -139,29 +141,17 @@ def print_result(
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Rows as a table: numbers to the right and short, long texts cut, lists as their length (x their mean)."""
-    table = Table(
-        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
-    for name in rows[0] if rows else ():
-        is_number = isinstance(rows[0][name], int | float)
-        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    return table
-
-
 def print_records(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Rows as a table where they are narrow, else one after the other, a line a column."""
-    if not rows or len(rows[0]) <= WIDEST:
-        console.print(table_of(rows, title))
+    if rows and len(rows[0]) <= WIDEST:
+        print_rows(console, rows, title)
         return
     console.print(title, style="italic")
     for row in rows:
         console.print()
         for name, value in row.items():
-            console.print(Text.assemble((f"{name:17}", "bold"), _cell(value)))
+            text = middle(cell_text(value), console.width - LABEL)
+            console.print(Text.assemble((f"{name:{LABEL}}", "bold"), text), soft_wrap=True)
 
 
 def next_commands(run_dir: str, tracking_uri: str) -> dict[str, str]:
@@ -225,14 +215,3 @@ def side_by_side(title: str, names: tuple[str, str], rows: Iterable[tuple[Any, .
         scores = (f"{first_score:.2f}", f"{second_score:.2f}")
         table.add_row(Text(prompt), Text(first.strip()), scores[0], Text(second.strip()), scores[1])
     return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, float):
-        return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
-    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        return f"{len(value)} x {_cell(sum(value) / len(value))}" if isinstance(value[0], float) else f"{len(value)}"
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "…"

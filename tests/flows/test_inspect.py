@@ -91,7 +91,7 @@ def test_a_file_holds_what_the_run_holds(
     frame = read[ending](path)
     table = open_run(run_dir).samples().arrow()
     assert code == 0
-    assert out.startswith(f"{table.num_rows} rows, {table.num_columns + 1} columns: ")
+    assert out.startswith(f"{table.num_rows} rows of iterations 0 to 2, {table.num_columns + 1} columns: ")
     assert list(frame["kl"]) == sorted(frame["kl"], reverse=True)
     assert sorted(frame["sample_id"]) == sorted(table["sample_id"].to_pylist())
     first = table.filter(equal("sample_id", frame["sample_id"][0])).to_pylist()[0]["advantages"]

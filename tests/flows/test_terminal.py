@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows.displays.terminal import TerminalWatcher, next_commands, print_records, print_result, sparkline, table_of
+from flows.displays.narrow import print_rows
+from flows.displays.terminal import TerminalWatcher, next_commands, print_records, print_result, sparkline
 
 METRICS = {
     "objective/scores": 1.25,
@@ -82,5 +83,5 @@ def test_wide_rows_stand_one_below_the_other_and_lists_are_summed_up() -> None:
     console, out = printed(80)
     print_records(console, [{f"column_{i}": [1.0, 2.0] for i in range(12)}], "wide")
     assert "column_11        2 x 1.500" in out.getvalue()
-    console.print(table_of([{"a": 1, "tokens": [3, 4, 5]}]))
+    print_rows(console, [{"a": 1, "tokens": [3, 4, 5]}])
     assert "3" in out.getvalue().splitlines()[-2]
