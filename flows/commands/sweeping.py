@@ -36,7 +36,10 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option(
-            callback=local_only, help="Folder of the sweep; default: runs/<config>-sweep. One that was begun goes on."
+            "--run-dir",
+            "--out",
+            callback=local_only,
+            help="Folder of the sweep; default: runs/<config>-sweep. One that was begun goes on.",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,

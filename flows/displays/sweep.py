@@ -179,6 +179,9 @@ def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
             console.print(
                 Text.assemble(("not finished: ", "yellow"), run["name"], ": ", run["failure"]), soft_wrap=True
             )
+    for group in summary.get("equal", ()):
+        if group["why"] not in best["note"]:
+            console.print(Text.assemble(("equal: ", "yellow"), group["why"]), soft_wrap=True)
     console.print(Text(verdict(summary)), soft_wrap=True)
 
 
@@ -191,6 +194,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
     said = f"best: {labels[best['point']]}, by the {criterion}"
     if best["next"] is None:
         return said
+    if best["note"].startswith("more seeds would tell nothing"):
+        return f"{said}, and exactly equal to {labels[best['next']]}; {best['note']}"
     lead = best["lead"]
     reach = "" if lead["low"] is None else f" ± {lead['high'] - lead['mean']:.3f}"
     ahead = f"{said}; {lead['mean']:.3f}{reach} ahead of {labels[best['next']]}"

@@ -242,12 +242,12 @@ def check_folder(path: Path, record: SweepRecord) -> None:
     if there is not None:
         if differences := _differences(there, record):
             raise UserError(
-                f"--out {path} holds another sweep ({'; '.join(differences)}); choose another folder, or give what it "
-                "was begun with to go on"
+                f"--run-dir {path} holds another sweep ({'; '.join(differences)}); choose another folder, or give "
+                "what it was begun with to go on"
             )
         return
     if path.exists() and (not path.is_dir() or any(p.name != "lock" and p.suffix != ".tmp" for p in path.iterdir())):
-        raise UserError(f"--out {path} is neither an empty folder nor a sweep; choose a new one")
+        raise UserError(f"--run-dir {path} is neither an empty folder nor a sweep; choose a new one")
 
 
 def _differences(there: SweepRecord, asked: SweepRecord) -> list[str]:

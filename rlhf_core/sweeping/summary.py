@@ -27,6 +27,7 @@ import torch
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.ops.comparison import interval
+from rlhf_core.sweeping.equal import equal_points
 from rlhf_core.sweeping.folder import SweepFolder
 from rlhf_core.sweeping.grid import point_label
 
@@ -116,23 +117,28 @@ def summarize(there: SweepFolder, criterion: Criterion, failures: Mapping[str, s
         runs.append(row)
     points = [_point(i, values, [r for r in runs if r["point"] == i]) for i, values in enumerate(there.points)]
     _mark_frontier(points)
+    equal = equal_points(there, points, runs)
     return {
         "grid": {key: list(values) for key, values in there.grid.items()},
         "seeds": list(there.seeds),
         "criterion": {"sentence": criterion.sentence, "price": criterion.price, "at_kl": criterion.at_kl},
-        "best": choose(points, runs, criterion),
+        "best": choose(points, runs, criterion, equal),
+        "equal": equal,
         "points": points,
         "runs": runs,
     }
 
 
-def choose(points: Sequence[Row], runs: Sequence[Row], criterion: Criterion) -> dict[str, Any]:
+def choose(
+    points: Sequence[Row], runs: Sequence[Row], criterion: Criterion, equal: Sequence[Row] = ()
+) -> dict[str, Any]:
     """The best point, the next one, and the lead over it.
 
     Args:
         points: rows of :func:`summarize`.
         runs: likewise.
         criterion: what is better.
+        equal: groups of points that came out exactly equal.
     Returns: ``point`` is null where there is none, with the reason in ``note``.
     """
     none: dict[str, Any] = {"point": None, "next": None, "lead": None}
@@ -152,7 +158,10 @@ def choose(points: Sequence[Row], runs: Sequence[Row], criterion: Criterion) -> 
     ahead, behind = ({r["seed"]: r["value"] for r in runs if r["point"] == p["point"]} for p in order[:2])
     lead = _interval([ahead[seed] - behind[seed] for seed in ahead])
     note = ""
-    if lead["low"] is None:
+    same = next((group for group in equal if {p["point"] for p in order[:2]} <= {*group["points"]}), None)
+    if same is not None:
+        note = f"more seeds would tell nothing: {same['why']}"
+    elif lead["low"] is None:
         note = "one seed tells no difference from chance: give --seeds 3 or more"
     elif lead["low"] <= 0:
         note = "which may be chance: more seeds would tell"

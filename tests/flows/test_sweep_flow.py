@@ -326,8 +326,8 @@ class TestMistakes:
         assert told[2].startswith("kl.coef is -2")
 
     def test_a_folder_that_holds_another_sweep(self, rlhf: Rlhf, config: Path, there: SweepFolder) -> None:
-        (told,) = self.refused(rlhf, *GRID[:2], "--seeds", "3", "--out", there.path)
-        assert f"--out {there.path} holds another sweep (seeds are 7, 8 there, and 7, 8, 9 now)" in told
+        (told,) = self.refused(rlhf, *GRID[:2], "--seeds", "3", "--run-dir", there.path)
+        assert f"--run-dir {there.path} holds another sweep (seeds are 7, 8 there, and 7, 8, 9 now)" in told
         flip(there.path / "sweep.json")
         (told,) = self.refused(rlhf, *GRID, "--out", there.path)
         assert "is damaged" in told

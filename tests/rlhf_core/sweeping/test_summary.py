@@ -116,6 +116,23 @@ def test_one_seed_has_no_interval(summed: Any) -> None:
     assert "one seed tells no difference from chance" in found["best"]["note"]
 
 
+def test_points_that_came_out_exactly_equal_say_why(summed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_core.sweeping.equal._measured", lambda _: {})
+    same = {(coef, seed): (2.0 + seed, 4.0, 1.5) for coef in (0.1, 0.2) for seed in (0, 1, 2)}
+    found = summed(same, Criterion(price=0.0))
+    assert found["best"]["note"] == (
+        "more seeds would tell nothing: all points came out exactly equal: kl.coef has had no effect: what it bounds "
+        "or selects never occurred in these runs"
+    )
+    assert [group["points"] for group in found["equal"]] == [[0, 1]]
+    nearly = same | {(0.2, 2): (4.0, 4.0, 1.5 + 1e-15)}
+    assert summed(nearly, Criterion(price=0.0))["equal"] == []
+    third = same | {(0.3, seed): (9.0, 4.0, 1.5) for seed in (0, 1, 2)}
+    found = summed(third, Criterion(price=0.0))
+    assert found["best"]["note"] == ""
+    assert found["equal"][0]["why"].startswith("kl.coef=0.1; kl.coef=0.2 came out exactly equal: ")
+
+
 def test_the_criterion_is_one_of_two() -> None:
     assert criterion_of(0.15, None, None) == Criterion(0.15)
     assert criterion_of(0.15, None, 0.4) == Criterion(0.4)
