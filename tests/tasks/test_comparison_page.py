@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from chromium import chromium_tab, find_chromium
 from made_runs import made_evaluation, made_run
 
 from rlhf_core.comparing.comparison import Comparison, compare
@@ -114,3 +116,40 @@ def test_many_runs_of_one_iteration_each(tmp_path: Path) -> None:
     compared = compare(paths)
     assert draw_comparison(compared).startswith(b"\x89PNG")
     assert comparison_page(compared).decode().count("<li ") == 11
+
+
+def test_wide_tables_scroll_by_themselves_and_keep_their_labels(compared: Comparison) -> None:
+    page = comparison_page(compared).decode()
+    assert page.count('<div class="wide" tabindex="0"><table>') == page.count("<table>") > 0
+    assert "thead th { position: sticky; top: 0;" in page
+    assert "th:first-child { position: sticky; left: 0;" in page
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed: apt-get install chromium")
+def test_in_a_browser_labels_and_names_stay_in_view(tmp_path: Path) -> None:
+    paths = [tmp_path / f"a-run-with-quite-a-long-name-{i}" for i in range(12)]
+    for i, path in enumerate(paths):
+        policy = f"/models/of/somebody/far/away/policy-{i}"
+        made_run(path, [float(i)], changes=[f"seed={i}", f"policy.model={policy}"])
+    page = tmp_path / "compare.html"
+    page.write_bytes(comparison_page(compare(paths)))
+    left = "[...document.querySelectorAll('.wide')].map((w) => { w.scrollLeft = 400; w.scrollTop = 60; return w; })"
+    seen = (
+        f"JSON.stringify({left}.map((w) => {{ const box = w.getBoundingClientRect(); "
+        "const label = w.querySelector('tbody tr:last-child th').getBoundingClientRect(); "
+        "const name = w.querySelector('thead th:nth-child(3)').getBoundingClientRect(); "
+        "return [w.scrollLeft, w.scrollWidth > w.clientWidth, label.left - box.left, name.top - box.top]; }))"
+    )
+    with chromium_tab() as tab:
+        tab.look(width=900, height=420)
+        tab.call("Page.navigate", url=page.as_uri())
+        tab.wait_for("document.querySelectorAll('.wide').length === 2 && document.readyState === 'complete'")
+        found = json.loads(tab.evaluate(seen))
+        assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert len(found) == 2
+    for scrolled, is_wide, label_left, name_top in found:
+        assert is_wide
+        assert scrolled > 0
+        assert abs(label_left) < 2, "the label of a row stays at the left"
+        assert abs(name_top) < 2, "the name of a run stays at the top"

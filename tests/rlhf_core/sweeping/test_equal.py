@@ -81,9 +81,7 @@ def test_every_rule_is_of_a_knob_that_there_is() -> None:
             node = node[part]
 
 
-def test_real_points_come_out_equal_and_say_so(
-    tiny_config: Callable[[Sequence[str]], RunConfig], tmp_path: Path
-) -> None:
+def test_real_points_say_so(tiny_config: Callable[[Sequence[str]], RunConfig], tmp_path: Path) -> None:
     config = tiny_config(["num_iterations=2", "kl.controller=fixed"])
     sweep = SweepFolder.create(tmp_path / "sweep", SweepRecord.of(config, {"kl.target": [2.0, 4.0]}, [0], 1))
     for run in sweep.runs:
