@@ -1,7 +1,8 @@
 """What a run is made of: two runs of equal identity produce equal artifacts, byte for byte.
 
-Threads, library versions, instruction set, models, prompts, config and this package's own source all change
-bits. A resumed run whose identity differs is refused with the difference, or told to accept it.
+Threads, library versions, instruction set, a fingerprint of how the machine computes, models, prompts, config and this
+package's own source all change bits. A resumed run whose identity differs is refused with the difference, or told to
+accept it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.clock import clock_day, clock_readers
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
+from rlhf_core.models.fingerprint import fingerprint
 from rlhf_core.models.hub import files_of, folder_of
 from rlhf_core.models.policy_template import policy_template_digest
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.prompts.sources import PromptSet
 from rlhf_core.rewards.loading import component_digest
 
+FINGERPRINT = "fingerprint"
 DECIDING_ROOMS = ("contracts", "ops", "models", "prompts", "rewards", "stages")
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
 PLUGINS = (
@@ -90,6 +93,7 @@ def machine_identity(config: RunConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
+        **({FINGERPRINT: fingerprint(resolve_num_threads(config.num_threads))} if device.type == "cpu" else {}),
     } | {name: found for name, found in (("plugins", _plugins()), ("settings", _settings())) if found}
 
 
@@ -99,13 +103,25 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def identity_drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each entry that differs: ``num_threads: 2 -> 4``."""
+    """One line for each entry that differs: ``num_threads: 2 -> 4``.
+
+    A fingerprint that only one of them has tells nothing: releases before had none.
+    """
     flat_then, flat_now = flat_identity(then), flat_identity(now)
+    keys = sorted(flat_then.keys() | flat_now.keys())
+    if (FINGERPRINT in flat_then) != (FINGERPRINT in flat_now):
+        keys.remove(FINGERPRINT)
     return [
-        f"{key}: {flat_then.get(key, 'absent')} -> {flat_now.get(key, 'absent')}"
-        for key in sorted(flat_then.keys() | flat_now.keys())
+        f"{key}: {flat_then.get(key, 'absent')} -> {flat_now.get(key, 'absent')}{_EXPLAINED.get(key, '')}"
+        for key in keys
         if flat_then.get(key) != flat_now.get(key)
     ]
+
+
+_EXPLAINED = {
+    FINGERPRINT: " (the same small computation gives other last bits here: another CPU, BLAS, or setting of MKL, "
+    "oneDNN or OpenMP)"
+}
 
 
 @functools.cache

@@ -138,7 +138,8 @@ class _Pool:
         import ray
 
         self.count, self._needs, self._patience_s = count, needs, run.config.execution.ray.patience_s
-        self._expected = (compute_at(run.path), machine_identity(run.config), run.config)
+        config = run.config.model_copy(update={"num_threads": int(run.identity["num_threads"])})
+        self._expected = (compute_at(run.path), machine_identity(config), config)
         options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus, "resources": dict(needs.custom)}
         selector = {"label_selector": dict(needs.labels)} if needs.labels else {}
         self._class: Any = ray.remote(_Worker).options(**options, **selector, scheduling_strategy="SPREAD")

@@ -18,8 +18,9 @@ from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.schemas import STAGES
-from rlhf_core.identity import identity_drift, run_identity, source_digest
+from rlhf_core.identity import FINGERPRINT, identity_drift, run_identity, source_digest
 from rlhf_core.models.devices import using_threads
+from rlhf_core.models.fingerprint import fingerprint
 from rlhf_core.models.texts import token_texts
 from rlhf_core.preflight import Plan, load_plan
 from rlhf_core.prompts.sources import PromptSet
@@ -90,10 +91,12 @@ class Source:
         then = self.run.identity
         if self.bundle is not None and not self.bundle.with_models:
             versions = {name: importlib.metadata.version(name) for name in then["versions"]}
-            return identity_drift(
-                then, {**then, "source": source_digest(), "versions": versions, "num_threads": num_threads}
-            )
-        here = run_identity(self.config, self.plan.prompt_set)
+            here = {**then, "source": source_digest(), "versions": versions, "num_threads": num_threads}
+            if FINGERPRINT in then:
+                here[FINGERPRINT] = fingerprint(num_threads)
+            return identity_drift(then, here)
+        config = self.config.model_copy(update={"num_threads": num_threads})
+        here = run_identity(config, self.plan.prompt_set)
         here |= {"config": config_digest(self.run.config), "num_threads": num_threads}
         if self.bundle is not None:  # sealed; and the name of a hub is no digest of a folder
             here |= {"prompts": then["prompts"], "models": then["models"]}

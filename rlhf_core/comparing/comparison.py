@@ -11,7 +11,7 @@ from rlhf_core.comparing.outcome import AVERAGED, LAST, Outcome, Spread, newest_
 from rlhf_core.contracts.config_io import config_digest, flat_params
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.identity import flat_identity
+from rlhf_core.identity import FINGERPRINT, flat_identity
 
 ABSENT: Final = "(absent)"
 """Stands for a key that a config lacks, as a list of components may be shorter."""
@@ -83,6 +83,8 @@ def identity_notes(outcomes: Sequence[Outcome]) -> list[str]:
     """A sentence for each entry of the identities that differs, beside the config itself."""
     flat = [{k: v for k, v in flat_identity(o.run.identity).items() if k != "config"} for o in outcomes]
     notes: list[str] = []
+    if len({identity.get("num_threads") for identity in flat}) > 1 or not all(FINGERPRINT in each for each in flat):
+        flat = [{key: value for key, value in each.items() if key != FINGERPRINT} for each in flat]  # it follows
     for key in sorted({key for identity in flat for key in identity}):
         of_value: dict[str, list[str]] = {}
         for each, identity in zip(outcomes, flat, strict=True):
