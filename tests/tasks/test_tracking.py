@@ -402,3 +402,20 @@ def test_a_run_that_is_extended_goes_on_in_its_tracker_run(tracked: Path, tmp_pa
     column = table["columns"].index("after")
     assert [row[column] for row in table["data"]] == [sample["after"] for sample in after]
     assert after != before
+
+
+def test_what_an_alias_of_the_registry_names_is_not_cleaned(tracked: Path, tmp_path: Path) -> None:
+    from rlhf_core.cleaning import Wanted
+    from tasks.cleaning import clean, plan_cleaning
+
+    folder = Path(shutil.copytree(tracked.parent, tmp_path / "copy"))
+    client, _ = client_of(folder / "run-a")
+    plan = plan_cleaning(folder, Wanted(keep=0))
+    ((run, why),) = plan.spared
+    assert run.name == "run-a"
+    assert "rlhf-policy@newest" in why
+    for alias in client.get_registered_model("rlhf-policy").aliases:
+        client.delete_registered_model_alias("rlhf-policy", alias)
+    assert clean(plan_cleaning(folder, Wanted(keep=0))) == []
+    assert not (folder / "run-a").exists()
+    assert (folder / "mlflow.db").is_file()
