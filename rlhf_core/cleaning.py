@@ -27,8 +27,11 @@ Part = Literal["run", "checkpoints", "artifacts"]
 PARTS: Final[tuple[str, ...]] = tuple(part for part in get_args(Part) if part != "run")
 REMOVABLE: Final = tuple(state for state in STATES if state not in ("running", "waiting"))
 SECONDS: Final = {"s": 1, "min": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-BYTES: Final = {"B": 1} | {f"{prefix}B": 1_000 ** (i + 1) for i, prefix in enumerate("kMGT")}
-BYTES |= {f"{prefix}iB": 1_024 ** (i + 1) for i, prefix in enumerate("KMGT")}
+BYTES: Final = {
+    "B": 1,
+    **{f"{prefix}B": 1_000 ** (i + 1) for i, prefix in enumerate("kMGT")},
+    **{f"{prefix}iB": 1_024 ** (i + 1) for i, prefix in enumerate("KMGT")},
+}
 _AMOUNT: Final = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([A-Za-z]+)\s*")
 
 

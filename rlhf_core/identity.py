@@ -105,12 +105,14 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 def identity_drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each entry that differs: ``num_threads: 2 -> 4``.
 
-    A fingerprint that only one of them has tells nothing: releases before had none.
+    A fingerprint that only one of them has tells nothing: releases before had none. Where the numbers of threads
+    differ, it follows from them.
     """
     flat_then, flat_now = flat_identity(then), flat_identity(now)
     keys = sorted(flat_then.keys() | flat_now.keys())
-    if (FINGERPRINT in flat_then) != (FINGERPRINT in flat_now):
-        keys.remove(FINGERPRINT)
+    both = all(FINGERPRINT in flat for flat in (flat_then, flat_now))
+    if not both or flat_then.get("num_threads") != flat_now.get("num_threads"):
+        keys = [key for key in keys if key != FINGERPRINT]
     return [
         f"{key}: {flat_then.get(key, 'absent')} -> {flat_now.get(key, 'absent')}{_EXPLAINED.get(key, '')}"
         for key in keys

@@ -192,7 +192,7 @@ def _print_samples(console: Console, sheet: Sheet, limit: int) -> None:
     _print_rest(console, sheet, limit)
 
 
-def _print_narrow_samples(console: Console, sheet: Sheet, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_narrow_samples(console: Console, sheet: Sheet, rows: Sequence[dict[str, Any]]) -> None:
     """The numbers of each response on one line, then its prompt on one and the beginning of what it answers."""
     console.print(Text(shown(sheet.title), "italic"))
     columns = [
@@ -225,7 +225,7 @@ def _digits(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _print_wide_samples(console: Console, sheet: Sheet, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_wide_samples(console: Console, sheet: Sheet, rows: Sequence[dict[str, Any]]) -> None:
     table = Table(
         title=Text(shown(sheet.title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )

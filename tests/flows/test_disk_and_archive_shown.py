@@ -43,7 +43,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_inspect_shows_an_archived_iteration(archived: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "inspect", str(archived), "--iteration", "0")
-    assert "archive/000000-000000/" in text
+    assert "archive/0" in text, "shortened in the middle"
     assert "objective/scores" in text
 
 

@@ -241,11 +241,12 @@ class TestCompareAndRuns:
     def runs(self, tmp_path: Path) -> list[Path]:
         up = [0.0, 1.0, 2.0, 3.0, 4.0, 123.456]
         kls = [0.1, 0.2, 11.5, 22.25, 33.0, 1234.5]
+        made = list[RunFolder]()
         for i, name in enumerate((LONG.format("one"), LONG.format("other"), "c", "d")):
             policy = f"/home/somebody/models/in/a/folder/far/away/policy-{i}b-instruct"
             changes = [f"seed={i}", f"policy.model={policy}", f"ppo.learning_rate=1.23{i}e-05"]
-            run = made_run(tmp_path / "runs" / name, [-s * 10**i for s in up], kls, changes=changes)
-        made_evaluation(run, "held-out", score=1.9, kl=2.0)
+            made.append(made_run(tmp_path / "runs" / name, [-s * 10**i for s in up], kls, changes=changes))
+        made_evaluation(made[-1], "held-out", score=1.9, kl=2.0)
         return sorted((tmp_path / "runs").iterdir())
 
     def test_compare(self, runs: list[Path]) -> None:

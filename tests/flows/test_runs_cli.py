@@ -25,7 +25,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for days, name in enumerate(("new", "x[b]", "old")):
         run = made_run(Path("runs") / name, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0][: 6 - days], is_reported=days == 0)
         for path in run.path.rglob("*"):
-            os.utime(path, (1.7e9 - days * 40 * DAY,) * 2)
+            written = 1.7e9 - days * 40 * DAY
+            os.utime(path, (written, written))
     return Path("runs")
 
 

@@ -125,6 +125,11 @@ def test_an_old_run_without_one_is_not_refused_for_that() -> None:
     assert identity_drift({"x": 1}, {"fingerprint": "b", "x": 2}) == ["x: 1 -> 2"]
 
 
+def test_with_another_number_of_threads_the_number_says_it_all() -> None:
+    then, now = {"fingerprint": "a", "num_threads": 1}, {"fingerprint": "b", "num_threads": 2}
+    assert identity_drift(then, now) == ["num_threads: 1 -> 2"]
+
+
 def test_a_run_is_refused_on_a_machine_that_computes_otherwise(
     tiny: Tiny, tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
