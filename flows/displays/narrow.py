@@ -133,10 +133,7 @@ def _cells(column: Column, width: int) -> list[Text]:
     texts = [str(cell) for cell in column.cells]
     short = apart(texts, width) if column.is_name else texts
     styles = [cell.style if isinstance(cell, Text) else (column.styles or {}).get(cell, "") for cell in column.cells]
-    return [
-        Text(_padded(text if is_number(text) else name, width, column), style)
-        for text, name, style in zip(texts, short, styles, strict=True)
-    ]
+    return [Text(_padded(text, width, column), style) for text, style in zip(short, styles, strict=True)]
 
 
 def _padded(text: str, width: int, column: Column) -> str:

@@ -86,7 +86,7 @@ class TestColumns:
             Column("a", ["x" * 60, "0.0000012345"], is_name=True),
             Column("b", ["y" * 60, "-1.5e-05"], is_name=True),
         ]
-        text = printed(lambda console: print_columns(console, columns), width=30)
+        text = printed(lambda console: print_columns(console, columns), width=25)
         whole(text, ["0.0000012345", "-1.5e-05"])
 
     def test_what_does_not_fit_beside_follows_below(self) -> None:

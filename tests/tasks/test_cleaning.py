@@ -90,13 +90,13 @@ class TestRuns:
         assert {p: p.read_bytes() for p in outside.path.rglob("*") if p.is_file()} == before
 
     def test_a_run_that_became_a_link_since_stays(self, runs: Path, tmp_path: Path) -> None:
-        outside = made_run(tmp_path / "outside", [1.0, 2.0])
         plan = plan_cleaning(runs, ALL)
-        shutil.rmtree(runs / "a")
-        (runs / "a").symlink_to(outside.path)
+        (runs / "a").rename(tmp_path / "outside")
+        (runs / "a").symlink_to(tmp_path / "outside")
         (problem,) = clean(plan)
         assert "has changed since this was planned" in problem
-        assert RunFolder.open(outside.path).num_finished() == 2
+        assert RunFolder.open(tmp_path / "outside").num_finished() == 2
+        assert (runs / "a").is_symlink()
 
     def test_what_another_run_was_begun_from_stays(self, runs: Path) -> None:
         policy = runs / "a" / "checkpoints" / "000001" / "policy"
@@ -222,9 +222,7 @@ class TestParts:
         assert list(Cleaned.of(run_dir).checkpoints) == [2, 3, 4]
         assert verify_run(run_dir).findings == []
         assert RunTables(run).samples().iterations == (0,)
-        with pytest.raises(
-            IntegrityError, match=r"was removed by `rlhf clean` on .*, with all artifacts of it"
-        ):
+        with pytest.raises(IntegrityError, match=r"was removed by `rlhf clean` on .*, with all artifacts of it"):
             artifact_table(run, 2, "generate")
         extend_run(str(run_dir), 6)
         go_on(run_dir)
