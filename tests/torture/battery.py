@@ -22,6 +22,7 @@ ROWS = (
     "baseline",
     "kill_every_operation",
     "kill_in_compaction",
+    "kill_in_extension",
     "object_store",
     "random_kills",
     "chains",
