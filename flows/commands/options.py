@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import console as rich_console
-from rich.text import Text
 
+from flows.console import Console
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.memory import settle_memory
-from rlhf_core.store.address import on_disk, shown
+from rlhf_core.store.address import on_disk
 
 
 def whole_run(place: str) -> Path:
@@ -27,14 +26,6 @@ def looked_at(place: str) -> Path:
     from rlhf_core.store.opening import reading
 
     return reading(place, weights=False)
-
-
-class Console(rich_console.Console):
-    """Prints a run in an object store by its address, not by the folder of its copy."""
-
-    def render_str(self, text: str, **style: Any) -> Text:
-        """A text as it is printed."""
-        return super().render_str(shown(text), **style)
 
 
 console = Console()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from flows import stopping
 from flows.commands.options import A_RUN, ConfigOption, SetOption, console, prepare_environment
@@ -55,7 +55,7 @@ def train(
 
             plan = preflight(run_config, progress)
     for note in plan.notes:
-        console.print(f"[bold]note[/]  {escape(note)}")
+        console.print(Text.assemble(("note", "bold"), f"  {shown(note)}"))
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
 
