@@ -67,7 +67,7 @@ def quietly_ended(end: SystemExit) -> int:
     code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # of typer, where a write met a pipe without a reader
         code = EXIT_PIPE
-    if code == EXIT_PIPE and (words := stopping.last_words()):
+    if code == EXIT_PIPE and stopping.is_at_work() and (words := stopping.last_words()):
         sys.stderr.write(f"nobody reads the output any more: {visible(words)}\n")
     return code
 
@@ -103,6 +103,11 @@ def _of_system(error: OSError) -> str:
         return f"{' and '.join(names)} cannot be used: {reason}; {remedy_of(error)}"
     if error.errno in _FULL:  # no file was named: what a shell has opened, or a library
         return f"the output, or a temporary file in {_temporary()}, cannot be written: {reason}; {remedy_of(error)}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access("/dev/shm", os.W_OK):
+        return (
+            f"worker processes share memory in /dev/shm, which cannot be written: {reason}; make it writable, or set "
+            "execution.num_workers 0 and leave execution.update out"
+        )
     if error.errno is None:
         return f"{without_secrets(reason)}; see to that, and run the same again or resume ({TRACEBACK}=1 shows where)"
     return f"the system refuses: {reason}; {remedy_of(error)} ({TRACEBACK}=1 shows where)"

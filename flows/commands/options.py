@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +53,22 @@ def local_only(param: typer.CallbackParam, value: Path | None) -> Path | None:
     return None if value is None else on_disk(value, param.opts[0])
 
 
+def _places() -> dict[str, str]:
+    """Where Prefect keeps its settings, if the home folder takes none."""
+    if "PREFECT_HOME" in os.environ:
+        return {}
+    try:
+        home = Path.home()
+        is_usable = os.access(home / ".prefect" if (home / ".prefect").is_dir() else home, os.W_OK)
+    except (OSError, RuntimeError):  # no home
+        is_usable = False
+    return {} if is_usable else {"PREFECT_HOME": tempfile.mkdtemp(prefix="rlhf-prefect-")}
+
+
 def prepare_environment() -> None:
     """Quiet and private defaults for the libraries; whatever the user has set stays."""
     settle_memory()
-    defaults = {
+    defaults = _places() | {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
