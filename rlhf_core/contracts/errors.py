@@ -81,7 +81,6 @@ _REMEDIES = {
     errno.EDQUOT: "free some space or raise the quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EROFS: "make the disk writable",
-    errno.EIO: "look after that disk, and copy from it what you can",
     errno.ESTALE: "mount the network's disk again",
     errno.ENOENT: "make it, or name another one",
     errno.EISDIR: "name a file",
