@@ -82,9 +82,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         if stopping.received() is not None:  # what a stage that was abandoned says on its way out
             return _stopped()
         return _told(error, is_process=arguments is None)
-    except BaseException:
+    except BaseException as error:
         if stopping.received() is None:
-            raise
+            if (told := edge.as_exception(error)) is None:
+                raise
+            return _told(told, is_process=arguments is None)
     return _stopped()
 
 

@@ -62,6 +62,16 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+def as_exception(error: BaseException) -> Exception | None:
+    """What a library in Rust raises where it gives up, past every ``except Exception``; None for anything else."""
+    if type(error).__name__ != "PanicException":
+        return None
+    return UserError(
+        f"a library gave up ({' '.join(str(error).split())[:200]}): a tokenizer.json that somebody else made may "
+        "ask too much of it; take the tokenizer that the model was trained with"
+    )
+
+
 def quietly_ended(end: SystemExit) -> int:
     """The exit code of a command that ended by itself; of one whose reader has gone, with how to continue."""
     code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -14,6 +14,9 @@ SPARE_BYTES: Final = 1 << 30
 """What reading anything may take, however small it is."""
 _SHARE: Final = 0.9
 """Of the memory that is free."""
+_LARGE: Final = 1 << 26
+_DENSE: Final = 50
+"""A disk may pack a file, but hardly to less than one part in so many."""
 _guard = threading.RLock()
 
 
@@ -40,6 +43,18 @@ def at_most(num_bytes: int) -> Iterator[None]:
 def for_file(size: int, factor: int = 32) -> int:
     """Bytes that a file of this size may take once it is read: Python's objects are larger than their text."""
     return SPARE_BYTES + factor * size
+
+
+def check_is_full(path: Path) -> int:
+    """The size of a file that will be read whole. Raises ValueError for a hole, or more than there is memory for."""
+    about = path.stat()
+    if about.st_size > _LARGE and about.st_blocks * 512 * _DENSE < about.st_size:
+        raise ValueError(f"it has {about.st_size} bytes, nearly all of them a hole in the file; take the file itself")
+    if about.st_size > _LARGE and 2 * about.st_size > free_bytes():
+        raise ValueError(
+            f"it has {about.st_size} bytes, and half of the free memory does not hold them; take fewer rows"
+        )
+    return about.st_size
 
 
 def free_bytes() -> float:

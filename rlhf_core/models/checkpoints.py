@@ -34,7 +34,7 @@ from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.policy import load_policy, policy_tensors, save_policy
 from rlhf_core.models.ranks import ALONE, Ranks
-from rlhf_core.models.untrusted import check_is_data, check_size
+from rlhf_core.models.untrusted import check_is_data, check_size, transformers_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,14 +164,14 @@ def load_checkpoint(
 
 
 def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     tensors = _tensors(path / "critic.safetensors")
     trunk: Any = None
     if (path / "config.json").is_file():
         check_is_data(str(path), "critic")
         check_size("AutoModel", str(path), "critic")
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model_config = transformers_config(path)
         trunk = AutoModel.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
         fuse_activations(trunk)
         trunk = trainable_trunk(trunk, config)
