@@ -55,7 +55,9 @@ EXPERTS: Final = ("eager", "grouped_mm", "batched_mm")
 _COUNT: Final = re.compile(r"(num|n)_.*(layer|head|expert|block|group)s?|.*_layers")
 _REPEATED: Final = ("attention_types", "num_labels", "_num_labels")
 """Keys whose numbers say how often something is repeated in memory."""
-_LAYERS: Final = re.compile(r"(^|\.)(num_|n_)?[a-z_]*layers?$")
+_LAYERS: Final = re.compile(
+    r"(text_config\.)?(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|num_decoder_layers)"
+)
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _LARGE: Final = {"tokenizer.json", "vocab.json"}
 _OBJECTS: Final = {
@@ -210,7 +212,7 @@ def _too_much() -> str:
 def check_layers(values: Mapping[str, Any], stored: int, named: str) -> None:
     """Refuse more layers than tensors are stored: each is built, and takes time and memory, before any is missed."""
     for key, value in _leaves(values):
-        if isinstance(value, int) and value > max(stored, 1) and _LAYERS.search(key):
+        if isinstance(value, int) and value > max(stored, 1) and _LAYERS.fullmatch(key):
             raise UserError(
                 f"{named} says {key} {value} in its config.json, and holds {stored} tensors; take both from where the "
                 "model was saved"

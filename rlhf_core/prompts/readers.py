@@ -88,8 +88,8 @@ def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
         return replace(rows, notes=[*notes, *rows.notes])
     except MemoryError:  # Arrow's as well
         raise UserError(
-            f"{named} has {size} bytes, and would take more than {for_file(size) >> 30} GiB of memory, or more than is "
-            "free; take fewer rows, or unpack it first"
+            f"{named} cannot be read: its {size} bytes would take more than {for_file(size) >> 30} GiB of memory, or "
+            "more than is free; take an intact file, or fewer rows"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{named} is not UTF-8 text: {error}; save it as UTF-8") from None
