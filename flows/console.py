@@ -61,7 +61,7 @@ class Console(rich_console.Console):
             each.title, each.caption = self._laid_out(each.title), self._laid_out(each.caption)
             for column in each.columns:
                 column.header, column.footer = self._laid_out(column.header), self._laid_out(column.footer)
-                column._cells[:] = map(self._laid_out, column._cells)  # pyright: ignore[reportPrivateUsage]
+                column._cells[:] = map(self._laid_out, column._cells)
         elif isinstance(each, rich_console.Group | Columns):
             each.renderables[:] = map(self._laid_out, each.renderables)
         return self._safe(each) if isinstance(each, str) else each

@@ -76,6 +76,7 @@ def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
             f"{'; unpack it first' * packed}{'; export the sheet as CSV' * (kind in SHEETS)}"
         )
     notes: list[str] = []
+    size = 0
     try:
         size = check_is_full(path)
         with at_most(for_file(size)):

@@ -67,6 +67,18 @@ def indexed() -> pa.Table:
     return pa.table({"prompt": pa.DictionaryArray.from_arrays(index, pa.array(["x" * 5000]))})
 
 
+def packed(path: Path, part: bytes, times: int) -> None:
+    with gzip.open(path, "wb", 9) as file:
+        for _ in range(times):
+            file.write(part)
+
+
+def hollow(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n')
+        file.truncate(1 << 40)
+
+
 BOMBS: dict[str, Callable[[Path], Any]] = {
     "null.arrow": lambda p: write_ipc(p, pa.table({"prompt": pa.nulls(MANY)})),
     "runs.arrow": lambda p: write_ipc(p, repeated()),
@@ -81,18 +93,6 @@ BOMBS: dict[str, Callable[[Path], Any]] = {
     "hole.csv": hollow,
     "deep.json": lambda p: p.write_text("[" * 100_000),
 }
-
-
-def packed(path: Path, part: bytes, times: int) -> None:
-    with gzip.open(path, "wb", 9) as file:
-        for _ in range(times):
-            file.write(part)
-
-
-def hollow(path: Path) -> None:
-    with path.open("wb") as file:
-        file.write(b'{"prompt": "a"}\n')
-        file.truncate(1 << 40)
 
 
 @pytest.mark.parametrize("name", BOMBS)
