@@ -99,10 +99,10 @@ def test_a_name_that_no_disk_takes(words: list[str], tmp_path: Path, tiny_config
 
 def test_markup_and_escapes_in_a_path_are_text() -> None:
     assert "no/x[/b]\\x1b]8;;y" in sentence(rlhf("check", "--config", "no/x[/b]\x1b]8;;y"))
-    done = rlhf("config", "--evil\x1b]0;x\x07")
+    done = rlhf("config", "\x1b]0;evil\x85\u202e")
     assert done.returncode == 2
     assert b"\x1b]" not in done.stderr
-    assert b"evil" in done.stderr
+    assert b"\\x1b]0;evil\\x85\\u202e" in done.stderr
 
 
 ERRORS = [

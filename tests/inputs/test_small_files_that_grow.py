@@ -264,9 +264,12 @@ TEMPLATES = {
 def test_a_template(kind: str) -> None:
     renderer = Renderer()
     chat = [{"role": "user", "content": "Hi"}]
-    for _ in range(2):  # the second time it is known
-        with pytest.raises(TemplateLimitError):
-            renderer.render(TEMPLATES[kind], [chat], add_generation_prompt=True)
+    with pytest.raises(TemplateLimitError):
+        renderer.render(TEMPLATES[kind], [chat], add_generation_prompt=True)
+    began = time.monotonic()
+    with pytest.raises(TemplateLimitError):  # it is known now
+        renderer.render(TEMPLATES[kind], [chat], add_generation_prompt=True)
+    assert time.monotonic() - began < 0.1
     assert renderer.render("{{ messages[0].content }}", [chat] * 3, add_generation_prompt=True) == ["Hi"] * 3
     refusal = renderer.render("{{ raise_exception('no') }}", [chat], add_generation_prompt=True)
     assert isinstance(refusal[0], TemplateRefusedError)
@@ -289,9 +292,14 @@ def test_the_renderer_of_a_fork_is_its_own() -> None:
     renderer = Renderer()
     chat = [{"role": "user", "content": "Hi"}]
     assert renderer.render("{{ messages[0].content }}", [chat], add_generation_prompt=True) == ["Hi"]
-    fork = multiprocessing.get_context("fork").Process(
-        target=renderer.render, args=("x", [chat]), kwargs={"add_generation_prompt": True}
-    )
+    process = renderer._process
+
+    def of_its_own() -> None:
+        assert renderer.render("x", [chat], add_generation_prompt=True) == ["x"]
+        assert renderer._process is not process
+        renderer.close()
+
+    fork = multiprocessing.get_context("fork").Process(target=of_its_own)
     fork.start()
     fork.join(30)
     assert fork.exitcode == 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.contracts import locking
 from rlhf_core.contracts.errors import RunLockedError, StorageError
 from rlhf_core.contracts.locking import holding, is_held
 
@@ -23,6 +24,7 @@ def flock(descriptor, how):
     raise OSError(errno.ENOSYS, "Function not implemented")
 fcntl.flock = flock
 from pathlib import Path
+from rlhf_core.contracts import locking
 from rlhf_core.contracts.errors import RunLockedError
 from rlhf_core.contracts.locking import holding
 lock, winners, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -133,6 +135,24 @@ def test_a_disk_without_locks_and_links_is_refused(tmp_path: Path, monkeypatch: 
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_whoever_was_faster_keeps_it(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, judge = killed.with_name("lock.held"), locking._has_ended
+    dead = json.loads(held.read_text())
+    faster = dead | {"pid": os.getpid(), "began": locking._began(os.getpid()), "token": "of another"}
+
+    def judged(holder: dict[str, Any]) -> bool:
+        if holder == dead:
+            held.write_text(json.dumps(faster))
+            return True
+        return judge(holder)
+
+    monkeypatch.setattr(locking, "_has_ended", judged)
+    with pytest.raises(RunLockedError), holding(killed, "the run"):
+        pass
+    assert json.loads(held.read_text()) == faster
 
 
 def test_of_many_that_find_a_dead_one_at_most_one_holds_it_at_a_time(killed: Path) -> None:
