@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +142,22 @@ def test_log_records_and_warnings_are_text(capsys: pytest.CaptureFixture[str]) -
         logger.removeHandler(handler)
     assert is_text(said := capsys.readouterr().err)
     assert "evil" in said
+
+
+def test_nobody_prints_past_the_door() -> None:
+    root = Path(__file__).parents[2]
+    past = re.compile(
+        r"from rich\.console import [^\n]*\bConsole\b|\bprint\(|sys\.stdout\.write|Console\(\)\.|typer\.echo"
+    )
+    allowed = {
+        "console.py": 0,
+        "visible.py": 1,  # JSON
+        "training.py": 1,  # our own template of a config
+        "cli.py": 1,  # the version
+    }
+    found: dict[str, int] = {}
+    for path in sorted((root / "flows").rglob("*.py")):
+        text = "\n".join(line for line in path.read_text().splitlines() if ".print(" not in line and "def " not in line)
+        if count := len(past.findall(text)):
+            found[path.name] = count
+    assert found == {name: count for name, count in allowed.items() if count}
