@@ -8,19 +8,18 @@ from rlhf_core.contracts.search_path import settle_search_path
 settle_search_path()
 
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
-from flows import stopping
+from flows import edge, stopping
 from flows.commands import chaining, keeping, looking, measuring, replaying, sweeping, training
 from flows.commands.options import EXIT_GUARD, EXIT_MISTAKE, Console, console
+from flows.visible import settle_streams, visible_messages
 from rlhf_core.contracts.errors import GuardStopError, RlhfError
-from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.store.address import shown
 
 PANELS = {
@@ -70,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code = 1
     if arguments is None:
         stopping.ends_here()
+        settle_streams()
     try:
-        with stopping.watching_signals(until_the_end=arguments is None):
+        with stopping.watching_signals(until_the_end=arguments is None), visible_messages():
             code = _run(arguments)
     except KeyboardInterrupt:  # once more, while it was told
         code = stopping.exit_code()
@@ -84,24 +84,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     """Run a command; returns the exit code."""
     try:
-        app(arguments, standalone_mode=True)
+        edge.check_surroundings(sys.argv[1:] if arguments is None else arguments)
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        if stopping.received() is None:
+            return code if isinstance(code, int) else 0
     except SystemExit as end:
         if stopping.received() is None:
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except RlhfError as error:
+            return edge.quietly_ended(end)
+    except Exception as error:
         if stopping.received() is not None:  # what a stage that was abandoned says on its way out
             return _stopped()
-        errors = Console(stderr=True, soft_wrap=True, highlight=False)
-        for line in shown(str(error)).splitlines():
-            errors.print(("" if line.startswith(" ") else "[red]error:[/] ") + escape(line))
-        return EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE
+        return _told(error, is_process=arguments is None)
     except BaseException as error:
         if stopping.received() is None:
-            if arguments is not None or not isinstance(error, Exception):
+            if (told := edge.as_exception(error)) is None:
                 raise
-            sys.stderr.write(shown(without_secrets(traceback.format_exc())))
-            return 1
+            return _told(told, is_process=arguments is None)
     return _stopped()
+
+
+def _told(error: Exception, *, is_process: bool) -> int:
+    """Print what an error means to a person, a sentence each; returns the exit code."""
+    if (code := edge.ended_by_typer(error)) is not None:
+        return code
+    sentences = str(error) if isinstance(error, RlhfError) else edge.sentence(error)
+    if sentences is None:
+        if not is_process:
+            raise error
+        edge.print_traceback(error)
+        return 1
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for line in shown(sentences).splitlines():
+        errors.print(line if line.startswith(" ") else Text.assemble(("error: ", "red"), line))
+    return EXIT_GUARD if isinstance(error, GuardStopError) else EXIT_MISTAKE
 
 
 def _stopped() -> int:

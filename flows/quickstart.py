@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flows.calling import call, flow_body, run_flow
 from flows.commands.training import watch_run
+from flows.console import Console
 from flows.links import own_run_dir
 from flows.ppo import SIDE_BY_SIDE, begin, iterate, train
 from rlhf_core.contracts.config import RunConfig
@@ -61,7 +61,7 @@ def build_and_train(folder: str = ".quickstart", num_iterations: int = 40) -> st
 def quickstart_config(folder: Path, console: Console) -> RunConfig:
     """The quickstart's config, its models and prompts built if need be."""
     phases: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description:28}"), BarColumn(bar_width=30), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:28}", markup=False), BarColumn(bar_width=30), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 
         def show(phase: str, done: int, total: int) -> None:

@@ -48,6 +48,7 @@ class _Stop:
         self.told = False
         self.flow_run_id: str | None = None
         self.api: str | None = None
+        self.is_at_work = False
         self.sentence: Callable[[], str] = lambda: "stopped before it began; the same command begins again"
 
 
@@ -68,7 +69,12 @@ def exit_code() -> int:
 
 def on_stop(sentence: Callable[[], str]) -> None:
     """What a person is told when the process ends by a signal: that it has stopped, and how to go on."""
-    _stop.sentence = sentence
+    _stop.sentence, _stop.is_at_work = sentence, True
+
+
+def is_at_work() -> bool:
+    """Whether the command has something that can be continued."""
+    return _stop.is_at_work
 
 
 def last_words() -> str:

@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 from prefect.settings import PREFECT_API_URL
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows.child_processes import Child, end
+from flows.console import Console
 from flows.displays.terminal import print_warning
 from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError

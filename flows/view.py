@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
+from flows.console import Console
 from flows.displays.terminal import print_warning
 from rlhf_core.choice import ALL, chosen_iterations, first_middle_last
 from rlhf_core.contracts.cleaned import Cleaned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,9 @@ import pyarrow as pa
 
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import UserError
+
+_FORMULAS: Final = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
+"""How a cell begins that a spreadsheet computes."""
 
 
 def _parquet(table: pa.Table, sink: io.BytesIO) -> None:
@@ -32,7 +36,19 @@ def _csv(table: pa.Table, sink: io.BytesIO) -> None:
         if pa.types.is_nested(field.type):  # which CSV has no words for
             texts = [json.dumps(value, ensure_ascii=False) for value in table[field.name].to_pylist()]
             table = table.set_column(at, field.name, pa.array(texts, pa.string()))
+        elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            texts = [_no_formula(text) for text in table[field.name].to_pylist()]
+            table = table.set_column(at, field.name, pa.array(texts, field.type))
+    table = table.rename_columns([str(_no_formula(name)) for name in table.column_names])
     pyarrow.csv.write_csv(table, sink)
+
+
+def _no_formula(text: str | None) -> str | None:
+    """A text that a spreadsheet would compute, behind an apostrophe, which makes it text there (OWASP: CSV injection).
+
+    Numbers are numbers and stay as they are; a text that looks like a number, ``-1``, gets the apostrophe too.
+    """
+    return f"'{text}" if text and _FORMULAS.match(text) else text
 
 
 def _json_lines(table: pa.Table, sink: io.BytesIO) -> None:
@@ -60,7 +76,7 @@ def check_target(path: Path, run_dir: Path) -> None:
 
 
 def export_table(table: pa.Table, path: Path) -> None:
-    """Write a table as Parquet, CSV (lists as JSON), JSON lines or an Arrow file, all of it or nothing."""
+    """Write a table as Parquet, CSV (lists as JSON, formulas as text), JSON lines or Arrow, all of it or nothing."""
     sink = io.BytesIO()
     FORMATS[path.suffix](table, sink)
     write_file(path, sink.getvalue())

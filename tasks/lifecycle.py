@@ -16,6 +16,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import DriftError, IntegrityError, UserError
 from rlhf_core.contracts.generation_config import VllmConfig
+from rlhf_core.contracts.locking import is_lock
 from rlhf_core.contracts.run_folder import Drift, RunFolder, check_vacant
 from rlhf_core.contracts.trust import accept_overrides, accept_values, check_recorded
 from rlhf_core.identity import identity_drift, run_identity
@@ -207,7 +208,7 @@ def _fingerprint(path: Path) -> int:
     for file in path.rglob("*"):
         with suppress(FileNotFoundError):  # of a process that is at work, and will be refused for that
             found = file.lstat()
-            if file.name != "lock":
+            if not is_lock(file):
                 about.append((str(file), found.st_ino, found.st_size, found.st_mtime_ns))
     return hash(tuple(sorted(about)))
 

@@ -14,7 +14,6 @@ committed after all, the tracker takes both for one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_core.contracts.errors import RlhfError
+from rlhf_core.contracts.locking import holding
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.store.address import shown
@@ -326,6 +326,5 @@ def store_lock(uri: str) -> Iterator[None]:
         return
     database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
-    with (database.parent / f".{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with holding(database.parent / f".{database.name}.lock", str(database), waits=True):
         yield

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flows import stopping
 from flows.commands.options import (
@@ -85,4 +86,4 @@ def blend(
     if found.kl is not None:
         reach, on = found.kl.high - found.kl.mean, f"{found.num_prompts} prompts x {found.num_samples} responses"
         console.print(f"KL to the reference: {found.kl.mean:.2f} ± {reach:.2f} nats on {on}", highlight=False)
-    console.print(f"[bold]policy[/]: {out}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("policy", "bold"), f": {out}"), soft_wrap=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import console as rich_console
-from rich.text import Text
 
+from flows.console import Console
 from rlhf_core.contracts.search_path import settle_search_path
 from rlhf_core.contracts.secrets import without_credentials
 from rlhf_core.memory import settle_memory
-from rlhf_core.store.address import on_disk, shown
+from rlhf_core.store.address import on_disk
 
 
 def whole_run(place: str) -> Path:
@@ -29,14 +29,6 @@ def looked_at(place: str) -> Path:
     from rlhf_core.store.opening import reading
 
     return reading(place, weights=False)
-
-
-class Console(rich_console.Console):
-    """Prints a run in an object store by its address, not by the folder of its copy."""
-
-    def render_str(self, text: str, **style: Any) -> Text:
-        """A text as it is printed."""
-        return super().render_str(shown(text), **style)
 
 
 console = Console()
@@ -83,11 +75,23 @@ def split_interpreter(overrides: Sequence[str] | None) -> tuple[list[str], str |
     return others, python
 
 
+def _places() -> dict[str, str]:
+    """Where Prefect keeps its settings, if the home folder takes none."""
+    if "PREFECT_HOME" in os.environ:
+        return {}
+    try:
+        home = Path.home()
+        is_usable = os.access(home / ".prefect" if (home / ".prefect").is_dir() else home, os.W_OK)
+    except (OSError, RuntimeError):  # no home
+        is_usable = False
+    return {} if is_usable else {"PREFECT_HOME": tempfile.mkdtemp(prefix="rlhf-prefect-")}
+
+
 def prepare_environment() -> None:
     """Quiet and private defaults for the libraries; whatever the user has set stays."""
     settle_memory()
     settle_search_path()
-    defaults = {
+    defaults = _places() | {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from flows import stopping
 from flows.commands.options import (
@@ -63,7 +63,7 @@ def train(
 
             plan = preflight(run_config, progress)
     for note in plan.notes:
-        console.print(f"[bold]note[/]  {escape(note)}")
+        console.print(Text.assemble(("note", "bold"), f"  {shown(note)}"))
     check_address(run_config)
     from flows.calling import run_flow
     from flows.ppo import train as train_flow
@@ -117,7 +117,7 @@ def resume(
         if plan is not None:
             run_config = plan.config
             for sentence in plan.sentences:
-                console.print(f"[bold]note[/]  {escape(sentence)}", soft_wrap=True, highlight=False)
+                console.print(Text.assemble(("note", "bold"), f"  {shown(sentence)}"), soft_wrap=True, highlight=False)
         from flows.calling import run_flow
         from flows.ppo import resume as resume_flow
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.braille import braille_plot, ends
 from flows.displays.narrow import WIDE, Column, apart, print_columns
 from flows.displays.terminal import BARS
+from flows.visible import write_json
 from rlhf_core.comparing.comparison import Comparison, compare
 from rlhf_core.comparing.outcome import smoothed
 from rlhf_core.comparing.presentation import CURVES, Line, difference_lines, group_lines, result_lines, to_json
@@ -39,7 +38,7 @@ def compare_and_show(console: Console, paths: Sequence[Path], *, last: int, out:
     if out is not None and draw is not None:
         write_file(out, draw(compared))
     if as_json:
-        sys.stdout.write(shown(json.dumps(to_json(compared), indent=2, allow_nan=False, ensure_ascii=False)) + "\n")
+        write_json(to_json(compared))
         return
     show_comparison(console, compared)
     if out is not None:

@@ -9,15 +9,17 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.narrow import print_rows
 from flows.displays.terminal import print_warning, side_by_side
 from flows.progress import Silent, watched_by
+from flows.visible import write_json_text
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.store.address import shown
 from rlhf_core.store.opening import local
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
     with progress.status("checking the models and prompts"):
         planned = check_evaluation(replace(request, target=local(request.target)), config)
     for note in notes(planned):
-        progress.print(f"[yellow]note:[/] {note}", highlight=False)
+        progress.print(Text.assemble(("note:", "yellow"), f" {note}"))
     from pathlib import Path
 
     from flows.calling import run_flow
@@ -69,11 +71,11 @@ def evaluate_and_show(console: Console, request: Request, config: RunConfig | No
         folder = run_flow(evaluate, **asdict(request), config=config)
     there = EvaluationFolder.open(Path(cast("str", folder)))
     if as_json:
-        console.file.write((there.path / "summary.json").read_text())
+        write_json_text((there.path / "summary.json").read_text(encoding="utf-8"))
         return
     print_evaluation(console, there.summary(), there.side_by_side(NUM_SAMPLES))
     for what, file in (("numbers", "summary.json"), ("samples", "samples.arrow"), ("picture", "evaluation.png")):
-        console.print(f"[bold]{what}[/]: {there.path / file}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((what, "bold"), f": {shown(there.path / file)}"), soft_wrap=True)
 
 
 class PartsWatcher(Silent):
@@ -87,10 +89,10 @@ class PartsWatcher(Silent):
 
     def __init__(self, console: Console, num_parts: int, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (TextColumn("[bold]samples"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-        left, what = TextColumn("{task.fields[left]}"), TextColumn("[cyan]{task.fields[what]}")
+        left, what = TextColumn("{task.fields[left]}"), TextColumn("{task.fields[what]}", style="cyan", markup=False)
         self._bar = Progress(*columns, left, what, console=console, transient=True)
         self._task = self._bar.add_task("samples", total=num_parts, what="starting", left="")
-        self._num_parts, self._clock = num_parts, clock
+        self._console, self._num_parts, self._clock = console, num_parts, clock
         self._part_began = clock()
         self._line_printed = -LINE_EVERY_S
         self._drawn_s: list[float] = []
@@ -107,7 +109,7 @@ class PartsWatcher(Silent):
 
     def warned(self, sentence: str) -> None:
         """Print it above the bar."""
-        print_warning(self._bar.console, sentence)
+        print_warning(self._console, sentence)
 
     def stage_started(self, iteration: int, stage: str) -> None:
         """``iteration`` parts are done; a part of the policy ``stage`` begins."""

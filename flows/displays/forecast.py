@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from flows.console import Console
 
 if TYPE_CHECKING:
     from rlhf_core.costs.calibration import Deviation
@@ -56,17 +58,17 @@ def _table(found: Forecast) -> Table:
     for stage in [*MOMENTS, "iteration"]:
         table.add_column(stage, justify="right")
     seconds = [_number(found.seconds[stage]) for stage in MOMENTS]
-    table.add_row("[bold]seconds", *seconds, f"[bold]{_number(found.iteration_s)}", end_section=True)
+    table.add_row(Text("seconds", "bold"), *seconds, Text(_number(found.iteration_s), "bold"), end_section=True)
     shown = [memory.moments[max(names, key=memory.at)] for names in MOMENTS.values()]
     for part in dict.fromkeys(part for moment in shown for part in moment):
         table.add_row(part, *(_gigabytes(moment.get(part, 0.0)) for moment in shown), "")
     totals = [_gigabytes(sum(moment.values())) for moment in shown]
-    peak = f"[bold]{_gigabytes(memory.peak_bytes)}"
-    table.add_row("[bold]GB of a device", *totals, peak)
+    peak = Text(_gigabytes(memory.peak_bytes), "bold")
+    table.add_row(Text("GB of a device", "bold"), *totals, peak)
     return table
 
 
-def _verdict(found: Forecast) -> str:
+def _verdict(found: Forecast) -> Text:
     memory, device = found.memory, found.hardware.kind.memory_bytes
     slowest = max(MOMENTS, key=lambda stage: found.seconds[stage])
     share = f"{found.seconds[slowest] / found.iteration_s:.0%}".replace("%", " %")
@@ -75,9 +77,9 @@ def _verdict(found: Forecast) -> str:
     time = f"about {_number(found.iteration_s)} s an iteration, {share} of it {slowest}, above all {why}"
     need = f"{_gigabytes(memory.peak_bytes)} of {_gigabytes(device)} GB a device"
     if found.fits:
-        return f"[green]fits:[/] {need}; {time}"
+        return Text.assemble(("fits:", "green"), f" {need}; {time}")
     stage = next(stage for stage, moments in MOMENTS.items() if memory.fullest in moments)
-    return f"[yellow]would not fit:[/] {stage} needs {need}; {_advice(found)}; if it did, {time}"
+    return Text.assemble(("would not fit:", "yellow"), f" {stage} needs {need}; {_advice(found)}; if it did, {time}")
 
 
 def _advice(found: Forecast) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +9,14 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.narrow import WIDE, Column, middle, print_rows
 from flows.displays.terminal import LABEL, print_records
+from flows.visible import write_json_line
 from rlhf_core.choice import ALL, chosen_iterations
 from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
@@ -129,9 +129,7 @@ def show_run(
         )  # fmt: skip
     if as_json:
         rows = sheet.table.slice(0, limit).to_pylist()
-        sys.stdout.write(
-            shown(json.dumps({"title": sheet.title, **sheet.facts, "rows": rows}, ensure_ascii=False)) + "\n"
-        )
+        write_json_line({"title": sheet.title, **sheet.facts, "rows": rows})
     elif to is None:
         show(console, sheet, limit or SHOWN)
 

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, chop_cells
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from flows.console import Console
 
 DOTS: Final = "…"
 GAP: Final = 2

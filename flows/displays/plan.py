@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from flows.console import Console
+from flows.displays.terminal import print_warning
 from rlhf_core.contracts.config import RunConfig
 
 if TYPE_CHECKING:
@@ -50,17 +51,18 @@ def show_plan(console: Console, config: RunConfig, plan: Plan, run_dir: Path) ->
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())),
         ("memory", _memory(plan)),
         ("disk", _disk(disk, free)),
-        *(("note", escape(note)) for note in plan.notes),
+        *(("note", note) for note in plan.notes),
     ):
-        table.add_row(f"[bold]{label}", text)
+        table.add_row(Text(label, style="bold"), text)
     console.print(table)
     if disk.run > free:
-        console.print(
-            f"[yellow]warning:[/] the run may take {disk.run / 1e9:,.2f} GB, and the disk of {run_dir} has "
-            f"{free / 1e9:,.2f} GB free: free some, or set artifacts.keep_iterations or a larger checkpoint.every"
+        print_warning(
+            console,
+            f"the run may take {disk.run / 1e9:,.2f} GB, and the disk of {run_dir} has {free / 1e9:,.2f} GB free: free "
+            "some, or set artifacts.keep_iterations or a larger checkpoint.every",
         )
         return
-    console.print("[green]no problem found[/]")
+    console.print("no problem found", style="green")
 
 
 def _target(config: RunConfig) -> str:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rich.cells import cell_len, chop_cells
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from flows.console import Console
 
 if TYPE_CHECKING:
     from rlhf_core.contracts.config import RunConfig

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.narrow import WIDE, Column, print_columns
+from flows.visible import write_json
 from rlhf_core.replay.outcome import Replay, StageReplay
 from rlhf_core.store.address import shown
 
@@ -317,8 +316,7 @@ def _table() -> Table:
 
 
 def _line(console: Console, text: str, *, style: str = "") -> None:
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown(text))
-    console.print(Text(printable, style), soft_wrap=True, highlight=False)
+    console.print(Text(shown(text), style), soft_wrap=True)
 
 
 def _stages(stages: Sequence[StageReplay]) -> str:
@@ -350,7 +348,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _print_json(values: Mapping[str, Any]) -> None:
-    sys.stdout.write(shown(json.dumps(values, indent=2, ensure_ascii=False)) + "\n")
+    write_json(values)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.narrow import Column, print_columns
 from rlhf_core.cleaning import Wanted
 from rlhf_core.run_list import ListedRun, list_runs

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.terminal import print_warning
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.store.address import shown as by_address
 
 if TYPE_CHECKING:
     from rlhf_core.sweeping.folder import SweepFolder
@@ -67,7 +69,7 @@ class SweepWatcher(Silent):
         self._there: SweepFolder | None = None
         self._ended: set[str] = set()
         columns = (TextColumn("[bold]runs"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("[cyan]{task.fields[what]}"), console=console)
+        self._bar = Progress(*columns, TextColumn("{task.fields[what]}", style="cyan", markup=False), console=console)
         self._task = self._bar.add_task("runs", total=num_runs, what="starting")
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=True)
 
@@ -125,7 +127,7 @@ def print_plan(console: Console, planned: PlannedSweep) -> None:
     work = f"{planned.iterations:,} iterations, {planned.episodes:,} episodes"
     at_a_time = f"{planned.jobs} at a time, each with {_counted(planned.num_threads, 'thread')}"
     disk = f"about {planned.disk_bytes / 1e9:,.2f} GB on the disk at most"
-    console.print(f"[bold]plan[/]: {runs}, {work}; {at_a_time}; {disk}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("plan", "bold"), f": {runs}, {work}; {at_a_time}; {disk}"), soft_wrap=True)
     if planned.disk_bytes > planned.free_bytes:
         print_warning(
             console,
@@ -135,7 +137,7 @@ def print_plan(console: Console, planned: PlannedSweep) -> None:
     if planned.num_finished or planned.num_begun:
         left = planned.num_runs - planned.num_finished - planned.num_begun
         told = f"{planned.num_finished} finished, {planned.num_begun} stopped, {left} to begin"
-        console.print(f"[bold]goes on[/]: {told}", highlight=False)
+        console.print(Text.assemble(("goes on", "bold"), f": {told}"))
 
 
 def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
@@ -215,8 +217,7 @@ def print_files(console: Console, there: SweepFolder) -> None:
         tracker = shown_tracker(there)
         told["compare in MLflow"] = tracker if tracker.startswith("http") else f"rlhf ui --runs {there.path}"
     for what, where in told.items():
-        console.print(f"[bold]{what}[/]: ", end="")
-        console.print(str(where), highlight=False, markup=False, soft_wrap=True)
+        console.print(Text.assemble((what, "bold"), ": ", by_address(str(where))), soft_wrap=True)
 
 
 def _counted(number: int, what: str) -> str:

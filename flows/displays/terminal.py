@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
+from flows.console import Console
 from flows.displays.narrow import cell_text, middle, print_rows
 from rlhf_core.store.address import shown
 
@@ -49,7 +50,7 @@ class TerminalWatcher:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[cyan]{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", style="cyan", markup=False),
         )
         self._task = self._bar.add_task("iterations", total=num_iterations, completed=num_done, stage="starting")
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=True)
@@ -115,7 +116,7 @@ class TerminalWatcher:
             ("β", "kl/beta", 4),
         ):
             values = [metrics[name] for metrics in self.history]
-            grid.add_row(f"[bold]{label}", f"{values[-1]:.{digits}f}", Text(sparkline(values), style="green"))
+            grid.add_row(Text(label, style="bold"), f"{values[-1]:.{digits}f}", Text(sparkline(values), style="green"))
         return Group(self._bar, grid)
 
 
@@ -137,7 +138,7 @@ def print_result(
         console.print(side_by_side("Before and after: same prompts, same random numbers", ("before", "after"), pairs))
     console.print("Next", style="italic")
     for what, command in next_commands(run_dir, tracking_uri).items():
-        console.print(f"[bold]{what}[/]:", highlight=False)
+        console.print(Text.assemble((what, "bold"), ":"))
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
-from rlhf_core.store.address import shown
+from flows.console import Console
+from flows.visible import write_json
 from rlhf_core.verification.findings import Finding, Verification
 from rlhf_core.verification.run import verify_run
 
@@ -25,7 +23,7 @@ def verify_and_show(console: Console, path: Path, *, as_json: bool) -> bool:
     with _reading(console, quiet=as_json) as tell:
         found = verify_run(path, progress=tell)
     if as_json:
-        sys.stdout.write(shown(json.dumps(found.to_json(), indent=2, ensure_ascii=False)) + "\n")
+        write_json(found.to_json())
     else:
         show_verification(console, found)
     return not found.damage
@@ -39,7 +37,7 @@ def show_verification(console: Console, found: Verification) -> None:
     stands = f"{found.num_finished} of {found.num_iterations} iterations finished, {found.num_checkpoints} checkpoints"
     console.print(f"{found.path}: {stands}; read {read}", highlight=False, soft_wrap=True)
     color = "red" if found.damage else "green"
-    console.print(f"[{color}]{escape(found.summary())}[/]", highlight=False, soft_wrap=True)
+    console.print(found.summary(), style=color, highlight=False, soft_wrap=True)
 
 
 def table_of_findings(findings: Sequence[Finding]) -> Table:
@@ -48,8 +46,8 @@ def table_of_findings(findings: Sequence[Finding]) -> Table:
     table.add_column("what is wrong", ratio=4)
     table.add_column("what to do", ratio=5)
     for finding in findings:
-        kind = f"[{COLORS[finding.kind]}]{finding.kind}[/]"
-        table.add_row(escape(finding.path), kind, escape(finding.problem), escape(finding.remedy))
+        kind = Text(finding.kind, style=COLORS[finding.kind])
+        table.add_row(finding.path, kind, finding.problem, finding.remedy)
     return table
 
 

@@ -26,6 +26,7 @@ from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.config_io import canonical_json, digest_json
 from rlhf_core.contracts.durable import hash_file, read_file, write_file, write_folder
 from rlhf_core.contracts.errors import IntegrityError, NumericalError
+from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_record, seal, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
 from rlhf_core.contracts.typed import typed
@@ -202,16 +203,15 @@ def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
     if digest != ref.sha256 and not is_vouched_for:
         raise IntegrityError(f"{path} is damaged: sha256 {digest[:12]}…, committed as {ref.sha256[:12]}…")
     try:
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-        table.validate(full=True)
+        schema, expected = pa.ipc.open_file(pa.BufferReader(data)).schema, STAGES[ref.stage]
+        if not schema.equals(expected):
+            raise IntegrityError(
+                f"{path} has another schema than {ref.stage} writes.\nexpected:\n{expected}\n"
+                f"found:\n{schema.remove_metadata()}"
+            )
+        table = read_plain_table(data, expected)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is not a valid Arrow file: {error}") from None
-    expected = STAGES[ref.stage]
-    if not table.schema.equals(expected):
-        raise IntegrityError(
-            f"{path} has another schema than {ref.stage} writes.\nexpected:\n{expected}\n"
-            f"found:\n{table.schema.remove_metadata()}"
-        )
     wrong = wrong_values(table, ref.stage)
     if table.num_rows != ref.rows:
         wrong = f"{table.num_rows} rows where {ref.rows} were committed"

@@ -31,6 +31,8 @@ from rlhf_core.contracts.reward_config import RewardConfig
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 20
+MAX_VALUES = 20_000
+"""Keys and values: a second of reading; the longest config of this project has 600."""
 _REMEDIES = {
     r"found character '\t'": "; indent with spaces, not with tabs",
     "mapping values are not allowed": "; put a value that holds a colon and a space in quotes, and a key on a line of "
@@ -101,7 +103,11 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     yaml = YAML(typ="safe", pure=True)
     try:
         depth = 0
-        for event in cast("Iterator[Any]", yaml.parse(text)):
+        for number, event in enumerate(cast("Iterator[Any]", yaml.parse(text))):
+            if number > MAX_VALUES:
+                raise UserError(
+                    f"{origin} holds more than {MAX_VALUES} keys and values; leave out what is not a config"
+                )
             if isinstance(event, DocumentStartEvent) and event.explicit and (event.version or event.tags):
                 raise UserError(
                     f"{origin} begins with a YAML directive (%YAML or %TAG), which changes what its words mean; "

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from rlhf_core.contracts.bounds import SPARE_BYTES, free_bytes
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 
 TEMPORARY = ".tmp"
@@ -264,9 +265,20 @@ def settle(folder: Path, *, links: Collection[str] = ()) -> None:
             sync(folder.parent)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises FileNotFoundError, or StorageError if the disk does not give them."""
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: of the file.
+        limit: bytes that it may have, as a file that is mostly a hole claims any number; default: the free memory.
+    Raises: FileNotFoundError; IntegrityError if it is larger; StorageError if the disk does not give them.
+    """
     with _told(path, "read"), _disk.reader(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise IntegrityError(f"{path} has {size} bytes; at most {limit} are ever written there")
+        if size > SPARE_BYTES and size > free_bytes():
+            raise StorageError(f"{path} has {size} bytes, more than the memory that is free; close other programs")
         return file.read()
 
 

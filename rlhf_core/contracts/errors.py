@@ -66,9 +66,14 @@ class StorageError(RlhfError):
             action: what was not done to it: written, read, removed, cleaned.
         """
         reason = error.strerror or str(error)
-        remedy = _REMEDIES.get(error.errno or 0, "look after that disk")
+        remedy = remedy_of(error)
         comfort = "nothing was changed" if action == "read" else "nothing is lost"
         return cls(f"{path} was not {action}: {reason}; {comfort}: {remedy}, then run the same again or resume")
+
+
+def remedy_of(error: OSError) -> str:
+    """What a person does about an error of the operating system."""
+    return _REMEDIES.get(error.errno or 0, "look after that disk")
 
 
 _REMEDIES = {
@@ -76,6 +81,13 @@ _REMEDIES = {
     errno.EDQUOT: "free some space or raise the quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EROFS: "make the disk writable",
+    errno.ESTALE: "mount the network's disk again",
+    errno.ENOENT: "make it, or name another one",
+    errno.EISDIR: "name a file",
+    errno.ENOMEM: "close other programs, or take less",
+    errno.ENOSYS: "choose a disk that can do it",
+    errno.EOPNOTSUPP: "choose a disk that can do it",
+    errno.ENOLCK: "choose a disk that has locks",
     errno.EACCES: "give yourself the permission",
     errno.EPERM: "give yourself the permission",
     errno.ENAMETOOLONG: "choose a shorter name",

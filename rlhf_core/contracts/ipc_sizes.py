@@ -9,13 +9,16 @@ does not fit raises ``ValueError``.
 from __future__ import annotations
 
 import struct
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
+
+import pyarrow as pa
 
 _END: Final = 10
 """Bytes at the end of a file: the length of its footer, and ``ARROW1``."""
 _BATCHES, _HEADER, _BUFFERS, _COMPRESSION = 3, 2, 2, 3
 """Places of fields: Footer.recordBatches, Message.header, RecordBatch.buffers, RecordBatch.compression."""
 _PREFIX: Final = 8
+_GROWS: Final = "it is compressed, or has columns that take no room in the file"
 
 
 def batch_message(file: BinaryIO, index: int) -> bytes:
@@ -63,6 +66,43 @@ def decompressed_bytes(message: bytes) -> int:
     except (struct.error, IndexError) as error:
         raise ValueError(f"it is not an Arrow record batch: {error}") from None
     return total
+
+
+def read_plain_table(data: bytes, expected: pa.Schema | None = None) -> pa.Table:
+    """The table of an Arrow file as this project writes them: every value stands in the file, uncompressed.
+
+    Args:
+        data: of the file.
+        expected: its schema, but for metadata; None: any whose values take room.
+    Returns: the table, validated.
+    Raises: ValueError, or ArrowException, for any other file.
+    """
+    reader = pa.ipc.open_file(pa.BufferReader(data))
+    if expected is not None and not reader.schema.equals(expected):
+        raise ValueError("another schema")
+    if any(_takes_no_room(field.type) for field in reader.schema):
+        raise ValueError(_GROWS)
+    size = 0
+    with pa.BufferReader(data) as file:
+        for index in range(reader.num_record_batches):
+            size += decompressed_bytes(batch_message(cast("BinaryIO", file), index))
+    if size > len(data):
+        raise ValueError(_GROWS)
+    table = reader.read_all()
+    table.validate(full=True)
+    return table
+
+
+def _takes_no_room(kind: pa.DataType) -> bool:
+    """Whether a column of this type may claim any number of rows: null, dictionary, run-end-encoded, empty struct."""
+    if pa.types.is_null(kind) or pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return True
+    if pa.types.is_fixed_size_binary(kind):
+        return kind.byte_width == 0
+    if pa.types.is_fixed_size_list(kind) and kind.list_size == 0:
+        return True
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not children) or any(map(_takes_no_room, children))
 
 
 def _root(table: bytes | memoryview) -> int:

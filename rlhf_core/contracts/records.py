@@ -19,6 +19,8 @@ from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.durable import read_file, write_file
 from rlhf_core.contracts.errors import IntegrityError
 
+MAX_BYTES: Final = 1 << 28
+"""Of a record: the files of a checkpoint or bundle with their digests are the longest."""
 _SEAL: Final = re.compile(rb',"seal":"([0-9a-f]{64})"\}\n\Z')
 
 
@@ -35,7 +37,7 @@ def read_record(path: Path) -> dict[str, Any]:
         IntegrityError: damaged, or no record at all.
         StorageError: the disk does not give it.
     """
-    return unseal(read_file(path), origin=str(path))
+    return unseal(read_file(path, MAX_BYTES), origin=str(path))
 
 
 def seal(values: Mapping[str, Any]) -> bytes:

@@ -28,7 +28,7 @@ from rlhf_core.contracts.config_io import build_config, digest_json
 from rlhf_core.contracts.durable import make_folder, settle, write_link
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.guard_config import GuardsConfig
-from rlhf_core.contracts.locking import holding, is_held
+from rlhf_core.contracts.locking import holding, is_held, is_lock
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_record, write_record
@@ -351,5 +351,5 @@ def check_vacant(path: Path) -> None:
     """Raise UserError unless a new run may begin in this folder."""
     if (path / "run.json").exists():
         raise UserError(f"--run-dir {path} already holds a run; continue it with `rlhf resume {path}`")
-    if path.exists() and (not path.is_dir() or any(p.name != "lock" and p.suffix != ".tmp" for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not is_lock(p) and p.suffix != ".tmp" for p in path.iterdir())):
         raise UserError(f"--run-dir {path} is not an empty folder; choose a new one")

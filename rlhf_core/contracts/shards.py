@@ -21,6 +21,7 @@ import pyarrow as pa
 from rlhf_core.contracts.artifacts import encode_table
 from rlhf_core.contracts.durable import read_file, remove_folder, write_file
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 
@@ -79,9 +80,9 @@ def read_part(run_dir: Path, stage: str, iteration: int, shard: Shard, *, key: s
         data = read_file(path)
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
             return None
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        table = read_plain_table(data)
         metrics, (began, ended) = cast("dict[str, float]", record["metrics"]), record["span_s"]
-    except (FileNotFoundError, IntegrityError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError, ValueError, pa.ArrowException):
         return None
     return Part(table, metrics, (float(began), float(ended))) if _fits(table, stage) else None
 

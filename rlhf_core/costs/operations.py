@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.untrusted import transformers_config, without_weights
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,7 @@ class Shape:
     @classmethod
     def in_folder(cls, folder: Path, auto_class: str) -> Shape:
         """Of a model on disk; no weights are loaded. ``auto_class``: AutoModelForCausalLM, AutoModel, say."""
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return cls.of(getattr(transformers, auto_class).from_config(config, trust_remote_code=False))
+        return cls.of(without_weights(transformers_config(folder), auto_class, str(folder)))
 
     def trunk(self, read: int, before: int = 0) -> int:
         """Forward over ``read`` tokens of one sequence, with ``before`` tokens in the cache."""

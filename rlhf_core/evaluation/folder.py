@@ -31,6 +31,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, digest_json
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import IntegrityError, UserError
+from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.trust import recorded
 from rlhf_core.evaluation.samples import PART, Samples, part_sizes
@@ -234,8 +235,7 @@ def check_free(path: Path, record: Mapping[str, Any]) -> None:
 
 def _parse(data: bytes, path: Path) -> pa.Table:
     try:
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-        table.validate(full=True)
+        table = read_plain_table(data)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(f"{path} is not a valid Arrow file: {error}") from None
     return cast("pa.Table", table.replace_schema_metadata(None))

@@ -27,14 +27,14 @@ from rlhf_core.contracts.config_io import canonical_json, digest_json
 from rlhf_core.contracts.durable import read_file
 from rlhf_core.contracts.errors import IntegrityError, NumericalError, UserError
 from rlhf_core.contracts.loop_state import LoopState
-from rlhf_core.contracts.records import read_json
+from rlhf_core.contracts.records import MAX_BYTES, read_json
 from rlhf_core.models.activations import fuse_activations
 from rlhf_core.models.actor_critic import ActorCritic, new_optimizer, trainable_trunk
 from rlhf_core.models.critic import Critic, ValueHead
 from rlhf_core.models.language_model import DTYPES
 from rlhf_core.models.policy import load_policy, policy_tensors, save_policy
 from rlhf_core.models.ranks import ALONE, Ranks
-from rlhf_core.models.untrusted import check_is_data, check_size
+from rlhf_core.models.untrusted import check_is_data, check_size, transformers_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def load_checkpoint(
         raise IntegrityError(f"{path} holds the checkpoint of iteration {record.get('iteration')}: it was moved there")
     if identities is not None and record.get("identity") not in identities:
         raise IntegrityError(f"{path} is a checkpoint of another run: its identity is not that of run.json")
-    state = LoopState.from_json(read_json(read_file(path / "state.json"), origin=str(path / "state.json")))
+    state = LoopState.from_json(read_json(read_file(path / "state.json", MAX_BYTES), origin=str(path / "state.json")))
     try:
         policy = load_policy(config, device, checkpoint=path)
         critic = _load_critic(path / "critic", config, device) if config.uses_critic else None
@@ -164,14 +164,14 @@ def load_checkpoint(
 
 
 def _load_critic(path: Path, config: RunConfig, device: torch.device) -> Critic:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     tensors = _tensors(path / "critic.safetensors")
     trunk: Any = None
     if (path / "config.json").is_file():
         check_is_data(str(path), "critic")
         check_size("AutoModel", str(path), "critic")
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model_config = transformers_config(path)
         trunk = AutoModel.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
         fuse_activations(trunk)
         trunk = trainable_trunk(trunk, config)

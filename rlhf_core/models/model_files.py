@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.hub import folder_of
+from rlhf_core.models.untrusted import transformers_config
 
 
 def place_of(name: str) -> str:
@@ -16,10 +17,8 @@ def place_of(name: str) -> str:
 
 def config_of(name: str) -> Any:
     """The transformers config of a model; None where there is none that loads, which is told where it is read."""
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(place_of(name), trust_remote_code=False)
+        return transformers_config(place_of(name))
     except Exception:
         return None
 

@@ -25,7 +25,7 @@ from rlhf_core.models.stored_weights import (
     misfit,
     some,
 )
-from rlhf_core.models.untrusted import read_small_json
+from rlhf_core.models.untrusted import check_layers, read_small_json, transformers_config
 
 CAUSAL_LM: Final = "AutoModelForCausalLM"
 CLASSIFIER: Final = "AutoModelForSequenceClassification"
@@ -59,8 +59,6 @@ def check_model_folder(
     Returns: how it is loaded.
     Raises: UserError with one sentence that says what the folder is, and what would be right.
     """
-    from transformers import AutoConfig
-
     folder = folder or Path(name).expanduser()
     if not folder.is_dir() or auto_class not in (CAUSAL_LM, CLASSIFIER):
         return Loading()
@@ -73,7 +71,8 @@ def check_model_folder(
         )
     stored = StoredWeights.of(folder, named)
     _check_no_adapter(stored, named)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_layers(values, len(stored.shapes), named)
+    config = transformers_config(folder)
     said = _Folder(folder, values, stored, named, kind(folder, values, stored.shapes))
     if auto_class == CAUSAL_LM:
         return _check_policy(said, config, found)

@@ -26,7 +26,7 @@ from rlhf_core.models.templates import check_template
 from rlhf_core.models.texts import prompt_ends, response_text, special_ids
 from rlhf_core.models.tokenizers import VocabularyDigest, load_tokenizer, vocabulary_digest
 from rlhf_core.models.untrusted import MAX_TEXT_BYTES
-from rlhf_core.prompts.rendering import render_chat
+from rlhf_core.prompts.rendering import render_chat, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,9 +185,16 @@ class RewardReader:
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """A conversation by the template. Raises whatever the template raises."""
-        return render_chat(
+        (found,) = self.all_rendered([messages])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def all_rendered(self, conversations: Sequence[Sequence[Message]]) -> list[str | Exception]:
+        """Conversations by the template, or what it says against each. Raises UserError for one without an end."""
+        return render_chats(
             self.tokenizer,
-            messages,
+            conversations,
             add_generation_prompt=False,
             template=self.template,
             options=self.options,

@@ -11,6 +11,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.adapters import TRAINED, add_adapter, check_adapter, count_adapter, new_adapter
 from rlhf_core.models.devices import resolve_num_threads, usable_cores
+from rlhf_core.models.untrusted import without_weights
 from rlhf_core.ops.logprobs import logits_at_a_time
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -24,11 +25,10 @@ UPDATE_PARTS = ("activations of a micro-batch", "logits held at a time")
 
 def empty_model(model_config: Any, auto_class: str = "AutoModelForCausalLM") -> Any:
     """An architecture on the meta device: shapes without weights. Raises UserError if there is no such one."""
-    import transformers
-
     try:
-        with torch.device("meta"):
-            return getattr(transformers, auto_class).from_config(model_config, trust_remote_code=False)
+        return without_weights(model_config, auto_class, f"the model {model_config.name_or_path!r}")
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         text = model_config.get_text_config()

@@ -169,13 +169,12 @@ class _Reader:
     def _read_chunk(self, rows: Sequence[tuple[int, PromptEntry]]) -> None:
         for are_chats in (False, True):
             rendered: list[tuple[int, PromptEntry, str]] = []
-            for row, entry in rows:
-                if self.assembler.is_chat(entry) is not are_chats:
-                    continue
-                try:
-                    rendered.append((row, self.assembler.entry(entry), self.assembler.text(entry)))
-                except UserError as error:
-                    self.found.refused.setdefault(str(error), Tally()).add(row, "")
+            some = [(row, entry) for row, entry in rows if self.assembler.is_chat(entry) is are_chats]
+            for (row, entry), text in zip(some, self.assembler.texts([entry for _, entry in some]), strict=True):
+                if isinstance(text, UserError):
+                    self.found.refused.setdefault(str(text), Tally()).add(row, "")
+                else:
+                    rendered.append((row, self.assembler.entry(entry), text))
             tokens = self.assembler.tokens([text for *_, text in rendered], are_chats=are_chats)
             for (row, entry, text), ids in zip(rendered, tokens, strict=True):
                 self._look_at(row, entry, text, ids)

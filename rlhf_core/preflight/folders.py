@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.adapters import base_of, is_adapter
 from rlhf_core.models.hub import folder_of, stored_names
-from rlhf_core.models.untrusted import check_is_data, check_model_config
+from rlhf_core.models.untrusted import check_is_data, check_model_config, transformers_config
 
 
 def context_length(model_config: Any) -> int | None:
@@ -22,15 +22,13 @@ def model_config(name: str, field: str, *, with_weights: bool = True) -> Any:
 
     Raises: UserError naming ``field``.
     """
-    from transformers import AutoConfig
-
     if not name:
         raise UserError(f"{field} is not set; give a model folder or a hub id")
     folder = folder_of(name, field)
     check_is_data(name, field, folder)
     _check_weights(folder, name, field, with_weights=with_weights)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers_config(folder)
         config.name_or_path = name
     except Exception as error:
         reason = str(error).strip().split("\n")[0]

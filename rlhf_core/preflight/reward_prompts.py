@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
+from rlhf_core.contracts.batches import Message
 from rlhf_core.contracts.config import PromptsConfig, RunConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import RAW, ComponentReward, FunctionReward, ModelReward
@@ -104,14 +105,10 @@ def check_reader(
     if "own" in _sources(reader, entries):
         check_template(reader.tokenizer.chat_template, PROBE, reader.named)
     refused: list[tuple[int, str]] = []
-    for row, entry in enumerate(entries):
-        if sources[not isinstance(entry, str)] not in ("own", "given"):
-            continue
-        messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else entry
-        try:
-            reader.rendered([*messages, PROBE[1]])
-        except Exception as error:  # jinja2's, and whatever a template's own expressions raise
-            refused.append((row, in_a_line(error)))
+    rows = [row for row, entry in enumerate(entries) if sources[not isinstance(entry, str)] in ("own", "given")]
+    for row, text in zip(rows, reader.all_rendered([_answered(entries[row]) for row in rows]), strict=True):
+        if isinstance(text, Exception):
+            refused.append((row, in_a_line(text)))
     if refused:
         row, reason = refused[0]
         problem = (
@@ -139,6 +136,11 @@ def _check_options(
     options = f"{field}.template_options"
     if problems := [*unread_options(component.template_options, options, reader.tokenizer, reader.template, named)]:
         raise UserError(*problems)
+
+
+def _answered(entry: PromptEntry) -> list[Message]:
+    messages: list[Message] = [{"role": "user", "content": entry}] if isinstance(entry, str) else list(entry)
+    return [*messages, PROBE[1]]
 
 
 def _sources(reader: RewardReader, entries: Sequence[PromptEntry]) -> set[str | None]:

@@ -15,7 +15,7 @@ from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.prompts.entries import PromptEntry
 from rlhf_core.prompts.pieces import special_tokens
-from rlhf_core.prompts.rendering import render_prompt
+from rlhf_core.prompts.rendering import render_prompt, render_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,13 @@ class PromptAssembler:
     def text(self, entry: PromptEntry) -> str:
         """The whole text of a prompt. Raises UserError if the chat template refuses it."""
         return self._rendered(self.entry(entry))
+
+    def texts(self, entries: Sequence[PromptEntry]) -> list[str | UserError]:
+        """The texts of many prompts, or what is wrong with each. Raises UserError if no chat can be rendered."""
+        read = [self.entry(entry) for entry in entries]
+        return render_prompts(
+            read, self.tokenizer, options=self.config.template_options, date=self.config.template_date
+        )
 
     def tokens(self, texts: Sequence[str], *, are_chats: bool) -> list[list[int]]:
         """The tokens of whole prompts, many at a time.

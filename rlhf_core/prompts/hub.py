@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
+from rlhf_core.contracts.bounds import at_most, for_file
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.hub import commit_of, is_commit, looks_like_hub_name, refuse_revision_of_folder, split_revision
 from rlhf_core.prompts.foreign import check_dataset_folder
-from rlhf_core.prompts.readers import FILE_READERS, Choose, Rows, reason, refuse_split, refuse_subset
+from rlhf_core.prompts.readers import FILE_READERS, Choose, Rows, check_num_rows, reason, refuse_split, refuse_subset
 
 if TYPE_CHECKING:
     import datasets
@@ -114,8 +115,16 @@ def _refuse_other_commit(data: datasets.Dataset, revision: str | None) -> None:
 
 def _rows_of_dataset(config: PromptsConfig, data: datasets.Dataset, choose: Choose) -> Rows:
     wanted = list(choose(data.column_names))
+    size = sum(Path(file["filename"]).stat().st_size for file in data.cache_files)
     try:
-        return Rows(data.select_columns(wanted).with_format(None)[:])
+        check_num_rows(len(data))
+        with at_most(for_file(size)):
+            return Rows(data.select_columns(wanted).with_format(None)[:])
+    except MemoryError:
+        raise UserError(
+            f"prompts.source {config.source!r} would take more than {for_file(size) >> 30} GiB of memory, or more than "
+            "is free; take fewer rows"
+        ) from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"prompts.source {config.source!r} cannot be read: {reason(error)}") from error
 

@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf_core.contracts.bounds import at_most, check_is_full, for_file
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.prompts.remarks import counted
@@ -26,6 +27,8 @@ from rlhf_core.prompts.text_files import delimiter_of, kind_of, lines_of, open_u
 
 MAX_PROBLEMS = 10
 MAX_REASON = 300
+MAX_ROWS = 1 << 24
+"""Prompts that a run may choose from."""
 MAX_CSV_CELL = 2**31 - 1
 
 Choose = Callable[[Sequence[str]], Sequence[str]]
@@ -73,20 +76,34 @@ def read_file(config: PromptsConfig, path: Path, choose: Choose) -> Rows:
             f"{'; unpack it first' * packed}{'; export the sheet as CSV' * (kind in SHEETS)}"
         )
     notes: list[str] = []
+    size = 0
     try:
-        if reader is None:
-            return table_reader(path, choose) if table_reader else Rows({})
-        if kind == ".txt":
-            reader = functools.partial(_read_lines, column=config.column)
-        with open_utf8(path, notes) as file:
-            rows = reader(file, choose)
+        size = check_is_full(path)
+        with at_most(for_file(size)):
+            if reader is None:
+                return table_reader(path, choose) if table_reader else Rows({})
+            if kind == ".txt":
+                reader = functools.partial(_read_lines, column=config.column)
+            with open_utf8(path, notes) as file:
+                rows = reader(file, choose)
         return replace(rows, notes=[*notes, *rows.notes])
+    except MemoryError:  # Arrow's as well
+        raise UserError(
+            f"{named} cannot be read: its {size} bytes would take more than {for_file(size) >> 30} GiB of memory, or "
+            "more than is free; take an intact file, or fewer rows"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{named} is not UTF-8 text: {error}; save it as UTF-8") from None
     except (pa.ArrowException, OSError, ValueError, RecursionError, EOFError, zlib.error) as error:
         raise UserError(f"{named} cannot be read: {reason(error)}") from None
     except BadLinesError as error:
         raise first_problems([f"{named}, {line}" for line in error.lines]) from None
+
+
+def check_num_rows(number: int) -> None:
+    """Raise ValueError for more rows than are held in memory: some columns take no room in a file."""
+    if number > MAX_ROWS:
+        raise ValueError(f"it has {number} rows; at most {MAX_ROWS} are read")
 
 
 def first_problems(problems: Sequence[str]) -> UserError:
@@ -246,8 +263,9 @@ def _rows_of_csv(text: str, delimiter: str, choose: Choose) -> Rows:
 
 
 def _read_parquet(path: Path, choose: Choose) -> Rows:
-    with pq.ParquetFile(path) as file:
-        return _rows_of_table(file.read(columns=list(choose(file.schema_arrow.names))))
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        check_num_rows(file.metadata.num_rows)
+        return _rows_of_table(file.read(columns=list(choose(file.schema_arrow.names)), use_threads=False))
 
 
 def _read_arrow(path: Path, choose: Choose) -> Rows:
@@ -255,8 +273,10 @@ def _read_arrow(path: Path, choose: Choose) -> Rows:
     with pa.OSFile(str(path)) as file:
         is_file_format = file.read(6) == b"ARROW1"
         file.seek(0)
-        reader = pa.ipc.open_file(file) if is_file_format else pa.ipc.open_stream(file)
+        alone = pa.ipc.IpcReadOptions(use_threads=False)  # one that cannot begin ends the process
+        reader = (pa.ipc.open_file if is_file_format else pa.ipc.open_stream)(file, options=alone)
         table = reader.read_all().select(list(choose(reader.schema.names)))
+        check_num_rows(table.num_rows)
     table.validate(full=True)
     return _rows_of_table(table)
 

@@ -23,7 +23,7 @@ from rlhf_core.store.objects import Entry
 LINK: Final = ".link"
 ABSENT: Final = ".absent"
 RECORD: Final = "run.json"
-LOCAL: Final = frozenset({"lock", SHARDS})
+LOCAL: Final = frozenset({"lock", "lock.held", SHARDS})
 """Of a run folder, what stays on the machine that works on it: no result is in there. While other machines compute its
 shards, those are in the store as well (:mod:`rlhf_core.store.helping`)."""
 COMMITS: Final = "manifest.json"

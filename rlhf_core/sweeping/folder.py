@@ -25,7 +25,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, config_digest, config_template, flat_params
 from rlhf_core.contracts.durable import make_folder, remove_file, write_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError, UserError
-from rlhf_core.contracts.locking import holding
+from rlhf_core.contracts.locking import holding, is_lock
 from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
@@ -249,7 +249,7 @@ def check_folder(path: Path, record: SweepRecord) -> None:
                 "what it was begun with to go on"
             )
         return
-    if path.exists() and (not path.is_dir() or any(p.name != "lock" and p.suffix != ".tmp" for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not is_lock(p) and p.suffix != ".tmp" for p in path.iterdir())):
         raise UserError(f"--run-dir {path} is neither an empty folder nor a sweep; choose a new one")
 
 

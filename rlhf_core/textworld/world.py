@@ -4,7 +4,6 @@ A world appears whole or not at all. It is written into a hidden sibling folder,
 `world.json`, which names the recipe and the SHA-256 of every other file, decides whether a folder can be used again.
 """
 
-import fcntl
 import json
 import shutil
 import time
@@ -22,6 +21,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 from transformers.utils import logging
 
 from rlhf_core.contracts.durable import hash_file, sync
+from rlhf_core.contracts.locking import holding
 from rlhf_core.textworld import training
 from rlhf_core.textworld.grammar import openings, parse, sample_review
 from rlhf_core.textworld.recipe import Recipe
@@ -230,8 +230,7 @@ def _sync_tree(directory: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file; the kernel lets go of it when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with holding(path, str(path), waits=True):
         yield
 
 

@@ -14,7 +14,7 @@ from rlhf_core.contracts.config_io import digest_json
 from rlhf_core.contracts.durable import hash_file, is_leftover, read_file
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import LoopState
-from rlhf_core.contracts.records import read_json, read_record
+from rlhf_core.contracts.records import MAX_BYTES, read_json, read_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import load_checkpoint
 from rlhf_core.verification.findings import Finding, said
@@ -133,7 +133,7 @@ class CheckpointCheck:
         """What differs from what the update before has committed; empty if nothing does."""
         path = self.run.checkpoint_path(iteration) / "state.json"
         try:
-            state = LoopState.from_json(read_json(read_file(path), origin="state.json"))
+            state = LoopState.from_json(read_json(read_file(path, MAX_BYTES), origin="state.json"))
             update = read_manifest(self.run.path, "ppo_update", iteration - 1)
             expected = None if update is None else LoopState.from_json(update.state)
         except IntegrityError as error:

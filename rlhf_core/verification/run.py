@@ -27,8 +27,8 @@ from rlhf_core.verification.iterations import FILES, IterationCheck
 QUARANTINE = ".quarantine"
 """Where a repair puts what does not belong."""
 KNOWN = frozenset(
-    {"run.json", "lock", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json", "before_after.json",
-     "report.png", "view.html", "evaluations", CLEANED, ARCHIVE, QUARANTINE, SHARDS}
+    {"run.json", "lock", "lock.held", "iterations", "checkpoints", "guards.json", "mlflow.json", "prefect.json",
+     "before_after.json", "report.png", "view.html", "evaluations", CLEANED, ARCHIVE, QUARANTINE, SHARDS}
 )  # fmt: skip
 SETTLE_S = 0.5
 """How long a run that is going has for a write, before a second look."""
