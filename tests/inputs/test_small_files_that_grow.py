@@ -290,6 +290,7 @@ def test_a_template_that_loops_for_the_second_prompt_only(model: Path) -> None:
 
 
 FORKS = """
+import multiprocessing
 from rlhf_core.prompts.render_process import renderer
 
 def text(template):
