@@ -90,6 +90,7 @@ class PartsWatcher(Silent):
     def __init__(self, console: Console, num_parts: int, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (TextColumn("[bold]samples"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
         left, what = TextColumn("{task.fields[left]}"), TextColumn("{task.fields[what]}", style="cyan", markup=False)
+        self._console = console
         self._bar = Progress(*columns, left, what, console=console, transient=True)
         self._task = self._bar.add_task("samples", total=num_parts, what="starting", left="")
         self._console, self._num_parts, self._clock = console, num_parts, clock

@@ -154,6 +154,7 @@ def test_nobody_prints_past_the_door() -> None:
         "visible.py": 1,  # JSON
         "training.py": 1,  # our own template of a config
         "cli.py": 1,  # the version
+        "terminal.py": 2,  # commands that are shown
     }
     found: dict[str, int] = {}
     for path in sorted((root / "flows").rglob("*.py")):
