@@ -34,7 +34,7 @@ from tasks.resources import resources
 
 NAMES = (
     "torch", "sitecustomize", "usercustomize", "multiprocessing", "uvicorn", "numpy", "typer", "rich", "prefect",
-    "transformers", "pyarrow", "pydantic", "flash_attn", "ray", "mlflow", "vllm", "json", "encodings", "tasks", "flows",
+    "transformers", "pyarrow", "pydantic", "flash_attn", "ray", "mlflow", "vllm", "json", "tasks", "flows",
     "rlhf_core", "shutil", "tempfile", "jinja2", "cloudpickle", "apex", "kernels", "xformers",
 )  # fmt: skip
 """Of libraries, of optional ones that are not installed, of Python's own and of this package."""

@@ -157,6 +157,15 @@ def test_each_door_is_closed_whoever_knocks(
     assert there.nothing_happened()
 
 
+@pytest.mark.parametrize("name", ["tracker", "tracker in a file"])
+def test_the_page_of_a_tracker_is_not_opened(
+    name: str, honest: Path, there: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stranger(honest, there, name, monkeypatch)
+    with pytest.raises(UserError, match="and you have not; if you trust it, give it as --tracking-uri"):
+        find_tracker(run)
+
+
 @pytest.mark.parametrize("name", ["program", "function"])
 def test_a_replay_skips_the_stage_and_says_why(
     name: str, honest: Path, there: Marks, monkeypatch: pytest.MonkeyPatch
