@@ -72,7 +72,7 @@ def test_the_score_before_and_after_stand_in_the_first_lines(finished: Path) -> 
     first, headline, folder, artifacts_line = shown(finished)[1]["reviews-2"].data.split("\n")[:4]
     rows = iteration_rows(RunFolder.open(finished))
     assert first.startswith("**3 of 3 iterations** · finished")
-    wanted = f"score {rows[0]['score']:.3f} → {rows[-1]['score']:.3f}, KL {rows[0]['kl']:.2f} → {rows[-1]['kl']:.2f}"
+    wanted = f"score {rows[0]['score']:.3f} → {rows[-1]['score']:.3f}, KL {rows[0]['kl']:z.2f} → {rows[-1]['kl']:.2f}"
     assert headline.strip() == f"**{wanted}**"
     assert str(finished) in folder
     assert f"artifacts `{finished}/iterations/000002` · look with `rlhf inspect {finished}`" in artifacts_line

@@ -73,7 +73,7 @@ def settings(door: Door) -> dict[Any, Any]:
 def flow_run_state(flow_run_id: str) -> str:
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(flow_run_id)).state
-    return "" if state is None else state.name
+    return str(state and state.name)
 
 
 @flow(persist_result=False)
