@@ -61,8 +61,8 @@ def is_number(text: str) -> bool:
 def middle(text: str, width: int) -> str:
     """A text of at most so many columns: its beginning and its end, which tells most names apart.
 
-    >>> middle("ppo.learning_rate=0.001_kl.coef=0.05_seed=1", 24)
-    'ppo.learnin…=0.05_seed=1'
+    >>> middle("ppo.learning_rate=0.001_kl.coef=0.05_seed=1", 22)
+    'ppo.learni…0.05_seed=1'
     """
     if cell_len(text) <= width:
         return text
