@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import Console
+from flows.visible import plain, visible
 
 DOTS: Final = "…"
 GAP: Final = 2
@@ -102,7 +103,7 @@ def fitted(columns: Sequence[Column], width: int) -> list[int]:
 
 def print_columns(console: Console, columns: Sequence[Column], title: str | None = None) -> None:
     """Print a table in the width of the console. Columns of numbers that do not fit beside each other follow below."""
-    for part in _beside(columns, console.width):
+    for part in _beside([_written_out(column, console.encoding) for column in columns], console.width):
         table = Table(
             title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
             collapse_padding=True, padding=(0, GAP // 2),
@@ -130,6 +131,17 @@ def _beside(columns: Sequence[Column], width: int) -> list[list[Column]]:
     return parts
 
 
+def _written_out(column: Column, encoding: str) -> Column:
+    """The column as the terminal will show it, so that its width is the one that is measured."""
+
+    def shown(text: str) -> str:
+        return plain(visible(text), encoding)
+
+    cells = [Text(shown(c.plain), c.style) if isinstance(c, Text) else shown(c) for c in column.cells]
+    styles = {shown(cell): style for cell, style in (column.styles or {}).items()}
+    return replace(column, heading=shown(column.heading), cells=cells, styles=styles)
+
+
 def _cells(column: Column, width: int) -> list[Text]:
     texts = [str(cell) for cell in column.cells]
     short = apart(texts, width) if column.is_name else texts
@@ -148,9 +160,7 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str |
     """Print rows as a table in the width of the console: numbers whole, texts shortened in the middle."""
     names = list(rows[0]) if rows else []
     columns = [_column(name, [row[name] for row in rows]) for name in names]
-    if (
-        sum(c.width for c in columns) + GAP * (len(columns) - 1) > console.width - EDGES
-    ):  # first the headings take two lines
+    if sum(c.width for c in columns) + GAP * (len(columns) - 1) > console.width - EDGES:  # headings take two lines
         columns = [replace(c, heading=c.heading.replace(" ", "\n")) for c in columns]
     if columns:
         print_columns(console, columns, title)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +11,9 @@ from rich.text import Text
 
 from flows.console import Console
 from flows.displays.narrow import Column, print_columns
+from flows.visible import write_json
 from rlhf_core.cleaning import Wanted
 from rlhf_core.run_list import ListedRun, list_runs
-from rlhf_core.store.address import shown
 
 if TYPE_CHECKING:
     from tasks.cleaning import CleaningPlan
@@ -30,7 +28,7 @@ def show_runs(console: Console, folder: Path, *, as_json: bool) -> None:
     """Print the runs of a folder, the newest first. Raises UserError if there is no such folder."""
     runs = list_runs(folder)
     if as_json:
-        _print_json({"folder": str(folder), "runs": [run.to_json() for run in runs]})
+        write_json({"folder": str(folder), "runs": [run.to_json() for run in runs]})
         return
     if not runs:
         _line(console, f"no run in {folder}; `rlhf train --config FILE` makes one")
@@ -59,7 +57,7 @@ def clean_and_show(
         _print_plan(console, plan)
     problems = clean(plan) if does_it else []
     if as_json:
-        _print_json(_as_json(plan, problems, is_done=does_it))
+        write_json(_as_json(plan, problems, is_done=does_it))
         return not problems
     for problem in problems:
         _line(console, f"not removed: {problem}", style="red")
@@ -99,14 +97,14 @@ def age_text(seconds: float) -> str:
 def _print_runs(console: Console, runs: Sequence[ListedRun], more: Sequence[Column] = ()) -> None:
     now = time.time()
     columns = [
-        Column("run", [_printable(run.name) for run in runs], is_name=True),
+        Column("run", [run.name for run in runs], is_name=True),
         Column("state", [run.state for run in runs], styles=STYLES),
         Column("done", [_done(run) for run in runs]),
         Column("score", [_number(run.score, 3) for run in runs]),
         Column("KL", [_number(run.kl, 2) for run in runs]),
         Column("size", [size_text(run.num_bytes) for run in runs]),
         Column("age", ["" if run.written is None else age_text(run.age_s(now)) for run in runs]),
-        *(more or [Column("policy", [_printable(_model(run.model)) for run in runs], is_name=True)]),
+        *(more or [Column("policy", [_model(run.model) for run in runs], is_name=True)]),
     ]
     print_columns(console, columns)
 
@@ -154,13 +152,5 @@ def _model(model: str | None) -> str:
     return Path(model).name or model if model.startswith(("/", "~", ".")) or model.count("/") > 1 else model
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in shown(text))
-
-
 def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(_printable(text), style), soft_wrap=True, highlight=False)
-
-
-def _print_json(values: dict[str, object]) -> None:
-    sys.stdout.write(shown(json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False)) + "\n")
+    console.print(Text(text, style), soft_wrap=True, highlight=False)

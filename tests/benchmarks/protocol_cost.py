@@ -108,7 +108,7 @@ class Side:
                 guards.check(iteration)
                 tracker.iteration_done(iteration)
         self.done += num_iterations
-        while tracker and (tracker._outbox._arrived or 0) < self.done:  # the ledger says so only with the next batch
+        while tracker and (tracker._outbox._num_arrived()) < self.done:  # the ledger says so only with the next batch
             time.sleep(0.002)
         self.wall.append((time.perf_counter() - started[0]) / num_iterations)
         self.cpu.append((time.process_time() - started[1]) / num_iterations)

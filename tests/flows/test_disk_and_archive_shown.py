@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from old_iterations import commit_iteration
-from rich.console import Console
 
 from flows.cli import main
+from flows.console import Console
 from flows.displays.plan import show_plan
 from rlhf_core.contracts.compaction import remove_archived, write_segment
 from rlhf_core.contracts.config import RunConfig

@@ -6,8 +6,8 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from rich.console import Console
 
+from flows.console import Console
 from flows.displays.evaluation import PartsWatcher
 
 

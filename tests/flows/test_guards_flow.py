@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from flows import guarding
+from flows.console import Console
 from flows.progress import Silent, watched_by
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import GuardStopError, UserError

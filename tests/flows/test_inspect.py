@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from damage import finished_run
-from rich.console import Console
 from tiny_world import Tiny
 
 from flows.cli import EXIT_MISTAKE, main
+from flows.console import Console
 from rlhf_core.tables import open_run
 from rlhf_core.verification.run import verify_run
 

@@ -15,10 +15,10 @@ from chat_policies import CHATML, chat_policy, chats, config_for
 from damage import finished_run
 from made_runs import made_evaluation, made_run
 from rich.cells import cell_len
-from rich.console import Console
 from tiny_world import Tiny
 from torture.runs import start
 
+from flows.console import Console
 from flows.displays.comparison import compare_and_show
 from flows.displays.inspection import Question, show_run
 from flows.displays.narrow import Column, apart, cell_text, fitted, is_number, middle, print_columns, print_rows

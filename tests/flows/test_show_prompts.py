@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from chat_policies import LLAMA3, TEXTS, chat_policy, chats, config_for
 from rich.cells import cell_len
-from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
 from flows.cli import main
+from flows.console import Console
 from flows.displays.prompts import checking, show_prompts, token_lines
 from rlhf_core.contracts.config_io import config_template
 from rlhf_core.preflight import preflight

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from damage import flip
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from rich.console import Console
 from tiny_world import Tiny
 from torture.runs import start
 
 from flows import cli, sweep
 from flows.calling import without_prefect
 from flows.commands.options import EXIT_INCOMPLETE, EXIT_MISTAKE
+from flows.console import Console
 from flows.displays.sweep import SweepWatcher, print_files, print_sweep
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template, load_config

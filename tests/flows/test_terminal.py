@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from flows.console import Console
 from flows.displays.narrow import print_rows
 from flows.displays.terminal import TerminalWatcher, next_commands, print_records, print_result, sparkline
 

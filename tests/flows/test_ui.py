@@ -18,13 +18,13 @@ from typing import Any
 import httpx
 import pytest
 from processes import group
-from rich.console import Console
 from torture.runs import start
 
 from flows import ui
 from flows.child_processes import Child
 from flows.cli import main
 from flows.commands.options import EXIT_MISTAKE
+from flows.console import Console
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
 

@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import Console
-from flows.displays.terminal import print_records, print_warning, side_by_side, table_of
+from flows.displays.narrow import print_rows
+from flows.displays.terminal import print_records, print_warning, side_by_side
 from flows.visible import plain, visible, visible_messages, write_json
 
 ACTING = [
@@ -63,7 +64,6 @@ def table(cell: Any) -> Table:
         table(Text(EVIL)),
         Group(EVIL, Text(EVIL)),
         Columns([EVIL, table(EVIL)]),
-        table_of([{EVIL[:30]: 1, "text": EVIL}], EVIL),
         side_by_side(EVIL, ("a", "b"), [(EVIL, EVIL, 1.0, EVIL, 2.0)]),
     ],
 )
@@ -80,6 +80,7 @@ def test_markup_in_data_is_text_and_makes_no_link() -> None:
     console = Console(file=out, width=200, force_terminal=True, color_system="truecolor")
     print_warning(console, EVIL)
     print_records(console, [{str(i): EVIL for i in range(12)}], EVIL)
+    print_rows(console, [{EVIL[:30]: 1, "text": EVIL}], EVIL)
     console.print(EVIL)
     assert "[link=http://evil]y[/link] z[/b]" in out.getvalue()
     assert "\x1b]" not in out.getvalue()
@@ -122,7 +123,11 @@ def test_any_encoding_prints_tables_and_greek(encoding: str) -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=out, width=60)
-    console.print(table_of([{"name": "β → π", "bars": "▁▂█", "curve": "⠀⡇", "other": "日"}], "Σ π"))
+    rows = [
+        {"name": "β → π", "bars": "▁▂█", "curve": "⠀⡇", "other": "日"},
+        {"name": "", "bars": "", "curve": "", "other": "x"},
+    ]
+    print_rows(console, rows, "Σ π")
     out.flush()
     printed = raw.getvalue().decode(encoding)
     assert "beta -> pi" in printed

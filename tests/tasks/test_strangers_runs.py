@@ -102,7 +102,8 @@ def stranger(honest: Path, there: Marks, name: str, monkeypatch: pytest.MonkeyPa
 
 
 def everything_that_a_person_does(run: Path) -> list[Callable[[], object]]:
-    place, few = str(run), {"num_prompts": 2, "samples": 2, "frontier_samples": 64}
+    place = str(run)
+    few: dict[str, Any] = {"num_prompts": 2, "samples": 2, "frontier_samples": 64}
     return [
         lambda: verify_run(run),
         lambda: check_resumable(place, accept_drift=False),
@@ -188,6 +189,7 @@ def test_a_bundle_starts_no_program_even_one_that_was_accepted(
     replay = replay_iteration(str(bundle), None)
     (skipped,) = (stage for stage in replay.stages if stage.skipped)
     assert skipped.stage == "generate"
+    assert skipped.skipped is not None
     assert "a bundle starts no program: name yours with --set generation.vllm.python=PATH" in skipped.skipped
     assert there.nothing_happened()
 
