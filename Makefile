@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an 
 	PYTHONPATH=.:tests $(BIN)/python -m benchmarks --json bench.json $(if $(ASSETS),--assets $(ASSETS)) $(if $(ONLY),--only $(ONLY))
 
 families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Print the table of model families, and write it as a page.
 
-python -m families [--page docs/models.md] [--only llama qwen3]
+python -m families [--page docs/models.md] [--only llama qwen3] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
@@ -18,11 +21,13 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from tiny_world import make_tiny
+from transformers import PreTrainedTokenizerBase
 
 from families.models import families
 from families.rows import Row, policy_row, reward_row
 from rlhf_core.models.tokenizers import load_tokenizer
 
+FAMILIES_A_PROCESS = 8
 MAX_SECONDS = 120
 """For one family; a longer one counts as died."""
 POLICIES, REWARDS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -33,21 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="families", description=__doc__)
     parser.add_argument("--page", type=Path, help="write the tables there, as Markdown")
     parser.add_argument("--only", nargs="*", default=None, help="model types; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="families at the same time")
     asked = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     console = Console()
     tables: dict[str, list[Row]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        world = make_tiny(Path(place))
-        tokenizer = load_tokenizer(str(world.policy), field="policy.model")
+    with tempfile.TemporaryDirectory() as place, _processes(asked.jobs) as processes:
+        root = make_tiny(Path(place)).root
         for title, auto_class, measure in (
-            ("Policies", POLICIES, lambda kind: policy_row(kind, world.root, tokenizer)),
-            ("Reward models", REWARDS, lambda kind: reward_row(kind, world.root, tokenizer)),
+            ("Policies", POLICIES, policy_row),
+            ("Reward models", REWARDS, reward_row),
         ):
             kinds = [k for k in families(auto_class) if asked.only is None or k in asked.only]
-            rows = (_bounded(kind, measure) for kind in kinds)
+            rows = processes.map(_measured, kinds, repeat(measure), repeat(root))
             tables[title] = list(track(rows, description=title, total=len(kinds), console=Console(stderr=True)))
     text = page(tables)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -97,16 +99,24 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _bounded(kind: str, measure: Callable[[str], Row]) -> Row:
+def _processes(jobs: int) -> ProcessPoolExecutor:
+    """Processes that end after a few families each: what a library keeps of one would fill the memory."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=FAMILIES_A_PROCESS)
+
+
+def _measured(kind: str, measure: Callable[[str, Path, PreTrainedTokenizerBase], Row], root: Path) -> Row:
     """A row, or that it took too long."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
 
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(MAX_SECONDS)
     try:
-        return measure(kind)
+        return measure(kind, root, load_tokenizer(str(root / "policy"), field="policy.model"))
     except TimeoutError as error:
         return Row(kind, died=str(error))
     finally:

@@ -48,6 +48,10 @@ class Row:
         """Whether every cell is a small number, or check has refused the family in one sentence."""
         return self.died is None and all(abs(value) <= TOLERANCE for value in self.cells.values())
 
+    def name_folder(self, folder: str, name: str) -> None:
+        """Write a name in place of a temporary folder, in what was said."""
+        self.refusal, self.died = (text and text.replace(folder, name) for text in (self.refusal, self.died))
+
 
 def policy_row(kind: str, world: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A family as the policy, with a critic of its own that starts from it.
@@ -67,6 +71,7 @@ def policy_row(kind: str, world: Path, tokenizer: PreTrainedTokenizerBase) -> Ro
             return row
         reward = {"kind": "function", "function": "length"}
         _fill(row, _config(folder, world, reward), lambda bench: _policy_cells(row, bench, folder, Path(place)))
+        row.name_folder(place, "MODELS")
     return row
 
 
@@ -83,6 +88,7 @@ def reward_row(kind: str, world: Path, tokenizer: PreTrainedTokenizerBase) -> Ro
             return row
         reward = {"kind": "model", "model": str(folder), "batch_size": 8}
         _fill(row, _config(world / "policy", world, reward), lambda bench: _reward_cells(row, bench, folder))
+        row.name_folder(place, "MODELS")
     return row
 
 
