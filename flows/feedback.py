@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from tasks.feedback import Feedback, feedback_of
 from tasks.outbox import Ledger, RefusalError, reason
-from tasks.tracking import judged_traces
+from tasks.tracked_traces import RUN_TAG
+from tasks.tracking import connect
 
 
 def write_feedback(console: Console, path: Path, to: Path, labels: Path | None) -> None:
@@ -52,6 +53,23 @@ def read_feedback(run: RunFolder) -> Feedback:
         raise UserError(f"MLflow does not give the traces of {run.path}: {error}") from None
     except Exception as error:  # MLflow's own, which only tasks/tracking.py knows
         raise UserError(f"MLflow does not give the traces of {run.path}: {reason(error)}") from None
+
+
+def judged_traces(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """The traces of a run as MLflow's dictionaries, those with an assessment alone, the oldest first.
+
+    Raises: RefusalError if the run is not in the tracker, or whatever MLflow raises.
+    """
+    ledger = Ledger.of(run.path)
+    client, experiment_id = connect(run, experiment_id=ledger.experiment_id)
+    wanted, token = f"tags.`{RUN_TAG}` = '{ledger.outbox}'", None
+    while True:
+        page = client.search_traces(
+            locations=[experiment_id], filter_string=wanted, order_by=["timestamp_ms ASC"], page_token=token
+        )
+        yield from (trace.to_dict() for trace in page if trace.info.assessments)
+        if not (token := page.token):
+            return
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

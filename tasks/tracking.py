@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -29,7 +29,6 @@ from tasks.tracked_doubles import OUTBOX_TAG, remove_double_runs, runs_of_outbox
 from tasks.tracked_metrics import SENTINEL, batch_of_metrics, missing_metrics, result_metrics
 from tasks.tracked_models import TrackedModels
 from tasks.tracked_results import send_results
-from tasks.tracked_traces import RUN_TAG as TRACE_TAG
 from tasks.tracked_traces import TrackedTraces
 from tasks.tracker_files import send_text
 from tasks.tracker_refusals import check_experiment, check_run, check_version, find_experiment, is_final, refusal
@@ -180,9 +179,8 @@ class _Sender:
         tracking, run_id = self.run.config.tracking, self.ledger.run_id
         if run_id is None:
             tags = {OUTBOX_TAG: self.ledger.outbox} | tracker_notes.created_tags(self.run)
-            there = runs_of_outbox(
-                self.client, self.experiment_id, self.ledger.outbox
-            )  # the answer to an earlier try may have been lost
+            # the answer to an earlier try may have been lost
+            there = runs_of_outbox(self.client, self.experiment_id, self.ledger.outbox)
             run_name = tracking.run_name or self.run.path.name
             created = None if there else self.client.create_run(self.experiment_id, run_name=run_name, tags=tags)
             run_id = created.info.run_id if created else there[0]
@@ -288,6 +286,7 @@ def connect(
             sqlite_store.make_ready(database, _make_store, is_over)
             if before := sqlite_store.follow_move(database):
                 logger.warning("%s was in %s: its places of files there are now those beside it", database, before)
+                _forget_places()
         mlflow.set_tracking_uri(uri)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if chosen is not None:
@@ -341,6 +340,13 @@ def _make_store(database: Path) -> None:
     SqlAlchemyStore._engine_map.pop(uri, None)
 
 
+def _forget_places() -> None:
+    """Let MLflow look up again where a run's files are; this process may have known the store at another place."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()
+
+
 def _named_experiment(client: Any, run: RunFolder, uri: str) -> Any:
     name = run.config.tracking.experiment
     found = client.get_experiment_by_name(name)
@@ -385,20 +391,3 @@ def download_registered(run: RunFolder, name: str, version: str, folder: Path) -
 
     connect(run)
     mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))
-
-
-def judged_traces(run: RunFolder) -> Iterator[dict[str, Any]]:
-    """The traces of a run as MLflow's dictionaries, those with an assessment alone, the oldest first.
-
-    Raises: RefusalError if the run is not in the tracker, or whatever MLflow raises.
-    """
-    ledger = Ledger.of(run.path)
-    client, experiment_id = connect(run, experiment_id=ledger.experiment_id)
-    wanted, token = f"tags.`{TRACE_TAG}` = '{ledger.outbox}'", None
-    while True:
-        page = client.search_traces(
-            locations=[experiment_id], filter_string=wanted, order_by=["timestamp_ms ASC"], page_token=token
-        )
-        yield from (trace.to_dict() for trace in page if trace.info.assessments)
-        if not (token := page.token):
-            return

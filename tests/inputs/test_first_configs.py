@@ -28,7 +28,7 @@ SCORE = "def score(responses):\n    return [float(len(r)) for r in responses]\n"
 MISTAKES = {
     # keys in the wrong place, or of other trainers
     "learning_rate: 1e-5": "learning_rate is not a known key; did you mean ppo.learning_rate?",
-    "model: gpt2": "model is not a known key; did you mean policy.model, reference.model or reward.components.N.model?",
+    "model: gpt2": "model is not a known key; did you mean policy.model, reward.components.N.model or reference.model?",
     "reward: {model: gpt2}": "reward.model is not a known key; did you mean reward.components.N.model?",
     "ppo: {lr: 1e-5}": "ppo.lr is not a known key; did you mean learning_rate?",
     "lr: 1e-5": "lr is not a known key; did you mean ppo.learning_rate?",

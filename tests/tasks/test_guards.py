@@ -195,7 +195,7 @@ class TestRetention:
     def test_the_alias_newest_is_not_taken_by_an_older_state_that_is_registered_late(
         self, made: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tasks import tracking
+        from tasks.tracked_models import TrackedModels
 
         monkeypatch.setattr("tasks.tracker_notes.version_note", lambda _run, _iteration: "")
         aliases: dict[str, str] = {}
@@ -206,12 +206,16 @@ class TestRetention:
 
         run = self.with_checkpoints(made(), 3, 4, 5)
         write_record(run.path / "mlflow.json", {"run_id": "r", "experiment_id": "1"})
-        sender: Any = object.__new__(tracking._Sender)
-        sender.run, sender.client, sender.run_id, sender.models = run, Client(), "r", {4: "1"}
-        sender.experiment_id = "1"
+        client = Client()
+        client.search_model_versions.return_value = []
+        client.search_logged_models.return_value.token = None
+        client.get_registered_model.return_value.aliases = {}
+        sent = TrackedModels(run, client, "r", "1", "o", lambda _links: None)
+        sent.versions = {4: "1"}
+        monkeypatch.setattr("tasks.tracked_models.send_model", lambda *_: None)
         for iteration, version in ((3, "2"), (5, "3")):
             (run.checkpoint_path(iteration) / "policy").mkdir()
-            sender.client.create_model_version.return_value.version = version
-            sender._log_checkpoint(iteration)
+            client.create_model_version.return_value.version = version
+            sent._send(iteration)
             assert aliases == ({} if iteration == 3 else {"newest": "3"})
-        assert sender.models == {3: "2", 4: "1", 5: "3"}
+        assert sent.versions == {3: "2", 4: "1", 5: "3"}

@@ -101,6 +101,7 @@ def _in_child(base: Path, log: Path, said: Path, make: Callable[[], Callable[[],
     from torture.watching import watch
 
     from rlhf_core.contracts.errors import RlhfError
+    from rlhf_core.prompts import render_process
 
     door = make()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -115,7 +116,7 @@ def _in_child(base: Path, log: Path, said: Path, make: Callable[[], Callable[[],
         lambda line: (os.write(descriptor, line.encode() + b"\n"), None)[1],
         foreign=base,
         writable=[base / "cache", base / "tmp"],
-        commands=[[sys.executable, "-P", "-m", "rlhf_core.models.templates"]],
+        commands=[[sys.executable, "-P", render_process.__file__]],
     )
     try:
         door()
