@@ -16,6 +16,7 @@ from rlhf_core.models.adapters import TRAINED, Adapters, attach, base_at_hand, i
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Prefix
 from rlhf_core.models.hub import folder_of
+from rlhf_core.models.llama import LlamaPrefix
 from rlhf_core.models.model_folders import check_model_folder, check_nothing_left
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.prefixes import CachedPrefix, Prefix
@@ -69,7 +70,8 @@ class LanguageModel:
         self.config: Any = model.config
         self.dtype, self.device = dtype, device
         self.trunk = trunk_of(model)
-        self._reads = Trunk(self.trunk, dtype=dtype, answering=None if adapters is None else self._answering)
+        answering, adapter = (None, None) if adapters is None else (self._answering, answers_as)
+        self._reads = Trunk(self.trunk, dtype=dtype, answering=answering, adapter=adapter)
         self._drawable: DrawableTokens | None = None
 
     @classmethod
@@ -177,6 +179,8 @@ class LanguageModel:
         longest = max(map(len, prompts)) + max_new_tokens
         if (passes := self._reads.written_out) is not None and passes.takes(longest):
             return GPT2Prefix(passes, prompts, samples_per_prompt, max_new_tokens)
+        if (reading := self._reads.reading) is not None and reading.takes(longest):
+            return LlamaPrefix(reading, prompts, samples_per_prompt, max_new_tokens)
         begun = CachedPrefix(self._reads.run, self.config, self.device, prompts, samples_per_prompt, pad_id=pad_id)
         if self.device.type != "cuda":
             return begun
@@ -256,6 +260,8 @@ class LanguageModel:
         """As :meth:`prefix`, without capturing graphs."""
         if (passes := self._reads.written_out) is not None and passes.takes(max(map(len, prompts)) + STEPS + 1):
             return GPT2Prefix(passes, prompts, 2, STEPS + 1)
+        if (reading := self._reads.reading) is not None and reading.takes(max(map(len, prompts)) + STEPS + 1):
+            return LlamaPrefix(reading, prompts, 2, STEPS + 1)
         return CachedPrefix(self._reads.run, self.config, self.device, prompts, 2, pad_id=0)
 
     def _is_close(self, distance: float) -> bool:

@@ -82,6 +82,14 @@ class PackedRows:
         cells = values_TX if self.is_even else _Spread.apply(values_TX, self.sources_BL, self.cells_T)
         return cells.reshape(len(self.lens_B), self.longest, *values_TX.shape[1:])
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """[T, H, d] of queries [H, T, d], keys and values [H or fewer, T, d]; causal, each token in its own row."""
+        q, k, v = (self.padded(states.transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        attended_BHLd = scaled_dot_product_attention(
+            q, k, v, scale=scaling, is_causal=True, enable_gqa=query.shape[0] != key.shape[0]
+        )
+        return self.packed(attended_BHLd.transpose(1, 2))
+
     def packed(self, values_BLX: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]; keeps gradient."""
         cells = values_BLX.reshape(-1, *values_BLX.shape[2:])
@@ -95,6 +103,14 @@ class PackedRows:
 def no_mask(device: torch.device) -> Tensor:
     """A mask of four dimensions is handed on as it is, so that none is built."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+class ReadRows(Protocol):
+    """All tokens of rows, which attention keeps apart."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """[T, H, d] of queries [H, T, d], keys and values [H or fewer, T, d]."""
+        ...
 
 
 class KeptRows(Protocol):
@@ -150,7 +166,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_rows: PackedRows | None = None,
+    packed_rows: ReadRows | None = None,
     kept_rows: KeptRows | None = None,
     scaling: float | None = None,
     **options: Any,
@@ -180,11 +196,7 @@ def packed_attention(
     if packed_rows is None:
         assert kept_rows is not None, "seen above"
         return kept_rows.attend(query, key, value, scaling), None
-    q, k, v = (packed_rows.padded(states.squeeze(0).transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
-    attended_BHLd = scaled_dot_product_attention(
-        q, k, v, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return packed_rows.packed(attended_BHLd.transpose(1, 2)).unsqueeze(0), None
+    return packed_rows.attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), scaling).unsqueeze(0), None
 
 
 @functools.cache

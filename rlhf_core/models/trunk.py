@@ -1,7 +1,8 @@
 """A transformer without its head, over rows of any lengths, in the fastest way that its architecture allows.
 
-Passes that are written out (``gpt2.py``); else packed rows through transformers (``packing.py``); else rows padded on
-the right. An architecture that loses the packed rows on the way, or counts positions by itself, is found by a probe.
+Passes that are written out (``gpt2.py``, ``llama.py``); else packed rows through transformers (``packing.py``); else
+rows padded on the right. An architecture that loses the packed rows on the way, or counts positions by itself, is found
+by a probe.
 
 B rows, L the longest of them, T tokens of all rows, N tokens asked for, D hidden size.
 """
@@ -19,7 +20,9 @@ from torch.func import functional_call
 
 from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Passes
+from rlhf_core.models.llama import LlamaPasses
 from rlhf_core.models.packing import PACKED_ATTENTION, PackedRows, no_mask, register_packed_attention, take_once
+from rlhf_core.models.shared_rows import SharedRows
 
 PROBE_TOLERANCE, COARSE_TOLERANCE = 1e-4, 0.05
 """Largest difference of a packed and a padded pass, relative to the largest hidden state (at least 1): in float32,
@@ -33,10 +36,18 @@ class Trunk:
         module: of transformers; its attention function is exchanged if it can do with ours.
         dtype: of the computation; bfloat16 autocasts, float32 computes in whatever the weights are.
         answering: context in which it is called (adapters).
+        adapter: peft's name of the adapter that answers there; None: none.
     """
 
-    def __init__(self, module: nn.Module, *, dtype: torch.dtype, answering: Callable[[], Any] | None = None) -> None:
-        self.module, self.dtype = module, dtype
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        answering: Callable[[], Any] | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self.module, self.dtype, self.adapter = module, dtype, adapter
         self._answering = answering or contextlib.nullcontext
 
     def __call__(self, rows: PackedRows, wanted_N: Tensor | None = None) -> Tensor:
@@ -44,8 +55,14 @@ class Trunk:
         if (passes := self.written_out) is not None and passes.takes(rows.longest):
             every_T = torch.arange(len(rows.tokens_T)) if wanted_N is None else wanted_N
             return passes.hidden_states(rows, every_T)
+        if not torch.is_grad_enabled() and (reading := self.reading) is not None and reading.takes(rows.longest):
+            return reading.hidden_states(rows, wanted_N)
         window = getattr(cast("Any", self.module).config.get_text_config(), "sliding_window", None)
         is_packed = self.packs and (window is None or rows.longest <= window)
+        if is_packed and wanted_N is not None and rows.tokens_T.device.type == "cpu" and len(rows.lens_B) > 1:
+            shared = SharedRows(rows, wanted_N)
+            if shared.is_worth_it:
+                return take_once(self._packed(shared), shared.places_T[wanted_N])
         hidden_TD = self._packed(rows) if is_packed else self._padded(rows)
         return hidden_TD if wanted_N is None else take_once(hidden_TD, wanted_N)
 
@@ -56,10 +73,15 @@ class Trunk:
             return None
         return GPT2Passes.of(self.module)
 
+    @functools.cached_property
+    def reading(self) -> LlamaPasses | None:
+        """Our own passes without gradient, where the module is one that they know."""
+        return LlamaPasses.of(self.module, self.adapter) if self.dtype is torch.float32 else None
+
     def leave_to_transformers(self) -> None:
         """Forget the passes that are written out, which hold on to parameters: others will take their places."""
         assert self.packs is not None, "asked for while the weights are whole"
-        self.__dict__["written_out"] = None
+        self.__dict__["written_out"] = self.__dict__["reading"] = None
 
     def run(self, weights: dict[str, Tensor] | None = None, **inputs: Any) -> Tensor:
         """[B, L, D]: for whatever transformers takes; ``weights`` stand in for those of their names."""
@@ -108,7 +130,7 @@ class Trunk:
         config._attn_implementation = before
         return False
 
-    def _packed(self, rows: PackedRows) -> Tensor:
+    def _packed(self, rows: PackedRows | SharedRows) -> Tensor:
         return self.run(
             input_ids=rows.tokens_T[None],
             position_ids=rows.positions_T[None],

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_core.ops.laid_out import LaidOut
+
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits held at a time, by device: 64 and 512 MiB of float32."""
 ALIGNMENT = 8
+LARGE = 1 << 22
+"""Elements of a weight that is laid out for decoding; smaller ones stay in a cache as they are."""
 PIECE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits worked on at a time: what stays in a processor's cache; what keeps an accelerator busy."""
 
@@ -38,6 +42,8 @@ class Projection:
     """V, where more rows than that stand in ``weight_VD``; None: all of them."""
     holes_H: Tensor | None = None
     """int64: ids below V that no token has. Their probability is 0."""
+    laid_out: LaidOut | None = None
+    """The weight in the order of many products of few rows."""
 
     def prepared(self) -> Projection:
         """The same map without gradient, its weight in the type of the product, once for many calls."""
@@ -47,7 +53,10 @@ class Projection:
                 weight_VD = torch.nn.functional.pad(weight_VD, (0, 0, 0, -len(weight_VD) % ALIGNMENT))
             else:
                 weight_VD = weight_VD.float()
-        return dataclasses.replace(self, weight_VD=weight_VD, num_tokens=self.num_tokens or len(self.weight_VD))
+        is_large = weight_VD.device.type == "cpu" and weight_VD.numel() >= LARGE
+        laid_out = LaidOut(weight_VD) if is_large else None
+        num_tokens = self.num_tokens or len(self.weight_VD)
+        return dataclasses.replace(self, weight_VD=weight_VD, num_tokens=num_tokens, laid_out=laid_out)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """[N, V] float32 logits of a few positions."""
@@ -62,7 +71,10 @@ class Projection:
 
     def raw_logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] float32: W h + b."""
-        z_NV = _product(hidden_ND.to(self.dtype), self.weight_VD.t())[:, : self.num_tokens]
+        if self.laid_out is not None:
+            z_NV = self.laid_out(hidden_ND.to(self.dtype).float())[:, : self.num_tokens]
+        else:
+            z_NV = _product(hidden_ND.to(self.dtype), self.weight_VD.t())[:, : self.num_tokens]
         return z_NV if self.bias_V is None else z_NV.add_(self.bias_V[: self.num_tokens])
 
 

@@ -91,13 +91,13 @@ def test_gradients_of_the_tokens_asked_for(saved: tuple[str, Path]) -> None:
 
 
 def test_without_gradients_nothing_is_kept_for_them(saved: tuple[str, Path]) -> None:
-    """The same bits, and fewer bytes held at a time."""
+    """The same numbers, and fewer bytes held at a time."""
     model = load(saved[1], trainable=True)
     rows = PackedRows.of([[40 + i % 20 for i in range(30)]] * 32)
     with_gradients = model.hidden_states(rows)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
         without = model.hidden_states(rows)
-    assert torch.equal(with_gradients, without)
+    assert_close(with_gradients.detach(), without, **F32_MODEL)
     with torch.profiler.profile(profile_memory=True) as seen_with:
         model.hidden_states(rows)
     assert most_held(seen) < most_held(seen_with) * 0.8
