@@ -20,5 +20,5 @@ def reference_logprobs(run_dir: str, iteration: int, prompts: ArtifactRef, rollo
         stage_inputs(kept, "reference_logprobs", iteration, refs),
         lambda: referred(kept, iteration, refs),
         ReferenceLogprobs.to_table,
-        num_threads=kept.side_by_side_threads,
+        num_threads=kept.reference_threads,
     )

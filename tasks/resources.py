@@ -84,6 +84,12 @@ class Resources:
         return max(1, self.num_threads // 2)
 
     @property
+    def reference_threads(self) -> int:
+        """Threads of the reference: all of them where no model scores beside it."""
+        has_model = any(component.kind == "model" for component in self.run.config.reward.components)
+        return self.side_by_side_threads if has_model else self.num_threads
+
+    @property
     def shard_threads(self) -> int:
         """CPU threads of a shard."""
         return self.run.config.execution.shard_threads(self.num_threads)

@@ -184,6 +184,15 @@ def test_reference_and_policy_have_one_trunk(tiny: Any, tmp_path: Path) -> None:
     assert plain.reference.model is not plain.trainer(0).actor_critic.policy.model
 
 
+def test_the_reference_has_all_threads_where_no_model_scores_beside_it(tiny: Any, tmp_path: Path) -> None:
+    with_model = begin(tiny, tmp_path / "model", "num_threads=4")
+    assert (with_model.reference_threads, with_model.side_by_side_threads) == (2, 2)
+    with_function = begin(
+        tiny, tmp_path / "function", "num_threads=4", "reward.components.0={kind: function, function: length}"
+    )
+    assert with_function.reference_threads == 4
+
+
 def test_an_earlier_trainer_is_loaded_anew_and_the_reference_follows(lora_run: Path) -> None:
     resources.cache_clear()
     kept = resources(str(lora_run))
