@@ -125,3 +125,7 @@ def _stopped() -> int:
     if words := stopping.last_words():
         console.print(words, highlight=False, soft_wrap=True, style="yellow")
     return stopping.exit_code()
+
+
+if __name__ == "__main__":
+    main()

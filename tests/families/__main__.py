@@ -6,30 +6,24 @@ python -m families [--page docs/models.md] [--only llama qwen3] [--jobs 2]
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from types import FrameType
 
 import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
 from tiny_world import make_tiny
-from transformers import PreTrainedTokenizerBase
 
 from families.models import families
-from families.rows import Row, policy_row, reward_row
-from rlhf_core.models.tokenizers import load_tokenizer
+from families.rows import Row, measured, policy_row, reward_row
 
 FAMILIES_A_PROCESS = 8
-MAX_SECONDS = 120
-"""For one family; a longer one counts as died."""
 POLICIES, REWARDS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
@@ -49,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("Reward models", REWARDS, reward_row),
         ):
             kinds = [k for k in families(auto_class) if asked.only is None or k in asked.only]
-            rows = processes.map(_measured, kinds, repeat(measure), repeat(root))
+            rows = processes.map(measured, kinds, repeat(measure), repeat(root))
             tables[title] = list(track(rows, description=title, total=len(kinds), console=Console(stderr=True)))
     text = page(tables)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -102,26 +96,6 @@ def _cell(text: str) -> str:
 def _processes(jobs: int) -> ProcessPoolExecutor:
     """Processes that end after a few families each: what a library keeps of one would fill the memory."""
     return ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=FAMILIES_A_PROCESS)
-
-
-def _measured(kind: str, measure: Callable[[str, Path, PreTrainedTokenizerBase], Row], root: Path) -> Row:
-    """A row, or that it took too long."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(MAX_SECONDS)
-    try:
-        return measure(kind, root, load_tokenizer(str(root / "policy"), field="policy.model"))
-    except TimeoutError as error:
-        return Row(kind, died=str(error))
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +19,15 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.loop_state import Cursor, LoopState
 from rlhf_core.models.checkpoints import load_checkpoint, save_checkpoint
+from rlhf_core.models.tokenizers import load_tokenizer
 from rlhf_core.preflight import preflight
 from rlhf_core.preflight.probe import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_SECONDS = 120
+"""For one family; a longer one counts as died."""
 TOLERANCE = 2e-3
 """Largest difference that a cell may show, of log-probs in nats, values, and scores relative to the largest (or 1)."""
 
@@ -51,6 +56,28 @@ class Row:
     def name_folder(self, folder: str, name: str) -> None:
         """Write a name in place of a temporary folder, in what was said."""
         self.refusal, self.died = (text and text.replace(folder, name) for text in (self.refusal, self.died))
+
+
+def measured(kind: str, measure: Callable[[str, Path, PreTrainedTokenizerBase], Row], root: Path) -> Row:
+    """Return a row, or that it took too long. Called in a process of its own."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
+
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(MAX_SECONDS)
+    try:
+        return measure(kind, root, load_tokenizer(str(root / "policy"), field="policy.model"))
+    except TimeoutError as error:
+        return Row(kind, died=str(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def policy_row(kind: str, world: Path, tokenizer: PreTrainedTokenizerBase) -> Row:
