@@ -215,11 +215,30 @@ def _show_forecasts(config: Path, set_: list[str] | None, names: list[str]) -> N
         show_forecast(console, each)
 
 
-def config() -> None:
-    """Print a commented config with every knob."""
+def config(
+    for_model: Annotated[
+        str | None, typer.Option(help="A policy's folder or hub id: print what fits it, and why.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="With --for-model: a file or data set of prompts.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="With --for-model: a reward model, or a ready-made function.")
+    ] = None,
+) -> None:
+    """Print a commented config: every knob, or with --for-model what fits a model, with reasons."""
     from rlhf_core.contracts.config_io import config_template
+    from rlhf_core.contracts.errors import UserError
 
-    sys.stdout.write(config_template())
+    if for_model is None:
+        if prompts is not None or reward is not None:
+            raise UserError("--prompts and --reward belong to --for-model: name the policy's folder there")
+        sys.stdout.write(config_template())
+        return
+    prepare_environment()
+    from rlhf_core.model_fit import fit_config
+
+    with console.status("reading the model's files"):
+        fitted = fit_config(for_model, prompts, reward)
+    sys.stdout.write(fitted.to_yaml())
 
 
 def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
