@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -19,6 +22,9 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.textworld import TextWorld
 from tasks.text_world import prepare_text_world, text_world
 
+if TYPE_CHECKING:
+    from rlhf_core.chatworld import ChatWorld
+
 SETTINGS: dict[str, Any] = {
     "num_iterations": 40,
     "generation": {"max_new_tokens": 32},
@@ -29,9 +35,72 @@ SETTINGS: dict[str, Any] = {
 """What the quickstart sets; everything else is the default."""
 
 
+REAL_SETTINGS: dict[str, Any] = {
+    "num_iterations": 30,
+    "prompts": {"batch_size": 32},
+    "policy": {"lora": {"rank": 16}, "critic": {"kind": "shared"}},
+    "generation": {"max_new_tokens": 40},
+    "kl": {"coef": 0.05, "controller": "log_pi", "target": 5.0},
+    "ppo": {"learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 4},
+    "checkpoint": {"every": 15},
+}
+"""The same for the real chat model."""
+ONE_SENTENCE = r"(?:[^\s.!?]+\s+){2,24}[^\s.!?]+[.!?]"
+"""Three to 25 words with one mark at their end."""
+REWARDS: dict[str, dict[str, Any]] = {
+    "function": {
+        "components": [
+            {"kind": "function", "name": "positive", "function": "sentiment"},
+            {
+                "kind": "function", "name": "one_sentence", "function": "regex",
+                "params": {"mode": "whole", "pattern": ONE_SENTENCE},
+            },
+            {"kind": "function", "name": "repetition", "function": "repetition"},
+        ]
+    },
+    "model": {"components": [{"kind": "model", "name": "taste"}]},
+}  # fmt: skip
+"""What the real chat model is rewarded for."""
+
+
 def quickstart(folder: Path, console: Console) -> None:
     """Build the world in ``folder/world`` (once), run PPO on it in ``folder/runs/<time>``, show the result."""
-    config = quickstart_config(folder, console)
+    _run(folder, quickstart_config(folder, console))
+
+
+def real_quickstart(folder: Path, console: Console, *, reward: str, reviews: Path | None) -> None:
+    """Do the same with a real chat model, built in ``folder/real`` (once).
+
+    Args:
+        folder: of the worlds and runs.
+        console: shows progress.
+        reward: a key of ``REWARDS``.
+        reviews: sentences for the reward model.
+    """
+    from rlhf_core.chatworld import build_chat_world
+
+    with _shown(console, "chat model") as show:
+        world = build_chat_world(folder / "real", reviews=reviews, on_progress=show)
+    if world.reward_accuracy is not None:
+        told = f"a reward model in {world.reward}, right on {world.reward_accuracy:.0%} of 150 held-out pairs"
+        console.print(told, highlight=False, soft_wrap=True)
+    _run(folder, real_config(world, reward))
+
+
+def real_config(world: ChatWorld, reward: str, **changes: object) -> RunConfig:
+    """The config of a training of the real chat model."""
+    paths: dict[str, Any] = {
+        "prompts": {**REAL_SETTINGS["prompts"], "source": str(world.prompts)},
+        "policy": {**REAL_SETTINGS["policy"], "model": str(world.policy)},
+        "reward": copy.deepcopy(REWARDS[reward]),
+    }
+    if world.reward is not None and reward == "model":
+        paths["reward"]["components"][0]["model"] = str(world.reward)
+        paths["shaping"] = {"missing_eos_penalty": 1.0}
+    return build_config({**REAL_SETTINGS, **paths, **changes})
+
+
+def _run(folder: Path, config: RunConfig) -> None:
     run_dir = folder / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}"
     watch_run(run_dir, config, lambda: run_flow(train, config, str(run_dir)))
 
@@ -60,15 +129,7 @@ def build_and_train(folder: str = ".quickstart", num_iterations: int = 40) -> st
 
 def quickstart_config(folder: Path, console: Console) -> RunConfig:
     """The quickstart's config, its models and prompts built if need be."""
-    phases: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description:28}", markup=False), BarColumn(bar_width=30), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in phases:
-                phases[phase] = progress.add_task(f"text world: {phase}", total=total)
-            progress.update(phases[phase], completed=done, total=total)
-
+    with _shown(console, "text world") as show:
         world = prepare_text_world(folder / "world", show)
     console.print(
         f"text world in {folder / 'world'}: a policy of {world.metrics['heldout_loss']:.2f} nats a token, "
@@ -86,3 +147,18 @@ def world_config(world: TextWorld, **changes: object) -> RunConfig:
         "reward": {"components": [{"kind": "model", "name": "taste", "model": str(world.reward)}]},
     }
     return build_config({**SETTINGS, **paths, **changes})
+
+
+@contextmanager
+def _shown(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Within: a bar for each phase of what is built."""
+    phases: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description:28}", markup=False), BarColumn(bar_width=30), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in phases:
+                phases[phase] = progress.add_task(f"{what}: {phase}", total=total)
+            progress.update(phases[phase], completed=done, total=total)
+
+        yield show

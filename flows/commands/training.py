@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,21 @@ from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.store.address import shown
 
+
+class World(StrEnum):
+    """What a quickstart trains."""
+
+    embedded = "embedded"
+    real = "real"
+
+
+class Judge(StrEnum):
+    """What rewards the real model of a quickstart."""
+
+    function = "function"
+    model = "model"
+
+
 CHECKING = "checking the config, models and prompts"
 
 if TYPE_CHECKING:
@@ -33,13 +49,39 @@ if TYPE_CHECKING:
 
 
 def quickstart(
-    folder: Annotated[Path, typer.Option(help="Where the text world and its runs are kept.")] = Path(".quickstart"),
+    folder: Annotated[Path, typer.Option(help="Where the worlds and their runs are kept.")] = Path(".quickstart"),
+    model: Annotated[
+        World, typer.Option(help="embedded: a small world, made on the spot. real: a chat model of 135 M parameters.")
+    ] = World.embedded,
+    reward: Annotated[
+        Judge,
+        typer.Option(help="With --model real: function (positive, one sentence), or a model fitted to --reviews."),
+    ] = Judge.function,
+    reviews: Annotated[
+        Path | None,
+        typer.Option(help="With --reward model: a folder of sentences of praise (.pos) and blame (.neg)."),
+    ] = None,
 ) -> None:
-    """A whole run on a small embedded world: no download, a few minutes on two cores."""
+    """A whole run on a small embedded world: no download, a few minutes on two cores. Or on a real chat model."""
+    from rlhf_core.contracts.errors import UserError
+
+    if model is World.embedded and (reward is Judge.model or reviews is not None):
+        raise UserError(
+            "--reward and --reviews belong to --model real: the embedded world has a reward model of its own"
+        )
+    if (reward is Judge.model) != (reviews is not None):
+        raise UserError(
+            "--reward model and --reviews FOLDER belong together: the reward model is fitted to sentences of praise "
+            "(a file that ends in .pos) and blame (.neg), a sentence a line"
+        )
     prepare_environment()
     from flows.quickstart import quickstart as run_quickstart
+    from flows.quickstart import real_quickstart
 
-    run_quickstart(folder, console)
+    if model is World.embedded:
+        run_quickstart(folder, console)
+    else:
+        real_quickstart(folder, console, reward=reward.value, reviews=reviews)
 
 
 def train(

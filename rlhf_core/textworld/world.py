@@ -1,11 +1,10 @@
 """Build a text world into a folder, once: grammar -> tokenizer -> policy -> reward model -> files.
 
-A world appears whole or not at all. It is written into a hidden sibling folder, synced to disk, and renamed into place;
-`world.json`, which names the recipe and the SHA-256 of every other file, decides whether a folder can be used again.
+A world appears whole or not at all; `world.json`, which names the recipe and the SHA-256 of every other file, decides
+whether a folder can be used again.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ import torch
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from rlhf_core.contracts.durable import hash_file, sync
-from rlhf_core.contracts.locking import holding
+from rlhf_core.contracts.made_folder import make_once
 from rlhf_core.textworld import training
 from rlhf_core.textworld.grammar import openings, parse, sample_review
 from rlhf_core.textworld.recipe import Recipe
@@ -77,27 +75,13 @@ def build_text_world(
     recipe = recipe or Recipe()
     directory = Path(directory).resolve()
     digest = recipe.digest(seed)
-    if world := _load(directory, digest):
-        return world
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(directory.with_name(f".{directory.name}.lock")):
-        if world := _load(directory, digest):  # another process has built it in the meantime
-            return world
-        _refuse_strangers(directory)
-        building = directory.with_name(f".{directory.name}.building")
-        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
-        building.mkdir()
-        try:
-            metrics = _build(building, seed, recipe, on_progress or _ignore_progress)
-            content = {"digest": digest, "seed": seed, "recipe": asdict(recipe), "metrics": metrics}
-            content |= {"files": _file_digests(building)}
-            (building / "world.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            _sync_tree(building)
-            _put_in_place(building, directory)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return _world(directory, metrics)
+    def make(building: Path) -> dict[str, object]:
+        metrics = _build(building, seed, recipe, on_progress or _ignore_progress)
+        return {"seed": seed, "recipe": asdict(recipe), "metrics": metrics}
+
+    made = make_once(directory, digest, make, record="world.json", contents=_CONTENTS, kind="text world")
+    return _world(directory, {str(name): float(value) for name, value in made["metrics"].items()})
 
 
 def _ignore_progress(_phase: str, _done: int, _total: int) -> None:
@@ -168,21 +152,6 @@ def _measure(
     }
 
 
-def _load(directory: Path, digest: str) -> TextWorld | None:
-    """The world in the directory if it is of this digest and undamaged, else None."""
-    try:
-        content = json.loads((directory / "world.json").read_text(encoding="utf-8"))
-        recorded, metrics = (
-            content["files"],
-            {str(name): float(value) for name, value in content["metrics"].items()},
-        )
-        found = _file_digests(directory)
-        intact = bool(recorded) and all(found.get(name) == sha256 for name, sha256 in recorded.items())
-        return _world(directory, metrics) if intact and content["digest"] == digest else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no world.json, or no longer one
-        return None
-
-
 def _world(directory: Path, metrics: dict[str, float]) -> TextWorld:
     """The record of a world that lies in the directory."""
     return TextWorld(
@@ -192,46 +161,6 @@ def _world(directory: Path, metrics: dict[str, float]) -> TextWorld:
         prompts_eval=directory / "prompts_eval.jsonl",
         metrics=metrics,
     )
-
-
-def _file_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file below the directory, by relative path, world.json apart."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "world.json")
-    return {path.relative_to(directory).as_posix(): hash_file(path) for path in files}
-
-
-def _refuse_strangers(directory: Path) -> None:
-    """Raise ValueError for a directory that could not be replaced without losing what is no part of a world."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is not a folder")
-    strangers = sorted(path.name for path in directory.glob("*") if path.name not in _CONTENTS)
-    if strangers:
-        raise ValueError(f"{directory} holds files that are no part of a text world: {', '.join(strangers)}")
-
-
-def _put_in_place(building: Path, directory: Path) -> None:
-    """Rename a finished folder to its name; the one that had the name is removed last."""
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if directory.exists():
-        directory.rename(replaced)
-    building.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync_tree(directory: Path) -> None:
-    """Make every file and folder below the directory, and itself, durable."""
-    for path in directory.rglob("*"):
-        sync(path)
-    sync(directory)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file; the kernel lets go of it when the process ends, however it ends."""
-    with holding(path, str(path), waits=True):
-        yield
 
 
 @contextmanager
