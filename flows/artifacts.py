@@ -16,7 +16,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,7 @@ from flows.progress import Silent
 from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
-from rlhf_core.inspection import before_and_after, extension_sentence
+from rlhf_core.inspection import before_and_after, extension_sentence, last_of_user
 from rlhf_core.store.address import shown
 from tasks.tracked_metrics import iteration_metrics
 from tasks.tracking import Tracker
@@ -237,6 +237,11 @@ def a_few(run: RunFolder, iteration: int) -> list[dict[str, Any]]:
     shaped = sorted(rows("shape_rewards", "sample_id", "score", "kl"), key=lambda row: row["score"], reverse=True)
     chosen = [shaped[i] for i in sorted({0, len(shaped) // 2, len(shaped) - 1})] if shaped else []
     responses = {row["sample_id"]: row for row in rows("generate", "sample_id", "prompt_id", "response_text")}
-    prompts = {row["prompt_id"]: row for row in rows("sample_prompts", "prompt_id", "prompt_text")}
+    prompts = {row["prompt_id"]: row for row in rows("sample_prompts", "prompt_id", "prompt_text", "messages")}
     found = [row | responses[row["sample_id"]] for row in chosen]
-    return [row | prompts[row["prompt_id"]] for row in found]
+    return [row | {"prompt_text": _asked(prompts[row["prompt_id"]])} for row in found]
+
+
+def _asked(prompt: Mapping[str, Any]) -> str:
+    """What a person has asked: of a chat, the last message of the user."""
+    return last_of_user(prompt["messages"]) or prompt["prompt_text"]

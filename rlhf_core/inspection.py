@@ -73,7 +73,7 @@ def artifact_sheet(run: RunFolder, iteration: int | None, stage: str) -> Sheet:
 def sample_sheet(run: RunFolder, sample_id: str) -> Sheet:
     """One response token by token. Raises UserError if it is not in the run."""
     facts, tokens = sample_tokens(run, sample_id)
-    iteration, spoken = _iteration_of(sample_id), _Spoken(run)
+    iteration, spoken = _iteration_of(sample_id), Spoken(run)
     prompt_id = _row_with(run, _manifests(run, iteration)["generate"], "sample_id", sample_id)["prompt_id"]
 
     def said(row: Row) -> str:
@@ -93,7 +93,7 @@ def samples_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: S
     chosen, where = _chosen(run, iterations, selection)
     order = f", the {'lowest' if selection.lowest else 'highest'} {selection.by} first" if selection.by else ""
     facts = {"run": str(run.path), "total": chosen.num_rows}
-    return Sheet(f"responses of {where}{order}", chosen, facts, _Spoken(run))
+    return Sheet(f"responses of {where}{order}", chosen, facts, Spoken(run))
 
 
 def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection: Selection) -> Sheet:
@@ -105,7 +105,7 @@ def histogram_sheet(run: RunFolder, iterations: Sequence[int] | None, selection:
     return Sheet(title, pa.Table.from_pylist(spread(chosen)), {"run": str(run.path), "responses": chosen.num_rows})
 
 
-class _Spoken:
+class Spoken:
     """Finds the last user message of a chat for a row of a response; a plain prompt is shown as it is."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -113,15 +113,17 @@ class _Spoken:
         self._said: dict[int, dict[int, str]] = {}
 
     def __call__(self, row: Row) -> str:
+        """Return what the person of a row of a response has asked."""
         iteration = row["iteration"]
         if iteration not in self._said:
             prompts = read_artifact(self._run.path, self._run.manifests(iteration)["sample_prompts"].artifact)
             chats = prompts.select(["prompt_id", "messages"]).to_pylist()
-            self._said[iteration] = {chat["prompt_id"]: _last_of_user(chat["messages"]) for chat in chats}
+            self._said[iteration] = {chat["prompt_id"]: last_of_user(chat["messages"]) for chat in chats}
         return self._said[iteration].get(row["prompt_id"]) or row["prompt_text"]
 
 
-def _last_of_user(messages: Sequence[Mapping[str, str]]) -> str:
+def last_of_user(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The last message of the user in a chat; empty where there is none, as in a plain text."""
     said = [message["content"] for message in messages if message["role"] == "user"]
     return said[-1] if said else ""
 

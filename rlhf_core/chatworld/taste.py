@@ -148,7 +148,7 @@ def _fit(differences: Tensor, penalty: float) -> Tensor:
             value.backward()
             return value
 
-        optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+        optimizer.step(loss)
     return w.detach()
 
 

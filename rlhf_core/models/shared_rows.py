@@ -102,7 +102,7 @@ class SharedRows:
         return torch.cat([level.attend(query, key, value, scaling) for level in self._levels])
 
 
-def common_beginning(texts: Sequence[Sequence[int]], limits: Sequence[int]) -> int:
+def common_beginning(texts: Sequence[list[int]], limits: Sequence[int]) -> int:
     """How many tokens all rows have in common at their beginning, at most as many as each row's limit allows."""
     shortest = min(limits)
     low, high = min(texts), max(texts)  # of all in order, the first and the last differ first

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
+from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.inspection import before_and_after, iteration_rows
+from rlhf_core.inspection import before_and_after, iteration_rows, last_of_user
 from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer_of
 from rlhf_core.store.address import shown
@@ -95,6 +96,7 @@ def page_contents(
         },
         "curves": {name: [row[name] for row in rows] for name in CURVES},
         "prompts": prompts.dictionary.to_pylist(),
+        "asked": _asked(run, iterations, prompts.dictionary.to_pylist()),
         "finish_reasons": finish.dictionary.to_pylist(),
         "vocabulary": vocabulary,
         "samples": {
@@ -188,6 +190,16 @@ def _components(components: pa.ChunkedArray) -> Json:
     names = dict.fromkeys(part["name"] for row in rows for part in row)
     scores = [{part["name"]: part["score"] for part in row} for row in rows]
     return {name: _column(np.array([row.get(name, math.nan) for row in scores])) for name in names}
+
+
+def _asked(run: RunFolder, iterations: Sequence[int], prompts: Sequence[str]) -> list[str | None]:
+    """Of each prompt that is a chat, the last message of the user."""
+    found: dict[str, str] = {}
+    for iteration in iterations:
+        table = read_artifact(run.path, run.manifests(iteration)["sample_prompts"].artifact)
+        for row in table.select(["prompt_text", "messages"]).to_pylist():
+            found.setdefault(row["prompt_text"], last_of_user(row["messages"]))
+    return [found.get(prompt) or None for prompt in prompts]
 
 
 def _before_after(run: RunFolder) -> list[Json]:

@@ -15,6 +15,7 @@ class RunData {
     this.evaluation = given.evaluation;
     this.beforeAfter = given.before_after;
     this.prompts = given.prompts;
+    this.askedTexts = given.asked;
     this.finishReasons = given.finish_reasons;
     this.vocabulary = given.vocabulary;
     this.ids = given.samples.id;
@@ -35,6 +36,11 @@ class RunData {
 
   prompt(row) {
     return this.prompts[this.numbers.prompt[row]];
+  }
+
+  // of a chat, the last message of the user; of a plain text, null
+  asked(row) {
+    return this.askedTexts[this.numbers.prompt[row]];
   }
 
   finishReason(row) {

@@ -16,11 +16,18 @@ class Detail {
     const hadTokenFocus = Boolean(document.activeElement?.closest("#tokens"));
     this.row = row;
     tip.hide();
-    const parts = [this.heading(), this.facts(), this.text("Prompt", this.data.prompt(row)), this.response(), this.tokenTable(), this.others(), this.command()];
+    const parts = [this.heading(), this.facts(), ...this.prompt(), this.response(), this.tokenTable(), this.others(), this.command()];
     this.host.replaceChildren(...parts.filter(Boolean));
     this.host.scrollTop = 0;
     this.colour();
     if (hadTokenFocus) byId("tokens").querySelector('[tabindex="0"]')?.focus();
+  }
+
+  // what a chat asks stands first, the whole prompt is one step away
+  prompt() {
+    const [asked, whole] = [this.data.asked(this.row), this.data.prompt(this.row)];
+    if (!asked) return [this.text("Prompt", whole)];
+    return [this.text("Asked", asked), el("details", {}, el("summary", {}, "The whole prompt, as the policy reads it"), this.text("Prompt", whole))];
   }
 
   heading() {

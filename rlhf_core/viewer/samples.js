@@ -131,7 +131,7 @@ class SampleTable {
       COLUMNS.map(({ name, isText, digits }) => {
         if (isText) {
           return el("td", { role: "gridcell", class: "col-text" },
-            el("span", { class: "prompt" }, promptEnd(data.prompt(row))), " ", el("span", { class: "response" }, oneLine(data.responses[row])));
+            el("span", { class: "prompt" }, data.asked(row) ? oneLine(data.asked(row)) : promptEnd(data.prompt(row))), " ", el("span", { class: "response" }, oneLine(data.responses[row])));
         }
         const text = name === "finish_reason" ? visible(data.finishReason(row)) : fixed(data.numbers[name][row], digits);
         return el("td", { role: "gridcell", class: `col-${name}` }, text);
