@@ -37,13 +37,13 @@ test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)
 
 bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an idle machine; writes bench.json
-	PYTHONPATH=.:tests $(BIN)/python -m benchmarks --json bench.json $(if $(ASSETS),--assets $(ASSETS)) $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m benchmarks --json bench.json $(if $(ASSETS),--assets $(ASSETS)) $(if $(ONLY),--only $(ONLY))
 
 families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
