@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_core.models.activations import TanhGELU, gelu_gate, gelu_slope
 from rlhf_core.models.packing import PackedRows
+from rlhf_core.models.untouched import is_untouched
 
 MAX_ROW_LEN = 512
 """Longer rows are left to a kernel that keeps no scores."""
@@ -70,11 +71,7 @@ class GPT2Passes:
 
     def takes(self, longest: int) -> bool:
         """Whether rows are short enough, and nothing has been built into the module since, nor was it moved."""
-        return (
-            longest <= self.max_len
-            and self.parameters[0].device.type == "cpu"
-            and not any(module._forward_hooks or "forward" in module.__dict__ for module in self._modules)
-        )
+        return longest <= self.max_len and is_untouched(self._modules, self.parameters[0])
 
     def hidden_states(self, rows: PackedRows, wanted_N: Tensor) -> Tensor:
         """[N, D] of the tokens asked for, each at most once."""

@@ -176,11 +176,8 @@ class LanguageModel:
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int, *, pad_id: int
     ) -> Prefix:
         """Prompts, read, k times each, and ready to go on."""
-        longest = max(map(len, prompts)) + max_new_tokens
-        if (passes := self._reads.written_out) is not None and passes.takes(longest):
-            return GPT2Prefix(passes, prompts, samples_per_prompt, max_new_tokens)
-        if (reading := self._reads.reading) is not None and reading.takes(longest):
-            return LlamaPrefix(reading, prompts, samples_per_prompt, max_new_tokens)
+        if (written_out := self._written_out_prefix(prompts, samples_per_prompt, max_new_tokens)) is not None:
+            return written_out
         begun = CachedPrefix(self._reads.run, self.config, self.device, prompts, samples_per_prompt, pad_id=pad_id)
         if self.device.type != "cuda":
             return begun
@@ -258,11 +255,19 @@ class LanguageModel:
 
     def _prefix_of_own_cache(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """As :meth:`prefix`, without capturing graphs."""
-        if (passes := self._reads.written_out) is not None and passes.takes(max(map(len, prompts)) + STEPS + 1):
-            return GPT2Prefix(passes, prompts, 2, STEPS + 1)
-        if (reading := self._reads.reading) is not None and reading.takes(max(map(len, prompts)) + STEPS + 1):
-            return LlamaPrefix(reading, prompts, 2, STEPS + 1)
-        return CachedPrefix(self._reads.run, self.config, self.device, prompts, 2, pad_id=0)
+        written_out = self._written_out_prefix(prompts, 2, STEPS + 1)
+        return written_out or CachedPrefix(self._reads.run, self.config, self.device, prompts, 2, pad_id=0)
+
+    def _written_out_prefix(
+        self, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int
+    ) -> Prefix | None:
+        """The prompts, read by passes of our own; None where there are none for this model and these lengths."""
+        longest = max(map(len, prompts)) + max_new_tokens
+        if (passes := self._reads.written_out) is not None and passes.takes(longest):
+            return GPT2Prefix(passes, prompts, samples_per_prompt, max_new_tokens)
+        if (reading := self._reads.reading) is not None and reading.takes(longest):
+            return LlamaPrefix(reading, prompts, samples_per_prompt, max_new_tokens)
+        return None
 
     def _is_close(self, distance: float) -> bool:
         is_coarse = any(p.dtype is not torch.float32 for p in self.trunk.parameters())

@@ -19,19 +19,16 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from rlhf_core.models.packing import PackedRows
-from rlhf_core.models.shared_rows import SharedRows
-from rlhf_core.ops.laid_out import LaidOut
+from rlhf_core.models.shared_rows import SharedRows, shared_beginnings
+from rlhf_core.models.untouched import is_untouched
+from rlhf_core.ops.laid_out import Map, as_stored, laid_out
 
 KINDS: Final = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotations that depend on a token's position alone, not on how long its row is."""
-
-
-Map = Callable[[Tensor], Tensor]
-"""x -> x Wᵀ + b."""
 
 
 class _Layer(NamedTuple):
@@ -45,10 +42,6 @@ class _Layer(NamedTuple):
     norm_2: Tensor
     gate_up: Map
     down: Map
-
-
-def _map(weight: Tensor, bias: Tensor | None) -> Map:
-    return lambda x: linear(x, weight, bias)
 
 
 class LlamaPasses:
@@ -76,20 +69,14 @@ class LlamaPasses:
 
     def takes(self, longest: int) -> bool:
         """Whether rows are short enough, and nothing has been built into the module since, nor was it moved."""
-        return (
-            longest <= self.max_len
-            and next(iter(self._module.parameters())).device.type == "cpu"
-            and not any(module._forward_hooks or "forward" in module.__dict__ for module in self._modules)
-        )
+        return longest <= self.max_len and is_untouched(self._modules, self._module.embed_tokens.weight)
 
     @torch.no_grad()
     def hidden_states(self, rows: PackedRows, wanted_N: Tensor | None) -> Tensor:
         """[T, D], or [N, D] of the tokens asked for."""
-        shared = SharedRows(rows, wanted_N) if len(rows.lens_B) > 1 else None
-        shared = shared if shared is not None and shared.is_worth_it else None
-        read = rows if shared is None else shared
-        if shared is not None:
-            wanted_N = shared.places_T if wanted_N is None else shared.places_T[wanted_N]
+        read: PackedRows | SharedRows = rows
+        if (shared := shared_beginnings(rows, wanted_N)) is not None:
+            read, wanted_N = shared, shared.places_T if wanted_N is None else shared.places_T[wanted_N]
         x = self.embedded(read.tokens_T)
         cos_Td, sin_Td = self.rotation(read.positions_T)
         layers = list(self._module.layers)
@@ -106,7 +93,7 @@ class LlamaPasses:
     @torch.no_grad()
     def layers(self) -> Iterator[_Layer]:
         """The weights of each layer, copied, and laid out for many steps."""
-        return (self._layer(module, LaidOut) for module in self._module.layers)
+        return (self._layer(module, laid_out) for module in self._module.layers)
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """[T, D] of token ids."""
@@ -138,7 +125,7 @@ class LlamaPasses:
         gate, up = layer.gate_up(h).chunk(2, dim=-1)
         return layer.down(silu(gate).mul_(up)).add_(x)
 
-    def _layer(self, module: Any, made: Callable[[Tensor, Tensor | None], Map] = _map) -> _Layer:
+    def _layer(self, module: Any, made: Callable[[Tensor, Tensor | None], Map] = as_stored) -> _Layer:
         attention, mlp = module.self_attn, module.mlp
         norm_q, norm_k = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         return _Layer(
@@ -184,8 +171,8 @@ class LlamaPrefix:
         self, passes: LlamaPasses, prompts: Sequence[Sequence[int]], samples_per_prompt: int, max_new_tokens: int
     ) -> None:
         rows = PackedRows.of(prompts)
-        shared = SharedRows(rows)
-        read, places_T = (shared, shared.places_T) if shared.is_worth_it else (rows, torch.arange(len(rows.tokens_T)))
+        shared = shared_beginnings(rows)
+        read, places_T = (rows, torch.arange(len(rows.tokens_T))) if shared is None else (shared, shared.places_T)
         self._passes, self._layers = passes, list(passes.layers())
         self._lens_b = rows.lens_B.repeat_interleave(samples_per_prompt)
         self._first, self._step = rows.longest, 0

@@ -102,6 +102,14 @@ class SharedRows:
         return torch.cat([level.attend(query, key, value, scaling) for level in self._levels])
 
 
+def shared_beginnings(rows: PackedRows, asked_T: Tensor | None = None) -> SharedRows | None:
+    """Return the rows with what they share read once, as :class:`SharedRows`; None where that saves too little."""
+    if len(rows.lens_B) == 1:
+        return None
+    shared = SharedRows(rows, asked_T)
+    return shared if shared.is_worth_it else None
+
+
 def common_beginning(texts: Sequence[list[int]], limits: Sequence[int]) -> int:
     """How many tokens all rows have in common at their beginning, at most as many as each row's limit allows."""
     shortest = min(limits)

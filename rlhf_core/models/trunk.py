@@ -22,7 +22,7 @@ from rlhf_core.models.devices import computing_in
 from rlhf_core.models.gpt2 import GPT2Passes
 from rlhf_core.models.llama import LlamaPasses
 from rlhf_core.models.packing import PACKED_ATTENTION, PackedRows, no_mask, register_packed_attention, take_once
-from rlhf_core.models.shared_rows import SharedRows
+from rlhf_core.models.shared_rows import SharedRows, shared_beginnings
 
 PROBE_TOLERANCE, COARSE_TOLERANCE = 1e-4, 0.05
 """Largest difference of a packed and a padded pass, relative to the largest hidden state (at least 1): in float32,
@@ -59,10 +59,9 @@ class Trunk:
             return reading.hidden_states(rows, wanted_N)
         window = getattr(cast("Any", self.module).config.get_text_config(), "sliding_window", None)
         is_packed = self.packs and (window is None or rows.longest <= window)
-        if is_packed and wanted_N is not None and rows.tokens_T.device.type == "cpu" and len(rows.lens_B) > 1:
-            shared = SharedRows(rows, wanted_N)
-            if shared.is_worth_it:
-                return take_once(self._packed(shared), shared.places_T[wanted_N])
+        shares = is_packed and wanted_N is not None and rows.tokens_T.device.type == "cpu"
+        if shares and (shared := shared_beginnings(rows, wanted_N)) is not None:
+            return take_once(self._packed(shared), shared.places_T[wanted_N])
         hidden_TD = self._packed(rows) if is_packed else self._padded(rows)
         return hidden_TD if wanted_N is None else take_once(hidden_TD, wanted_N)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.ops.laid_out import LaidOut
+from rlhf_core.ops.laid_out import Map, laid_out
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits held at a time, by device: 64 and 512 MiB of float32."""
@@ -42,8 +42,8 @@ class Projection:
     """V, where more rows than that stand in ``weight_VD``; None: all of them."""
     holes_H: Tensor | None = None
     """int64: ids below V that no token has. Their probability is 0."""
-    laid_out: LaidOut | None = None
-    """The weight in the order of many products of few rows."""
+    product: Map | None = None
+    """h -> W h without gradient, with the weight laid out for many calls; None: by ``weight_VD``."""
 
     def prepared(self) -> Projection:
         """The same map without gradient, its weight in the type of the product, once for many calls."""
@@ -54,9 +54,9 @@ class Projection:
             else:
                 weight_VD = weight_VD.float()
         is_large = weight_VD.device.type == "cpu" and weight_VD.numel() >= LARGE
-        laid_out = LaidOut(weight_VD) if is_large else None
+        product = laid_out(weight_VD) if is_large else None
         num_tokens = self.num_tokens or len(self.weight_VD)
-        return dataclasses.replace(self, weight_VD=weight_VD, num_tokens=num_tokens, laid_out=laid_out)
+        return dataclasses.replace(self, weight_VD=weight_VD, num_tokens=num_tokens, product=product)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """[N, V] float32 logits of a few positions."""
@@ -71,10 +71,9 @@ class Projection:
 
     def raw_logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] float32: W h + b."""
-        if self.laid_out is not None:
-            z_NV = self.laid_out(hidden_ND.to(self.dtype).float())[:, : self.num_tokens]
-        else:
-            z_NV = _product(hidden_ND.to(self.dtype), self.weight_VD.t())[:, : self.num_tokens]
+        hidden_ND = hidden_ND.to(self.dtype)
+        z_NV = _product(hidden_ND, self.weight_VD.t()) if self.product is None else self.product(hidden_ND.float())
+        z_NV = z_NV[:, : self.num_tokens]
         return z_NV if self.bias_V is None else z_NV.add_(self.bias_V[: self.num_tokens])
 
 
