@@ -59,9 +59,9 @@ def _check(file: Path, named: str, *_identity: int) -> None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{named} has a {file.name} that is not JSON: {str(error) or 'nested too deep'}") from None
     parts = [description.get(part) for part in _PARTS] if isinstance(description, dict) else []
-    if parts and _growth(parts[0]) > MAX_GROWTH:
+    if max(map(_growth, parts), default=1) > MAX_GROWTH:
         raise UserError(
-            f"{named} has a normalizer in its {file.name} that may make more than {MAX_GROWTH} characters of one; take "
+            f"{named} has a normalizer or decoder in its {file.name} that may make more than {MAX_GROWTH} characters of one; take "
             "the tokenizer that the model was trained with"
         )
     for pattern in _patterns(parts):
@@ -72,15 +72,15 @@ def _check(file: Path, named: str, *_identity: int) -> None:
             )
 
 
-def _growth(normalizer: object) -> int:
-    """How many characters a normalizer may make of one, by the replacements in it."""
-    if not isinstance(normalizer, dict):
+def _growth(part: object) -> int:
+    """How many characters a normalizer or decoder may make of one, by the replacements in it."""
+    if not isinstance(part, dict):
         return 1
-    values = cast("dict[str, Any]", normalizer)
+    values = cast("dict[str, Any]", part)
     if values.get("type") == "Replace":
         content = values.get("content")
         return max(1, len(content)) if isinstance(content, str) else 1
-    parts = values.get("normalizers")
+    parts = values.get("normalizers", values.get("decoders"))
     return math.prod(map(_growth, cast("list[object]", parts))) if isinstance(parts, list) else 1
 
 

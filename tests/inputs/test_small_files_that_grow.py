@@ -249,6 +249,8 @@ def test_a_normalizer_that_doubles_a_text(model: Path, twice: str) -> None:
     check_is_data(str(model), "policy.model")
     change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [each] * 11})
     assert "more than 1024 characters of one" in refused(lambda: check_is_data(str(model), "policy.model"))
+    change(model / "tokenizer.json", normalizer=None, decoder={"type": "Sequence", "decoders": [each] * 11})
+    assert "more than 1024 characters of one" in refused(lambda: check_is_data(str(model), "policy.model"))
 
 
 @pytest.mark.parametrize(
