@@ -57,7 +57,9 @@ def check_surroundings(arguments: Sequence[str]) -> None:
 
 def sentence(error: Exception) -> str | None:
     """What an error of the operating system means to a person; None for another kind of error."""
-    is_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+    is_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+    )
     if (is_memory or isinstance(error, OSError | UnicodeError)) and os.environ.get(TRACEBACK):
         print_traceback(error)
     if isinstance(error, OSError):
@@ -66,8 +68,8 @@ def sentence(error: Exception) -> str | None:
         return f"a name or text is not UTF-8 ({without_secrets(str(error))}); write it in UTF-8, or rename the file"
     if is_memory:
         return (
-            "the memory of this machine does not suffice, or what this process may take of it (ulimit -v, a cgroup); take "
-            "a smaller batch, model or file, or more memory"
+            "the memory of this machine does not suffice, or what this process may take of it (ulimit -v, a cgroup); "
+            "take a smaller batch, model or file, or more memory"
         )
     return None
 

@@ -36,9 +36,7 @@ class _Cost:
     is_endless: bool = False
 
     def then(self, other: _Cost) -> _Cost:
-        return _Cost(
-            self.loops + other.loops, self.choices + other.choices, self.is_endless or other.is_endless
-        )
+        return _Cost(self.loops + other.loops, self.choices + other.choices, self.is_endless or other.is_endless)
 
     def repeated(self, low: int, high: float) -> _Cost:
         """The cost of so many of it in a row."""

@@ -61,8 +61,8 @@ def _check(file: Path, named: str, *_identity: int) -> None:
     parts = [description.get(part) for part in _PARTS] if isinstance(description, dict) else []
     if max(map(_growth, parts), default=1) > MAX_GROWTH:
         raise UserError(
-            f"{named} has a normalizer or decoder in its {file.name} that may make more than {MAX_GROWTH} characters of one; take "
-            "the tokenizer that the model was trained with"
+            f"{named} has a normalizer or decoder in its {file.name} that may make more than {MAX_GROWTH} characters "
+            "of one; take the tokenizer that the model was trained with"
         )
     for pattern in _patterns(parts):
         if len(pattern) > MAX_PATTERN or searches_long(pattern):

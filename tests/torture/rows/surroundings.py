@@ -263,7 +263,7 @@ def swapped_files(bench: Bench, effort: Effort) -> Iterator[tuple[str, str]]:
                         start(config, bench.run)
 
                 said = bench.ends(work)
-            os.replace(held, file)
+            held.replace(file)
             when = "stopped" if stopped else "running"
             if said and not _is_ours(said):
                 yield f"{name}, {when}", f"it says {said!r}"
@@ -288,7 +288,7 @@ def _swaps(bench: Bench, world: Path) -> list[tuple[str, Path, Callable[[Path], 
 def _replace(file: Path, data: bytes) -> None:
     temporary = file.with_name(file.name + ".new")
     temporary.write_bytes(data)
-    os.replace(temporary, file)
+    temporary.replace(file)
 
 
 def _reversed_lines(file: Path) -> None:
@@ -377,7 +377,11 @@ def memory_limits(bench: Bench, effort: Effort) -> Iterator[tuple[str, str]]:
             wrong = ""
         else:
             clear = found["status"] == cli.EXIT_MISTAKE and "memory" in found["printed"]
-            wrong = "" if clear and "Traceback" not in found["printed"] else f"{found['status']}: {found['printed'][-300:]!r}"
+            wrong = (
+                ""
+                if clear and "Traceback" not in found["printed"]
+                else f"{found['status']}: {found['printed'][-300:]!r}"
+            )
         yield f"{more} MiB more", wrong
         yield f"{more} MiB more, afterwards", bench.heals()
 
