@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torture.battery import Effort, Outcome
 from torture.deaths import KILLED, live, log_of
@@ -181,7 +181,7 @@ def two_hosts(bench: Bench, _effort: Effort) -> Iterator[tuple[str, str]]:
 def _on_host(name: str) -> None:
     """Give this process, a child, another host's name, and locks that no other host sees."""
     socket.gethostname = lambda: name
-    vars(locking)["_flock"] = lambda descriptor, how: True
+    cast("Any", locking)._flock = lambda descriptor, how: True
 
 
 def _state_of(run: Path) -> dict[str, tuple[int, int]]:
