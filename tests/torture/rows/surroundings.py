@@ -167,14 +167,12 @@ def two_hosts(bench: Bench, _effort: Effort) -> Iterator[tuple[str, str]]:
     may.touch()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     last = log.read_text().strip().splitlines()[-1] if log.is_file() else ""
-    if taken:
-        yield "two hosts, the second", taken
-    elif status == 0:
-        yield "two hosts", "both wrote to the end, and neither noticed"
+    wrong = "" if _state_of(bench.run) == written else "the first wrote after the second had taken over"
+    if status == 0:
+        wrong = "both wrote to the end, and neither noticed"
     elif "RunLockedError" not in last or "has taken over" not in last:
-        yield "two hosts, the first", f"it says {last!r}"
-    else:
-        yield "two hosts", "" if _state_of(bench.run) == written else "the first wrote after the second had taken over"
+        wrong = f"the first says {last!r}"
+    yield "two hosts", taken or wrong
     yield "two hosts, afterwards", bench.heals()
 
 
@@ -187,9 +185,6 @@ def _on_host(name: str) -> None:
 def _state_of(run: Path) -> dict[str, tuple[int, int]]:
     files = [p for p in run.rglob("*") if p.is_file() and not p.name.startswith(("lock", "."))]
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
-
-
-# ------------------------------------------------------------------------------------------------- clocks
 
 
 def clock_jumps(bench: Bench, _effort: Effort) -> Iterator[tuple[str, str]]:
@@ -209,8 +204,8 @@ def clock_jumps(bench: Bench, _effort: Effort) -> Iterator[tuple[str, str]]:
             start(bench.config, bench.run)
 
     said = bench.ends(work)
-    same = not said and fingerprint(bench.run) == bench.expected
-    yield "clock +3 days, then -1 day", said or ("" if same else "it came to other numbers")
+    same = bool(said) or fingerprint(bench.run) == bench.expected
+    yield "clock +3 days, then -1 day", said if same else "it came to other numbers"
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -343,9 +338,6 @@ def _upgraded(work: Act) -> None:
     real = importlib.metadata.version
     importlib.metadata.version = lambda name: "99.1" if name == "transformers" else real(name)
     work()
-
-
-# ------------------------------------------------------------------------------------------------- memory
 
 
 def memory_limits(bench: Bench, effort: Effort) -> Iterator[tuple[str, str]]:
