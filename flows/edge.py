@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -30,6 +31,11 @@ TRACEBACK: Final = "RLHF_TRACEBACK"
 """Environment variable: where it is set, what is told in a sentence is preceded by the traceback."""
 
 
+_NO_MEMORY: Final = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_?\s?alloc|can't start new thread|"
+    r"could not create a (primitive|memory)|Cannot allocate memory|Resource temporarily unavailable"
+)
+"""What torch, oneDNN, MKL and Python's threads say of a memory that is at its end, in a RuntimeError."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -51,14 +57,20 @@ def check_surroundings(arguments: Sequence[str]) -> None:
 
 def sentence(error: Exception) -> str | None:
     """What an error of the operating system means to a person; None for another kind of error."""
-    if isinstance(error, OSError | UnicodeError | MemoryError) and os.environ.get(TRACEBACK):
+    is_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+    )
+    if (is_memory or isinstance(error, OSError | UnicodeError)) and os.environ.get(TRACEBACK):
         print_traceback(error)
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, UnicodeError):
         return f"a name or text is not UTF-8 ({without_secrets(str(error))}); write it in UTF-8, or rename the file"
-    if isinstance(error, MemoryError):
-        return "the memory of this machine does not suffice; take a smaller batch, model or file, or more memory"
+    if is_memory:
+        return (
+            "the memory of this machine does not suffice, or what this process may take of it (ulimit -v, a cgroup); "
+            "take a smaller batch, model or file, or more memory"
+        )
     return None
 
 

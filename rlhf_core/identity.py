@@ -20,6 +20,7 @@ import torch
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.durable import hash_file
+from rlhf_core.contracts.errors import DriftError
 from rlhf_core.contracts.reward_config import ModelReward
 from rlhf_core.models.clock import clock_day, clock_readers
 from rlhf_core.models.devices import resolve_device, resolve_num_threads
@@ -55,19 +56,12 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
         prompt_set: its prompts.
     Returns: a tree of strings and numbers; its digest stands in every artifact.
     """
-    models = {"policy": config.policy.model, "reference": config.reference_model}
-    adapters = {"policy.adapter": config.policy.adapter, "reference.adapter": config.reference_adapter}
-    models |= {name: adapter for name, adapter in adapters.items() if adapter is not None}
-    rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
-    models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
-    models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
     num_threads, update = resolve_num_threads(config.num_threads), config.execution.update
     return (
         {
             "config": config_digest(config),
             "prompts": prompt_set.digest,
-            "models": {name: _digest(name, model) for name, model in models.items()},
-            "rewards": {name: component_digest(component) for name, component in rewards.items()},
+            **_files_identity(config),
             "num_threads": num_threads,
             **machine_identity(config),
         }
@@ -75,6 +69,42 @@ def run_identity(config: RunConfig, prompt_set: PromptSet) -> dict[str, Any]:
         | _of_the_clock(config)
         | ({"policy.chat_template": policy_template_digest(config.policy)} if config.policy.chat_template else {})
     )
+
+
+def _files_identity(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The part of a run's identity that its models and rewards are."""
+    models = {"policy": config.policy.model, "reference": config.reference_model}
+    adapters = {"policy.adapter": config.policy.adapter, "reference.adapter": config.reference_adapter}
+    models |= {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    rewards = dict(zip(config.reward.names, config.reward.components, strict=True))
+    models |= {name: c.model for name, c in rewards.items() if isinstance(c, ModelReward)}
+    models |= {f"{n}.tokenizer": c.tokenizer for n, c in rewards.items() if isinstance(c, ModelReward) and c.tokenizer}
+    return {
+        "models": {name: _digest(name, model) for name, model in models.items()},
+        "rewards": {name: component_digest(component) for name, component in rewards.items()},
+    }
+
+
+def check_files(config: RunConfig, identity: Mapping[str, Any]) -> None:
+    """Raise DriftError if a model folder or reward is no longer the one that an identity names.
+
+    What a run has loaded is looked at when it was loaded: a later reload, a worker that begins later or a rank that is
+    started again would otherwise compute with other files than the rest of the run. Nothing is hashed twice while sizes
+    and times stay the same.
+
+    Args:
+        config: of the run.
+        identity: under which it computes.
+    """
+    parts = [part for part in ("models", "rewards") if part in identity]
+    now = _files_identity(config) if parts else {}
+    changed = identity_drift({part: identity[part] for part in parts}, {part: now[part] for part in parts})
+    if changed:
+        raise DriftError(
+            "files were changed while the run is at work:\n  "
+            + "\n  ".join(changed)
+            + "\nput them back and resume; nothing was computed with them"
+        )
 
 
 def machine_identity(config: RunConfig) -> dict[str, Any]:

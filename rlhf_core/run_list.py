@@ -151,7 +151,7 @@ def measured(path: Path) -> tuple[int, float | None]:
                 if (about.st_dev, about.st_ino) not in seen:
                     seen.add((about.st_dev, about.st_ino))
                     total += about.st_size
-                if entry.name != "lock":
+                if entry.name not in ("lock", "lock.held"):
                     newest = max(newest or 0.0, about.st_mtime)
     return total, newest
 

@@ -57,6 +57,7 @@ def make_bundle(run_dir: str, iteration: int, out: str, *, with_models: bool = T
         )
         if with_models:
             kept = resources(str(shadow.path))
+            kept.needs_same_files = False
             kept.keep_plan(source.plan)
             record = replace(record, templates=template_texts(run.config), vocab_size=kept.plan.vocab_size)
             record = _with_prompts(record, source, kept, stored, shadow.path / PROMPTS)

@@ -66,6 +66,7 @@ def replay_iteration(
         plan = source.plan  # what a person may have done wrong is told before a stage begins
         with shadow_of(replace(source.run, config=source.config), source.iteration) as shadow:
             kept = resources(str(shadow.path))
+            kept.needs_same_files = False
             kept.keep_plan(plan)
             if num_threads is not None:
                 kept.use_threads(num_threads)

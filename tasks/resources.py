@@ -31,6 +31,7 @@ from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import handed_weights
+from rlhf_core.identity import check_files
 from rlhf_core.memory import settle_memory
 from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer, save_checkpoint
@@ -49,6 +50,7 @@ from rlhf_core.rewards.scoring import Component
 from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.stages.sample_prompts import sample_prompts
 from tasks.rank_group import rank_group
+from tasks.replayed_updates import check_replayed
 
 Value = TypeVar("Value")
 
@@ -70,6 +72,8 @@ class Resources:
         self._trainer: Trainer | None = None
         self._behaviour: tuple[str, ActorCritic] | None = None
         self._num_threads: int | None = None
+        self.needs_same_files = True
+        """Whether models and rewards are those of the run's identity; a replay may use others."""
         self.has_given_rewards = False
         """Whether other components score than those of the config: workers have none of them."""
 
@@ -236,7 +240,7 @@ class Resources:
             if self._behaviour is None:
                 trainer = self._trainer
                 if trainer is None or self.run.config.execution.overlap:  # whose trainer goes on from the newest
-                    self._behaviour = ("", ActorCritic.initial(self.run.config, self.device))
+                    self._behaviour = ("", self._same_files(ActorCritic.initial(self.run.config, self.device)))
                 else:
                     self._trainer, self._behaviour = None, ("", trainer.actor_critic)
             if self._behaviour[0] != digest:
@@ -329,6 +333,7 @@ class Resources:
             trainer = load_checkpoint(path, self.run.config, self.device, identities=self.run.identities)[0]
         else:
             trainer = new_trainer(self.run.config, self.device)
+        self._same_files(trainer)
         return trainer if self.ranks is None else shard_trainer(trainer, self.run.config, self.ranks)
 
     def _trainer_of_ranks(self, iteration: int) -> Trainer:
@@ -341,7 +346,7 @@ class Resources:
     def _first_behaviour(self) -> ActorCritic:
         """Policy and critic in memory, whatever their weights; as they are before the first iteration if need be."""
         if self._behaviour is None:
-            self._behaviour = ("initial", ActorCritic.initial(self.run.config, self.device))
+            self._behaviour = ("initial", self._same_files(ActorCritic.initial(self.run.config, self.device)))
         return self._behaviour[1]
 
     def _replay_update(self, trainer: Trainer) -> None:
@@ -364,17 +369,7 @@ class Resources:
             num_iterations=self.run.num_iterations_at(iteration),
             importance_cap=config.importance_cap,
         )
-        expected = manifests["ppo_update"].inputs["policy_after"]
-        newest = self.run.drifts[-1] if self.run.drifts else None
-        if newest is not None and trainer.iteration <= newest.iteration:
-            # computed under other conditions then: what counts is where they lead; "" while a drift is being accepted
-            expected = newest.weights if trainer.iteration == newest.iteration else ""
-        if expected and trainer.digest() != expected:
-            raise IntegrityError(
-                f"the update of iteration {iteration}, computed again from its artifacts, gives other weights than it "
-                "committed: the machine, its threads or its libraries differ, or a checkpoint was changed; "
-                f"`rlhf verify {self.run.path}` reads everything again"
-            )
+        check_replayed(self.run, trainer, iteration, manifests["ppo_update"].inputs["policy_after"])
 
     def _frozen(self, name: str, make: Callable[[], Value]) -> Value:
         """Frozen models, back on the device wherever they were."""
@@ -384,10 +379,15 @@ class Resources:
                 move_models(models, self.device)
             return models
 
+    def _same_files(self, loaded: Value) -> Value:
+        if self.needs_same_files:
+            check_files(self.run.config, self.run.identity)
+        return loaded
+
     def _once(self, name: str, make: Callable[[], Value]) -> Value:
         with self._lock:
             if name not in self._kept:
-                self._kept[name] = make()
+                self._kept[name] = self._same_files(make())
             return cast("Value", self._kept[name])
 
 

@@ -65,6 +65,7 @@ def ask_what_if(
         trainer = None if "ppo_update" in skipped else _trainer(source, config)
         with shadow_of(replace(source.run, config=config), source.iteration) as shadow:
             kept = resources(str(shadow.path))
+            kept.needs_same_files = False
             kept.keep_plan(plan)
             if trainer is not None:
                 kept.keep_trainer(trainer)
@@ -142,6 +143,7 @@ def _plan(source: Source, changes: Changes, config: RunConfig) -> Plan:
 def _trainer(source: Source, config: RunConfig) -> Trainer:
     """Policy, critic and moments as the run had them, with the optimizer of another config."""
     then = Resources(replace(source.run, config=source.config))
+    then.needs_same_files = False
     then.keep_plan(source.plan)
     load_weights(then, source.iteration)
     return with_optimizer_of(then.trainer(source.iteration), config)

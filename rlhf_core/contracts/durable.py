@@ -91,6 +91,7 @@ class Disk:
 
 
 _disk = Disk()
+_fences: dict[Path, Callable[[], None]] = {}
 
 
 @contextlib.contextmanager
@@ -104,6 +105,30 @@ def using_disk(other: Disk) -> Iterator[None]:
         _disk = before
 
 
+@contextlib.contextmanager
+def fenced(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Ask before every change below a folder whether this process may still make it.
+
+    Args:
+        folder: that this process holds.
+        check: raises if another process has taken it over.
+    """
+    folder = folder.absolute()
+    _fences[folder] = check
+    try:
+        yield
+    finally:
+        _fences.pop(folder, None)
+
+
+def _ask_fences(path: Path) -> None:
+    if _fences:
+        path = path.absolute()
+        for folder in [path, *path.parents]:
+            if (check := _fences.get(folder)) is not None:
+                check()
+
+
 def write_file(path: Path, data: bytes) -> str:
     """Write a file durably and atomically; returns its sha256.
 
@@ -114,6 +139,7 @@ def write_file(path: Path, data: bytes) -> str:
         temporary = _temporary_name(path)
         try:
             _write_new(temporary, data)
+            _ask_fences(path)
             _disk.rename(temporary, path)
         except BaseException:
             _drop(temporary)
@@ -148,6 +174,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], commit: Callable[[dic
             for folder in sorted((p for p in temporary.rglob("*") if p.is_dir()), reverse=True):
                 sync(folder)
             sync(temporary)
+            _ask_fences(path)
             _disk.rename(temporary, path)
         except BaseException:
             _drop(temporary)
@@ -358,12 +385,16 @@ def _short(name: str) -> str:
 
 @contextlib.contextmanager
 def _told(path: Path, action: str = "written") -> Iterator[None]:
-    """Say which file a failing disk could not take or give, and what to do."""
+    """Say which file a failing disk could not take or give, and what to do; or that another process holds it now."""
+    changes = action != "read"
+    if changes:
+        _ask_fences(path)
     try:
         yield
     except FileNotFoundError as error:
-        if action == "read":
+        if not changes:
             raise
+        _ask_fences(path)  # which has removed what this one was writing
         raise StorageError.of(error, path, action) from error
     except OSError as error:
         raise StorageError.of(error, path, action) from error

@@ -3,6 +3,10 @@
 Some disks have no locks (Lustre without ``-o flock``, some NFS and FUSE: ENOSYS, ENOLCK). There a file
 ``<lock>.held`` names the process that holds it. One of a process that has ended, on this machine and since its last
 start, is taken over; another machine's is not, since nobody here can know.
+
+Other disks lock each machine for itself (NFS with ``local_lock``, some FUSE), or forget the locks of a machine that
+they have lost. There the same file is a fence: whoever is given the lock puts a name there, and whoever finds another
+one there before a write has lost the folder, and stops.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -19,8 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, cast
 
-from rlhf_core.contracts.durable import open_lock
+from rlhf_core.contracts.durable import fenced, open_lock
 from rlhf_core.contracts.errors import RunLockedError, StorageError
+
+logger = logging.getLogger(__name__)
 
 ASKING_S = 0.02
 """Far longer than it takes to ask whether a lock is held."""
@@ -56,7 +63,8 @@ def holding(path: Path, what: str, *, waits: bool = False) -> Iterator[None]:
                 raise RunLockedError(f"another process is working on {what}; wait for it, or stop it")
             has_locks = taken is not None
         if has_locks:
-            yield
+            with _noted(path, what) if is_lock(path) else contextlib.nullcontext():
+                yield
             return
         with _holding_file(path.with_name(path.name + HELD), what, waits=waits):
             yield
@@ -110,6 +118,53 @@ def _flock(descriptor: int, how: int) -> bool | None:
 
 
 @contextlib.contextmanager
+def _noted(lock: Path, what: str) -> Iterator[None]:
+    """Put this process's name beside a lock that it was given, in the place of any other one."""
+    path, mine = lock.with_name(lock.name + HELD), _this_process() | {"token": secrets.token_hex(8)}
+    before, whole = _holder(path), path.with_name(f".{path.name}.{mine['token']}.tmp")
+    try:
+        whole.write_text(json.dumps(mine))
+        whole.replace(path)
+    except OSError:  # a disk that is full or not ours to write: the lock alone has to do
+        with contextlib.suppress(OSError):
+            whole.unlink(missing_ok=True)
+        yield
+        return
+    if before and before.get("boot") != mine["boot"] and not _has_ended(before):
+        logger.warning(
+            "process %s of %r was working on %s, and its disk has given the lock to this one: the other one stops at "
+            "its next write, if it is still at work",
+            before.get("pid"), str(before.get("host"))[:80], what,
+        )  # fmt: skip
+    with _until_lost(path, mine, what):
+        yield
+
+
+@contextlib.contextmanager
+def _until_lost(path: Path, mine: dict[str, Any], what: str) -> Iterator[None]:
+    """Refuse every write below the folder once the file has another process's name, or is gone; remove it at the end.
+
+    Raises: RunLockedError, in whoever writes.
+    """
+
+    def check() -> None:
+        if (holder := _holder(path)) not in (mine, {}):  # {}: the disk does not give it just now
+            by = f"process {holder.get('pid')} of {str(holder.get('host'))[:80]!r}" if holder else "another process"
+            raise RunLockedError(
+                f"{by} has taken over {what}, which this process was working on: this one stops, and has changed "
+                f"nothing since; if that is not what you want, stop the other one and resume here"
+            )
+
+    try:
+        with fenced(path.parent, check):
+            yield
+    finally:
+        if _holder(path) == mine:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _holding_file(path: Path, what: str, *, waits: bool) -> Iterator[None]:
     """Hold a lock by a file of that name, which appears whole and under one name only."""
     mine = _this_process() | {"token": secrets.token_hex(8)}
@@ -120,11 +175,8 @@ def _holding_file(path: Path, what: str, *, waits: bool) -> Iterator[None]:
         if not waits:
             raise RunLockedError(_refusal(path, holder, what))
         time.sleep(ASKING_S)
-    try:
+    with _until_lost(path, mine, what):
         yield
-    finally:
-        if _holder(path) == mine:
-            path.unlink(missing_ok=True)
 
 
 def _appear(path: Path, mine: dict[str, Any]) -> bool:
@@ -179,8 +231,9 @@ def _refusal(path: Path, holder: dict[str, Any], what: str) -> str:
 def _holder(path: Path) -> dict[str, Any] | None:
     """Who holds it; None if nobody does. A file of another kind is held by nobody known."""
     try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_MAX_BYTES))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = json.loads(file.read(_MAX_BYTES) or b"")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):

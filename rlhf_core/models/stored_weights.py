@@ -18,7 +18,7 @@ import torch
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.models.quiet import quiet_transformers
 from rlhf_core.models.sizes import empty_model
-from rlhf_core.models.untrusted import read_header, read_small_json
+from rlhf_core.models.untrusted import read_header, read_small_json, whole_numbers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN = 3
@@ -65,6 +65,12 @@ class StoredWeights:
             if twice := sorted(header.keys() & shapes.keys()):
                 raise UserError(f"{named} holds {twice[0]} in two of its shards; take an intact copy of the model")
             shapes |= header
+            for key, kind in whole_numbers(folder / name).items():
+                if not is_harmless(key, header[key]):
+                    raise UserError(
+                        f"{named} stores {key} as whole numbers ({kind}), which would be read as a weight each; take "
+                        "the weights from where the model was saved"
+                    )
         others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in names)
         return cls(folder, shapes, {name: read_header(folder / name, named) for name in others})
 

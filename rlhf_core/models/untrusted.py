@@ -235,6 +235,13 @@ def read_header(file: Path, named: str) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{named} holds {file.name}, which is no safetensors file: {error}") from None
 
 
+def whole_numbers(file: Path) -> dict[str, str]:
+    """Name -> type of the weights and biases of a safetensors file that are stored as whole numbers."""
+    with safe_open(file, "pt") as tensors:
+        types = {key: str(tensors.get_slice(key).get_dtype()) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+    return {key: kind for key, kind in types.items() if kind[0] in "IU" and key.endswith((".weight", ".bias"))}
+
+
 def _check_header_size(file: Path) -> None:
     """Raise ValueError for a header that is longer than that of any model: safetensors takes it at its word."""
     with file.open("rb") as opened:

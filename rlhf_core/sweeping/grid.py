@@ -245,7 +245,8 @@ def _as_trial(config: RunConfig, name: str) -> RunConfig:
 def _names(points: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[tuple[int, int], str]:
     """(point, seed) -> the name of its run folder: its values where they fit into a name, else their number."""
     heads = ["_".join(f"{key}={_fit(value_text(value))}" for key, value in point.items()) for point in points]
-    if len(set(heads)) < len(heads) or max(map(len, heads)) > LONGEST_NAME:
+    folded = {head.casefold() for head in heads}  # some disks take two names for one that differ by case alone
+    if len(folded) < len(heads) or max(map(len, heads)) > LONGEST_NAME:
         heads = [f"point={i:03d}" for i in range(len(points))]
     return {
         (i, seed): f"{head}_seed={seed}".lstrip("_") for i, head in enumerate(heads) for seed in seeds

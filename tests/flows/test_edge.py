@@ -115,6 +115,9 @@ ERRORS = [
     (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
     (MemoryError(), "the memory of this machine does not suffice"),
+    (RuntimeError("can't start new thread"), "the memory of this machine does not suffice"),
+    (RuntimeError("could not create a primitive"), "the memory of this machine does not suffice"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory of this machine does not"),
     (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "is not UTF-8"),
     (OSError("https://user:hunter2@host is away"), "is away; see to that"),
 ]

@@ -26,7 +26,7 @@ from rlhf_core.contracts.durable import hash_file
 from rlhf_core.contracts.errors import IntegrityError, StorageError, UserError
 from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_record
-from rlhf_core.models.patterns import loops_in_loop
+from rlhf_core.models.pattern_cost import searches_long
 from rlhf_core.models.untrusted import check_is_data, check_size, read_header, transformers_config
 from rlhf_core.prompts.readers import read_file
 from rlhf_core.prompts.render_process import Renderer, TemplateLimitError, TemplateRefusedError
@@ -231,10 +231,34 @@ def test_a_pattern_that_could_take_for_ever(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(a|a)*$", r"(a|aa)+$", r"(?=(a|aa)+$)b", r"(?:a?)*b", r"(a+)\1+$", r"(?<n>a\g<n>|a\g<n>|a)$", r"\s*\s*\s*x",
+        r"(?:a+){20}$", r"(a?){30}a{30}$", r"(?:.|.){20}\b\B", r"a{1,3}+$", r"(?x)(a #)\n|a)*b", r"(?<n>a\g'n'|a)",
+        r"(?:a|\Ra)*b", r"(?:a{1,9}){8}b", r"(?:\c(a|a)*b)", r"(?i)(?:x|X)*y", r"(?~a)*b", "(a", "a)",
+        r"(?:[a-z]|\w)+$",
+    ],
+)  # fmt: skip
+def test_patterns_that_search_long(pattern: str) -> None:
+    assert searches_long(pattern)
+
+
+@pytest.mark.parametrize("twice", ["aa", "a" * 33])
+def test_a_normalizer_that_doubles_a_text(model: Path, twice: str) -> None:
+    each = {"type": "Replace", "pattern": {"String": "a"}, "content": twice}
+    change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [each]})
+    check_is_data(str(model), "policy.model")
+    change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [each] * 11})
+    assert "more than 1024 characters of one" in refused(lambda: check_is_data(str(model), "policy.model"))
+    change(model / "tokenizer.json", normalizer=None, decoder={"type": "Sequence", "decoders": [each] * 11})
+    assert "more than 1024 characters of one" in refused(lambda: check_is_data(str(model), "policy.model"))
+
+
+@pytest.mark.parametrize(
     "pattern", [r"((a)*)*b", r"(?:a*){2,}$", r"([a-z]+)*\d", r"(?:(?:x+)y?)+$", r"(a{1,})+", r"(.*)*x", r"(?:[)]+)*"]
 )
 def test_loops_in_loops(pattern: str) -> None:
-    assert loops_in_loop(pattern)
+    assert searches_long(pattern)
 
 
 @pytest.mark.parametrize(
@@ -245,11 +269,21 @@ def test_loops_in_loops(pattern: str) -> None:
         r" ?[^(\s|[.,!?…。])]+",
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+| ?[\p{P}\p{S}]+[\r\n]*",
         r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)",
+        r"(?=(\d{3})+(?!\d))",
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)",
+        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]",
+        r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]+[\p{Ll}\p{M}]*(?i:'s|'t|'re)?|\p{N}{1,3}|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[\p{P}\$\+<=>\^~\|`]+",
+        r"[^(\\s|[.,!?…。])]+",
+        r"\{\}|\{a\}|{|}",
         r"<\|start\|>|[\p{L}]+|[^\s\p{L}\p{N}]+",
     ],
 )
 def test_patterns_in_use_are_taken(pattern: str) -> None:
-    assert not loops_in_loop(pattern)
+    assert not searches_long(pattern)
 
 
 TEMPLATES = {

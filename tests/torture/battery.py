@@ -37,6 +37,7 @@ ROWS = (
     "orphans",
     "ray_nodes",
     "clock",
+    "surroundings",
     "bit_rot",
     "fuzz",
     "numeric_injection",

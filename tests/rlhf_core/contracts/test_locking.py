@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_core.contracts import locking
+from rlhf_core.contracts.durable import remove_file, write_file, write_folder
 from rlhf_core.contracts.errors import RunLockedError, StorageError
 from rlhf_core.contracts.locking import holding, is_held
 
@@ -160,3 +162,74 @@ def test_of_many_that_find_a_dead_one_at_most_one_holds_it_at_a_time(killed: Pat
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert said.count("won\n") >= 1
+
+
+HOST_OF_ITS_OWN = """
+import socket, sys
+from pathlib import Path
+from rlhf_core.contracts import locking
+from rlhf_core.contracts.locking import holding
+locking._flock = lambda descriptor, how: True
+socket.gethostname = lambda: "elsewhere"
+with holding(Path(sys.argv[1]), "the run"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestAnotherHostThatIsGivenTheSameLock:
+    @pytest.fixture
+    def elsewhere(self, tmp_path: Path) -> Iterator[Callable[[], Callable[[], None]]]:
+        """Lets another host take the lock; what it returns lets it go."""
+        started: list[subprocess.Popen[str]] = []
+
+        def take() -> Callable[[], None]:
+            command = [sys.executable, "-c", HOST_OF_ITS_OWN, str(tmp_path / "lock")]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            started.append(process)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            return lambda: (process.communicate(), None)[1]
+
+        yield take
+        for process in started:
+            process.kill()
+            process.communicate()
+
+    @pytest.mark.parametrize("has_ended", [False, True])
+    def test_the_first_one_writes_no_more(self, has_ended: bool, tmp_path: Path, elsewhere: Any) -> None:
+        with holding(tmp_path / "lock", "the run"):
+            write_file(tmp_path / "more" / "file", b"first")
+            let_go = elsewhere()
+            if has_ended:
+                let_go()
+            for change in (
+                lambda: write_file(tmp_path / "more" / "file", b"second"),
+                lambda: write_folder(tmp_path / "folder", lambda _: None, lambda _: b"{}"),
+                lambda: remove_file(tmp_path / "more" / "file"),
+            ):
+                with pytest.raises(RunLockedError, match=r"has taken over the run"):
+                    change()
+            write_file(tmp_path.with_name("beside"), b"not its business")
+        assert (tmp_path / "more" / "file").read_bytes() == b"first"
+        assert not (tmp_path / "folder").exists()
+        assert (tmp_path / "lock.held").exists() != has_ended
+
+    def test_the_second_one_says_so(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "lock.held").write_text(json.dumps({"host": "elsewhere", "pid": 7, "boot": "x", "machine": "y"}))
+        with holding(tmp_path / "lock", "the run"):
+            write_file(tmp_path / "file", b"second")
+        assert "process 7 of 'elsewhere' was working on the run" in caplog.text
+
+    def test_a_pipe_in_its_place_is_replaced(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "lock.held")
+        with holding(tmp_path / "lock", "the run"):
+            write_file(tmp_path / "file", b"mine")
+        assert not (tmp_path / "lock.held").exists()
+
+
+def test_a_disk_without_locks_whose_file_was_removed(no_flock: None, tmp_path: Path) -> None:
+    with holding(tmp_path / "lock", "the run"):
+        (tmp_path / "lock.held").unlink()
+        with pytest.raises(RunLockedError, match="another process has taken over the run"):
+            write_file(tmp_path / "file", b"mine")

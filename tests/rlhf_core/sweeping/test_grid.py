@@ -72,6 +72,8 @@ def test_seed_by_seed_the_last_key_changing_fastest(tiny_config: MakeConfig) -> 
 def test_names_that_would_be_alike_or_too_long_are_numbers(tiny_config: MakeConfig) -> None:
     alike = plan_runs(tiny_config([]), {"generation.stop": [["a/b"], ["a:b"]]}, [0])
     assert [run.name for run in alike] == ["point=000_seed=0", "point=001_seed=0"]
+    by_case = plan_runs(tiny_config([]), {"generation.stop": [["end"], ["End"]]}, [0])
+    assert [run.name for run in by_case] == ["point=000_seed=0", "point=001_seed=0"], "some disks take them for one"
     long = plan_runs(tiny_config([]), {"generation.stop": [["x" * 150], ["y"]]}, [0])
     assert [run.name for run in long] == ["point=000_seed=0", "point=001_seed=0"]
     hostile = plan_runs(tiny_config([]), {"policy.model": ["../../etc", "b"]}, [0])
