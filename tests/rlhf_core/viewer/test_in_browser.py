@@ -21,8 +21,10 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed: apt-get install chromium"),
 ]
 PAIRS = [
-    {"prompt": "The film", "before": " was dull.", "after": " was bright.", "score_before": -1.0, "score_after": 2.0}
-]
+    {"prompt": "The film", "before": " was dull.", "after": " was bright.", "score_before": -1.0, "score_after": 2.0},
+    {"prompt": "How was it?", "prompt_text": "<system>Be brief.<user>How was it?", "before": "Dull.", "after": "Fun.",
+     "score_before": -1.0, "score_after": 2.0},
+]  # fmt: skip
 CHOSEN = "document.querySelector('#detail-title').textContent"
 ROWS = "[...document.querySelectorAll('#grid tr[data-row]')].map((r) => Number(r.dataset.row))"
 FOCUSED = "document.activeElement.dataset.t"
@@ -330,6 +332,15 @@ def test_a_page_without_a_critic_an_evaluation_or_pairs(tab: Tab, tmp_path: Path
     assert "tokenizer" in tab.evaluate("document.querySelector('#run-note').innerText")
     assert tab.evaluate("document.querySelectorAll('.line.target').length") == 0
     assert tab.complaints() == []
+
+
+def test_of_a_chat_the_whole_prompt_is_one_click_away(fresh: Tab) -> None:
+    shown = "[...document.querySelectorAll('#pairs .pair')].map((pair) => pair.innerText.split('\\n')[0])"
+    assert fresh.evaluate(shown) == ["The film", "How was it?"]
+    assert fresh.evaluate("document.querySelectorAll('#pairs details').length") == 1, "the other is no chat"
+    assert "Be brief." not in fresh.evaluate("document.querySelector('#pairs').innerText")
+    click(fresh, "#pairs summary")
+    assert "<system>Be brief.<user>How was it?" in fresh.evaluate("document.querySelector('#pairs').innerText")
 
 
 def test_what_a_model_wrote_is_text_and_runs_nothing(tab: Tab, tmp_path: Path) -> None:
