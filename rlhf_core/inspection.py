@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
 from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
+from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import Extension, RunFolder
@@ -19,6 +20,8 @@ from rlhf_core.selection import Selection, select_samples, spread
 from rlhf_core.tables import RunTables
 
 Row = dict[str, Any]
+SIDES: Final = ("prompt", "before", "score_before", "after", "score_after")
+"""Columns of responses before and after, in the order in which a person reads them."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +241,43 @@ def sample_tokens(run: RunFolder, sample_id: str) -> tuple[Row, list[Row]]:
 
 
 def before_and_after(run: RunFolder) -> list[Row]:
-    """Responses to the same prompts before and after training; empty until the run is finished."""
+    """Responses to the same prompts before and after training; empty until the run is finished.
+
+    Returns: rows of prompt, response and score, before and after. Where prompts are chats, a row's prompt is the last
+        message of the user, and its prompt_text what the policy reads.
+    """
     path = run.path / "before_after.json"
-    return read_record(path)["samples"] if path.is_file() else []
+    samples = read_record(path)["samples"] if path.is_file() else []
+    asked = asked_texts(run, 0) if samples else {}
+    read = [{name: row[name] for name in SIDES} for row in samples]
+    return with_asked(read, [asked.get(row["prompt"], "") for row in read])
+
+
+def asked_texts(run: RunFolder, iteration: int) -> dict[str, str]:
+    """Text that the policy reads -> last message of the user, for each prompt of an iteration that is a chat.
+
+    Empty where the artifacts of the iteration were removed by ``rlhf clean``.
+    """
+    manifest = run.manifests(iteration).get("sample_prompts")
+    if manifest is None or Cleaned.of(run.path).lacks(iteration):
+        return {}
+    rows = read_artifact(run.path, manifest.artifact).select(["prompt_text", "messages"]).to_pylist()
+    return {row["prompt_text"]: said for row in rows if (said := last_of_user(row["messages"]))}
+
+
+def with_asked(rows: Sequence[Row], asked: Sequence[str]) -> list[Row]:
+    """Rows as a person reads them: ``prompt`` is what was asked, and ``prompt_text`` the prompt as the policy reads it.
+
+    Args:
+        rows: with a ``prompt``.
+        asked: last user message of each; empty for a plain prompt, which stays. Rows without any chat stay as they are.
+    """
+    if not any(asked):
+        return list(rows)
+    return [
+        row | {"prompt": said or row["prompt"], "prompt_text": row["prompt"]}
+        for row, said in zip(rows, asked, strict=True)
+    ]
 
 
 def standing(run: RunFolder) -> str:

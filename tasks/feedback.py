@@ -106,7 +106,8 @@ def read_judgement(trace: Mapping[str, Any], unread: list[str]) -> Judged | None
     if not grades and not wishes:
         return None
     attributes = trace["data"]["spans"][0]["attributes"]
-    prompt = json.loads(attributes["mlflow.spanInputs"])["prompt"]
+    asked = json.loads(attributes["mlflow.spanInputs"])
+    prompt = asked["messages"] if "messages" in asked else asked["prompt"]  # earlier releases sent chats as a prompt
     response = json.loads(attributes["mlflow.spanOutputs"])["response"]
     return Judged(prompt, response, grades, tuple(wishes), tuple(labels))
 

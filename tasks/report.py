@@ -10,7 +10,6 @@ from prefect.cache_policies import NO_CACHE
 
 from rlhf_core.contracts.batches import Prompts
 from rlhf_core.contracts.records import write_record
-from rlhf_core.inspection import last_of_user
 from rlhf_core.models.devices import using_threads
 from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards
@@ -32,8 +31,7 @@ def write_report(run_dir: str, limit: int = 5) -> None:
 def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
     """Answer the first prompts of iteration 0 again with the final policy, from the same random numbers.
 
-    Returns: rows of prompt, response and score, before and after; a chat's prompt is the last message of the user, and
-        prompt_text what the policy reads.
+    Returns: rows of prompt, response and score, before and after.
     """
     config, manifests = kept.run.config, kept.run.manifests(0)
     prompts = kept.prompts(manifests["sample_prompts"].artifact)
@@ -53,8 +51,7 @@ def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
         scores_after = score_rewards(kept.reward_components, few, after, config.reward).batch
     return [
         {
-            "prompt": last_of_user(few.messages[i]) or few.texts[i],
-            "prompt_text": few.texts[i],
+            "prompt": few.texts[i],
             "before": before.texts[i * config.prompts.samples_per_prompt],
             "score_before": float(scores_before.score_B[i * config.prompts.samples_per_prompt]),
             "after": after.texts[i],

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.inspection import artifact_table, last_of_user
 from rlhf_core.selection import Selection, select_samples
 from rlhf_core.tables import RunTables, pc
 from tasks.outbox import Ledger, reason
@@ -153,8 +154,6 @@ def trace_id(outbox: str, sample_id: str) -> str:
 
 
 def _prompts(run: RunFolder, iteration: int) -> list[dict[str, Any]]:
-    from rlhf_core.inspection import artifact_table
-
     return artifact_table(run, iteration, "sample_prompts").select(["prompt_id", "messages"]).to_pylist()
 
 
@@ -163,9 +162,14 @@ def _sampling_ms(run: RunFolder, iteration: int) -> int:
     return max(1, round(1000 * manifest.timing["total_s"])) if manifest is not None else 1
 
 
-def _asked(row: Mapping[str, Any]) -> Any:
-    """What the policy was asked: messages, or a plain text."""
-    return row["messages"] or row["prompt_text"]
+def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the policy was asked: ``messages``, which MLflow shows as a chat, or a plain text as ``prompt``."""
+    return {"messages": row["messages"]} if row["messages"] else {"prompt": row["prompt_text"]}
+
+
+def _preview(row: Mapping[str, Any]) -> str:
+    """What a list of traces shows of the request: of a chat the last message of the user."""
+    return last_of_user(row["messages"]) or json.dumps(_asked(row), ensure_ascii=False)
 
 
 def _tags(outbox: str, row: Mapping[str, Any]) -> dict[str, str]:
@@ -181,7 +185,7 @@ def _span(outbox: str, row: Mapping[str, Any], now_ms: int, took_ms: int) -> dic
     attributes: dict[str, Any] = {
         "mlflow.traceRequestId": own,
         "mlflow.spanType": "LLM",
-        "mlflow.spanInputs": {"prompt": _asked(row)},
+        "mlflow.spanInputs": _asked(row),
         "mlflow.spanOutputs": {"response": row["response_text"]},
         **{name: row[name] for name in ("iteration", "sample_id", "finish_reason", *NUMBERS)},
         "components": {part["name"]: part["score"] for part in row["components"]},
@@ -205,7 +209,7 @@ def _info(outbox: str, row: Mapping[str, Any], model_id: str, now_ms: int, took_
         "trace_id": trace_id(outbox, row["sample_id"]),
         "request_time": now_ms - took_ms,
         "execution_duration": took_ms,
-        "request_preview": json.dumps({"prompt": _asked(row)}, ensure_ascii=False)[:1000],
+        "request_preview": _preview(row)[:1000],
         "response_preview": json.dumps({"response": row["response_text"]}, ensure_ascii=False)[:1000],
         "trace_metadata": {"mlflow.modelId": model_id},
         "tags": _tags(outbox, row),

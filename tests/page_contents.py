@@ -24,6 +24,8 @@ ATTACKS = (
     "Z̸̢̛͇a̷l̵g̶o " * 40,
     "x" * 100_000,
 )
+CHAT = 21
+"""The prompt that is a chat."""
 KEPT = frozenset({"type", "base64", "id"})
 """Keys of contents that are no text of a model: kinds of columns, numbers, and ids."""
 
@@ -57,6 +59,7 @@ def made_contents(num_samples: int, num_tokens: int, num_iterations: int = 10) -
         "curves": {"iteration": list(range(num_iterations))}
         | dict.fromkeys(("score", "kl", "beta", "entropy", "length"), curve),
         "prompts": [f"prompt number {i}" for i in range(50)],
+        "asked": [f"question {i}" if i == CHAT else None for i in range(50)],
         "finish_reasons": ["eos", "length"],
         "vocabulary": words,
         "samples": {

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from flows.console import Console
 from flows.displays.narrow import print_rows
-from flows.displays.terminal import print_warning, side_by_side
+from flows.displays.terminal import print_how_chats_are_shown, print_warning, side_by_side
 from flows.progress import Silent, watched_by
 from flows.visible import write_json_text
 from rlhf_core.contracts.config import RunConfig
@@ -174,8 +174,9 @@ def print_evaluation(console: Console, summary: Mapping[str, Any], samples: Sequ
         print_rows(console, best, "Best-of-n of the reference, no training")
     if samples:
         names = ("prompt", "ref_response", "ref_score", "response", "score")
-        pairs = (tuple(sample[name] for name in names) for sample in samples)
+        pairs = [tuple(sample[name] for name in names) for sample in samples]
         console.print(side_by_side("Same prompt, same random numbers", ("reference", "policy"), pairs))
+        print_how_chats_are_shown(console, samples, "in samples.arrow")
     for name, numbers in trained.items():
         console.print(Text(verdict(name, numbers, summary["reference"])), soft_wrap=True)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.console import Console
-from flows.displays.narrow import WIDE, Column, middle, print_rows
+from flows.displays.narrow import WIDE, Column, cell_text, middle, print_rows
 from flows.displays.terminal import LABEL, print_records
 from flows.visible import write_json_line
 from rlhf_core.choice import ALL, chosen_iterations
@@ -27,6 +27,7 @@ from rlhf_core.inspection import (
     artifact_sheet,
     histogram_sheet,
     iteration_sheet,
+    last_of_user,
     run_sheet,
     sample_sheet,
     samples_sheet,
@@ -166,8 +167,29 @@ def _print_iteration(console: Console, sheet: Sheet, _: int) -> None:
 
 
 def _print_artifact(console: Console, sheet: Sheet, limit: int) -> None:
-    print_records(console, sheet.table.slice(0, limit).to_pylist(), sheet.title)
+    rows = sheet.table.slice(0, limit).to_pylist()
+    if any(row.get("messages") for row in rows):
+        _print_chats(console, rows, sheet.title)
+    else:
+        print_records(console, rows, sheet.title)
     _print_rest(console, sheet, limit)
+
+
+def _print_chats(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Prompts one after the other: what is asked, then each message of the chat whole, then the other columns."""
+    console.print(title, style="italic", highlight=False)
+    for row in rows:
+        console.print()
+        lines = [("asked", last_of_user(row["messages"]) or row["prompt_text"])]
+        lines += [(f"  {message['role']}", message["content"]) for message in row["messages"]]
+        others = (item for item in row.items() if item[0] != "messages")
+        lines += [(name, middle(cell_text(value), console.width - LABEL)) for name, value in others]
+        table = Table.grid()
+        table.add_column(width=LABEL, style="bold")
+        table.add_column()
+        for name, text in lines:
+            table.add_row(Text(name), Text(text))
+        console.print(table)
 
 
 def _print_sample(console: Console, sheet: Sheet, _: int) -> None:

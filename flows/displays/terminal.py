@@ -134,8 +134,10 @@ def print_result(
         console.print(_first_to_last(rows, kl_target))
     if samples:
         names = ("prompt", "before", "score_before", "after", "score_after")
-        pairs = (tuple(sample[name] for name in names) for sample in samples)
+        pairs = [tuple(sample[name] for name in names) for sample in samples]
         console.print(side_by_side("Before and after: same prompts, same random numbers", ("before", "after"), pairs))
+        whole = f"{_command('rlhf')} inspect {run_dir} --stage sample_prompts --iteration 0"
+        print_how_chats_are_shown(console, samples, whole)
     console.print("Next", style="italic")
     for what, command in next_commands(run_dir, tracking_uri).items():
         console.print(Text.assemble((what, "bold"), ":"))
@@ -203,6 +205,13 @@ def _first_to_last(rows: Sequence[Mapping[str, Any]], kl_target: float | None) -
         note = f"target {kl_target:g} ({last / kl_target - 1:+.0%})" if key == "kl" and kl_target else ""
         table.add_row(label, f"{first:.{digits}f}", f"{last:.{digits}f}", f"{last - first:+.{digits}f}", note)
     return table
+
+
+def print_how_chats_are_shown(console: Console, samples: Sequence[Mapping[str, Any]], whole: str) -> None:
+    """Say so where prompts are shown by their last user message, and where the whole ones are."""
+    if any("prompt_text" in sample for sample in samples):
+        told = f"prompts are chats, shown by their last user message; whole:  {whole}"
+        console.print(told, style="dim", soft_wrap=True, highlight=False, markup=False)
 
 
 def side_by_side(title: str, names: tuple[str, str], rows: Iterable[tuple[Any, ...]]) -> Table:

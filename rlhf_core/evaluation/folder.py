@@ -36,7 +36,7 @@ from rlhf_core.contracts.records import read_json, read_record, write_record
 from rlhf_core.contracts.trust import recorded
 from rlhf_core.evaluation.samples import PART, Samples, part_sizes
 from rlhf_core.identity import identity_digest
-from rlhf_core.inspection import last_of_user
+from rlhf_core.inspection import last_of_user, with_asked
 
 VERSION: Final = 1
 EVALUATIONS: Final = "evaluations"
@@ -180,11 +180,11 @@ class EvaluationFolder:
         return table.to_pylist()
 
     def side_by_side(self, limit: int) -> list[dict[str, Any]]:
-        """The first rows of samples.arrow; the prompt of a chat is the last message of the user."""
+        """The first rows of samples.arrow, as :func:`rlhf_core.inspection.with_asked` shows prompts."""
         path, prompts = self.path / "samples.arrow", self.prompts()
         asked = dict(zip(prompts.prompt_ids, map(last_of_user, prompts.messages), strict=True))
         rows = _parse(path.read_bytes(), path).slice(0, limit).to_pylist()
-        return [row | {"prompt": asked.get(row["prompt_id"]) or row["prompt"]} for row in rows]
+        return with_asked(rows, [asked.get(row["prompt_id"], "") for row in rows])
 
     def _part(self, policy: str, part: int) -> Path:
         return self.path / "parts" / f"{policy}-{part:03d}.arrow"

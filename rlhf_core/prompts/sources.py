@@ -56,7 +56,7 @@ def load_prompt_set(config: PromptsConfig) -> PromptSet:
             hold no usable prompt (all of them are counted, the first ten are named).
     """
     choice, remarks = ColumnChoice(config), Remarks()
-    rows = _read_rows(config, choice)
+    rows = read_rows(config, choice)
     if not any(rows.columns.values()):
         raise UserError(f"prompts.source {config.source!r} holds no rows; at least one prompt is needed")
     prompts, notes = _prompts(config, rows, choice, remarks)
@@ -87,7 +87,8 @@ def load_prompt_set(config: PromptsConfig) -> PromptSet:
     )
 
 
-def _read_rows(config: PromptsConfig, choose: Choose) -> Rows:
+def read_rows(config: PromptsConfig, choose: Choose) -> Rows:
+    """Read the columns of ``prompts.source`` that ``choose`` takes from all names; raises UserError if it cannot."""
     source = config.source
     if not source.strip():
         raise UserError(

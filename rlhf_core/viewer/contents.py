@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
-from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.inspection import before_and_after, iteration_rows, last_of_user
+from rlhf_core.inspection import asked_texts, before_and_after, iteration_rows
 from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer_of
 from rlhf_core.store.address import shown
@@ -196,19 +195,18 @@ def _asked(run: RunFolder, iterations: Sequence[int], prompts: Sequence[str]) ->
     """Of each prompt that is a chat, the last message of the user."""
     found: dict[str, str] = {}
     for iteration in iterations:
-        table = read_artifact(run.path, run.manifests(iteration)["sample_prompts"].artifact)
-        for row in table.select(["prompt_text", "messages"]).to_pylist():
-            found.setdefault(row["prompt_text"], last_of_user(row["messages"]))
-    return [found.get(prompt) or None for prompt in prompts]
+        found |= asked_texts(run, iteration)
+    return [found.get(prompt) for prompt in prompts]
 
 
 def _before_after(run: RunFolder) -> list[Json]:
     texts, scores = ("prompt", "before", "after"), ("score_before", "score_after")
-    rows = before_and_after(run)
-    return _of_file(
-        run.path / "before_after.json",
-        lambda: [{k: str(row[k]) for k in texts} | {k: _finite(row[k]) for k in scores} for row in rows],
-    )
+
+    def shown(row: Mapping[str, Any]) -> Json:
+        whole = {"prompt_text": str(row["prompt_text"])} if "prompt_text" in row else {}
+        return {k: str(row[k]) for k in texts} | whole | {k: _finite(row[k]) for k in scores}
+
+    return _of_file(run.path / "before_after.json", lambda: [shown(row) for row in before_and_after(run)])
 
 
 def _column(values: pa.ChunkedArray | pa.Array | np.ndarray) -> Json:

@@ -27,7 +27,7 @@ class Detail {
   prompt() {
     const [asked, whole] = [this.data.asked(this.row), this.data.prompt(this.row)];
     if (!asked) return [this.text("Prompt", whole)];
-    return [this.text("Asked", asked), el("details", {}, el("summary", {}, "The whole prompt, as the policy reads it"), this.text("Prompt", whole))];
+    return [this.text("Asked", asked), wholePrompt(this.text("Prompt", whole))];
   }
 
   heading() {

@@ -6,6 +6,11 @@ function el(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
 
+// of a chat, whose last message of the user stands above
+function wholePrompt(text) {
+  return el("details", { class: "whole" }, el("summary", {}, "The whole prompt, as the policy reads it"), text);
+}
+
 function svg(tag, attributes = {}, ...children) {
   return filled(document.createElementNS(SVG, tag), attributes, children);
 }

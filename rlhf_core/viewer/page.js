@@ -38,6 +38,7 @@ function drawBeforeAfter() {
     el("p", { class: "text", dir: "auto" }, visible(text.trim())));
   byId("pairs").append(...rows.map((row) => el("article", { class: "pair" },
     el("p", { class: "text prompt", dir: "auto" }, visible(row.prompt)),
+    row.prompt_text ? wholePrompt(el("p", { class: "text", dir: "auto" }, visible(row.prompt_text))) : null,
     el("div", { class: "sides" }, side("Before", row.before, row.score_before), side("After", row.after, row.score_after)))));
 }
 

@@ -20,9 +20,10 @@ def said(name: str, value: Any, *, who: str = "anna", kind: str = "HUMAN", **mor
     return {"assessment_name": name, "source": source, what: {"value": value}, "valid": True} | more
 
 
-def trace(prompt: Any, response: str, *assessments: dict[str, Any]) -> dict[str, Any]:
+def trace(prompt: Any, response: str, *assessments: dict[str, Any], as_before: bool = False) -> dict[str, Any]:
+    """A trace; earlier releases sent a chat as its prompt."""
     attributes = {
-        "mlflow.spanInputs": json.dumps({"prompt": prompt}),
+        "mlflow.spanInputs": json.dumps({"prompt" if isinstance(prompt, str) or as_before else "messages": prompt}),
         "mlflow.spanOutputs": json.dumps({"response": response}),
     }
     return {"info": {"assessments": list(assessments)}, "data": {"spans": [{"attributes": attributes}]}}
@@ -89,9 +90,12 @@ def test_a_grade(value: Any, grade: float | None) -> None:
     assert grade_of(value) == grade
 
 
+@pytest.mark.parametrize("as_before", [False, True])
 @pytest.mark.parametrize("prompt", ["What is the film like?", [{"role": "user", "content": "What is the film like?"}]])
-def test_a_training_reads_the_pairs(tmp_path: Path, prompt: Any) -> None:
-    rows = pairs(trace(prompt, "A joy.", said("ok", True)), trace(prompt, "A bore.", said("ok", False)))
+def test_a_training_reads_the_pairs(tmp_path: Path, prompt: Any, as_before: bool) -> None:
+    rows = pairs(
+        trace(prompt, "A joy.", said("ok", True), as_before=as_before), trace(prompt, "A bore.", said("ok", False))
+    )
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_prompt_set(PromptsConfig(source=str(tmp_path / "pairs.jsonl"), from_preferences=True))
     assert found.entries == [prompt]

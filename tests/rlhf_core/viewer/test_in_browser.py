@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import Tab, chromium_tab, find_chromium
-from page_contents import ATTACKS, decoded, evaluation, made_contents, with_texts
+from page_contents import ATTACKS, CHAT, decoded, evaluation, made_contents, with_texts
 
 from rlhf_core.viewer.page import page_of
 
@@ -21,8 +21,10 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed: apt-get install chromium"),
 ]
 PAIRS = [
-    {"prompt": "The film", "before": " was dull.", "after": " was bright.", "score_before": -1.0, "score_after": 2.0}
-]
+    {"prompt": "The film", "before": " was dull.", "after": " was bright.", "score_before": -1.0, "score_after": 2.0},
+    {"prompt": "How was it?", "prompt_text": "<system>Be brief.<user>How was it?", "before": "Dull.", "after": "Fun.",
+     "score_before": -1.0, "score_after": 2.0},
+]  # fmt: skip
 CHOSEN = "document.querySelector('#detail-title').textContent"
 ROWS = "[...document.querySelectorAll('#grid tr[data-row]')].map((r) => Number(r.dataset.row))"
 FOCUSED = "document.activeElement.dataset.t"
@@ -209,7 +211,7 @@ def test_the_colours_follow_the_chosen_measure(fresh: Tab, contents: dict[str, A
         assert fresh.evaluate(below) == (decoded(contents["tokens"][name])[FIRST] < 0).tolist()
     signs = decoded(contents["tokens"]["kl"])[FIRST]
     strongest, weakest = int(np.abs(signs).argmax()) + 1, int(np.abs(signs).argmin()) + 1
-    assert fresh.evaluate(painted.format(strongest)) != fresh.evaluate(painted.format(weakest))
+    fresh.wait_for(f"{painted.format(strongest)} !== {painted.format(weakest)}")  # colours change in 120 ms
     fresh.press("c")
     assert fresh.evaluate("document.querySelector('input[name=measure]:checked').value") == "advantage"
     fresh.press("j")
@@ -330,6 +332,23 @@ def test_a_page_without_a_critic_an_evaluation_or_pairs(tab: Tab, tmp_path: Path
     assert "tokenizer" in tab.evaluate("document.querySelector('#run-note').innerText")
     assert tab.evaluate("document.querySelectorAll('.line.target').length") == 0
     assert tab.complaints() == []
+
+
+def test_of_a_chat_the_whole_prompt_is_one_click_away(fresh: Tab) -> None:
+    shown = "[...document.querySelectorAll('#pairs .pair')].map((pair) => pair.innerText.split('\\n')[0])"
+    assert fresh.evaluate(shown) == ["The film", "How was it?"]
+    assert fresh.evaluate("document.querySelectorAll('#pairs details').length") == 1, "the other is no chat"
+    assert "Be brief." not in fresh.evaluate("document.querySelector('#pairs').innerText")
+    fresh.press("Home")
+    row = next(row for row in ORDER if row % 50 == CHAT)
+    click(fresh, f"#grid tr[data-row='{row}']")
+    texts = fresh.evaluate("document.querySelector('#detail').innerText")
+    assert f"question {CHAT}" in texts
+    assert f"prompt number {CHAT}" not in texts
+    click(fresh, "#detail .whole summary")
+    assert f"prompt number {CHAT}" in fresh.evaluate("document.querySelector('#detail').innerText")
+    click(fresh, "#pairs summary")
+    assert "<system>Be brief.<user>How was it?" in fresh.evaluate("document.querySelector('#pairs').innerText")
 
 
 def test_what_a_model_wrote_is_text_and_runs_nothing(tab: Tab, tmp_path: Path) -> None:
