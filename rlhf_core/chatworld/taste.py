@@ -2,9 +2,10 @@
 
     P(chosen > rejected) = σ(w · (h(chosen) - h(rejected)))        Bradley & Terry 1952
 
-h is the trunk's output at the last token of the conversation. A pair is a sentence that a critic wrote in praise and
-one written in blame, both taken for answers to the same request. Only w is fitted, so that a minute is enough. The
-penalty of |w|² is chosen by cross-validation within the fitted pairs; the accuracy is measured on pairs apart.
+h is the trunk's output at the last token of the conversation. The pairs are of two kinds: a sentence that a critic
+wrote in praise and one written in blame, both taken for answers to the same request; and a whole sentence and the same
+one cut short, without which a policy is rewarded for never ending one. Only w is fitted, so that a minute is enough.
+The penalty of |w|² is chosen by cross-validation within the fitted pairs; accuracies are measured on pairs apart.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class Taste:
 
     pair_accuracy: float
     """Share of held-out pairs whose chosen sentence scores higher."""
+    whole_accuracy: float
+    """Share of held-out sentences that score higher whole than cut short."""
     num_pairs: int
-    """Pairs that the head was fitted to."""
+    """Pairs that the head was fitted to, of praise and blame."""
     num_held_out: int
     """Pairs that the accuracy was measured on; they chose neither the weights nor the penalty."""
 
@@ -127,40 +130,50 @@ def write_taste(
         )
     model.config.pad_token_id = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    states = _states(model, tokenizer, [*liked, *disliked], on_step)
-    differences = (states[: len(liked)] - states[len(liked) :]).double()
-    scale = differences[:pairs].std(dim=0).clamp(min=1e-6)
+    ends, cuts = _states(model, tokenizer, [*liked, *disliked], on_step)
+    # [N, 3, D]: of the n-th sentences, praise against blame, and each whole against cut short
+    count = len(liked)
+    differences = torch.stack([ends[:count] - ends[count:], *(ends - cuts).split(count)], dim=1).double()
+    scale = differences[:pairs, 0].std(dim=0).clamp(min=1e-6)
     trained, tested = differences[:pairs] / scale, differences[pairs:] / scale
     best = _fit(trained, _best_penalty(trained))
     weight = best / scale
-    weight /= (states[:pairs].double() @ weight).std().clamp(min=1e-6)  # scores of about unit variance
+    weight /= (ends[:pairs].double() @ weight).std().clamp(min=1e-6)  # scores of about unit variance
     model.score.weight.copy_(weight.float()[None])
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return Taste(float((tested @ best > 0).double().mean()), pairs, held_out)
+    is_right = (tested @ best > 0).double()
+    return Taste(float(is_right[:, 0].mean()), float(is_right[:, 1:].mean()), pairs, held_out)
 
 
 @torch.no_grad()
-def _states(model: Any, tokenizer: Any, answers: list[str], on_step: Callable[[int, int], None]) -> Tensor:
-    """[N, D]: the trunk's output at the last token of each answered request."""
+def _states(
+    model: Any, tokenizer: Any, answers: list[str], on_step: Callable[[int, int], None], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """[N, D] twice: the trunk's output at the last token of each answered request, and where the answer is cut short.
+
+    An answer is cut at a random place before its EOS. The trunk looks back alone, so one pass gives both.
+    """
     # as the reward stage reads a response of the policy: its request, its tokens, and the EOS that ends it
     trunk = Trunk(trunk_of(model), dtype=torch.float32)
     asked = tokenizer.apply_chat_template(chat(ABOUT_FILMS), add_generation_prompt=True, return_dict=True)["input_ids"]
-    rows = [
-        [*asked, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in answers
-    ]
-    states = torch.zeros(len(rows), int(model.config.hidden_size))
+    said = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+    rows = [[*asked, *tokens, tokenizer.eos_token_id] for tokens in said]
+    draw = Random(seed)
+    kept = torch.tensor([draw.randrange(max(len(tokens) - 1, 1)) for tokens in said])  # the last token that is left
+    ends, cuts = (torch.zeros(len(rows), int(model.config.hidden_size)) for _ in range(2))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     for start in range(0, len(order), ROWS_AT_ONCE):
         index = order[start : start + ROWS_AT_ONCE]
         packed = PackedRows.of([rows[row] for row in index])
-        states[index] = trunk(packed, packed.ends_B)
+        states = trunk(packed, torch.cat([packed.ends_B, packed.starts_B + len(asked) + kept[index]]))
+        ends[index], cuts[index] = states.split(len(index))
         on_step(start + len(index), len(rows))
-    return states
+    return ends, cuts
 
 
 def _best_penalty(differences: Tensor) -> float:
-    """Penalty under which pairs that were left out are likeliest; the larger one of equals."""
+    """Penalty under which pairs [N, K, D] that were left out are likeliest, all K of a row together."""
     fold = torch.arange(len(differences)) % NUM_FOLDS
 
     def likelihood(penalty: float) -> float:
@@ -171,9 +184,9 @@ def _best_penalty(differences: Tensor) -> float:
 
 
 def _fit(differences: Tensor, penalty: float) -> Tensor:
-    """[D] float64: the weights that explain the pairs best."""
+    """[D] float64: the weights that explain the pairs [N, K, D] best."""
     with torch.enable_grad():
-        w = torch.zeros(differences.shape[1], dtype=torch.float64, requires_grad=True)
+        w = torch.zeros(differences.shape[-1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

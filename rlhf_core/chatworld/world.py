@@ -25,8 +25,8 @@ from rlhf_core.contracts.made_folder import make_once
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, total). The phases are "model" and "reward model", in this order."""
 RECORD: Final = "made.json"
-VERSION: Final = 2
-"""Of the recipes: another one makes the folders anew."""
+MODEL_VERSION, REWARD_VERSION = 1, 3
+"""Of the recipes: another one makes the folder anew."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ChatWorld:
     """Folder of the reward model; None where none was asked for."""
     reward_accuracy: float | None
     """Share of held-out pairs that it is right on."""
+    reward_whole_accuracy: float | None = None
+    """Share of held-out sentences that score higher whole than cut short."""
     reward_held_out: int | None = None
     """Number of those pairs."""
 
@@ -57,7 +59,12 @@ def build_chat_world(directory: Path, *, reviews: Path | None, on_progress: OnPr
     if reviews is not None:
         sentences(reviews)  # before a minute is spent on the model
     try:
-        _make(directory / "model", {"packages": PACKAGES}, partial(_model, tell=partial(on_progress, "model")), "model")
+        _make(
+            directory / "model",
+            {"packages": PACKAGES, "version": MODEL_VERSION},
+            partial(_model, tell=partial(on_progress, "model")),
+            "model",
+        )
         trained, held_out = requests()
         for name, texts in (("prompts.jsonl", trained), ("prompts_eval.jsonl", held_out)):
             write_requests(directory / name, texts)
@@ -67,7 +74,12 @@ def build_chat_world(directory: Path, *, reviews: Path | None, on_progress: OnPr
             make = partial(
                 _taste, policy=directory / "model", reviews=reviews, tell=partial(on_progress, "reward model")
             )
-            made = _make(directory / "reward", {"reviews": files, "packages": PACKAGES}, make, "reward model")
+            made = _make(
+                directory / "reward",
+                {"reviews": files, "packages": PACKAGES, "version": REWARD_VERSION},
+                make,
+                "reward model",
+            )
     except (NoPackagesError, ValueError) as error:
         raise UserError(str(error)) from None
     return ChatWorld(
@@ -76,6 +88,7 @@ def build_chat_world(directory: Path, *, reviews: Path | None, on_progress: OnPr
         directory / "prompts_eval.jsonl",
         directory / "reward" if made else None,
         float(made["pair_accuracy"]) if made else None,
+        float(made["whole_accuracy"]) if made else None,
         int(made["num_held_out"]) if made else None,
     )
 
@@ -84,7 +97,7 @@ def _make(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[str,
     names = {RECORD}
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record: nothing there may be replaced
         names |= {Path(name).parts[0] for name in json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]}
-    digest = digest_json({**recipe, "version": VERSION})
+    digest = digest_json(recipe)
     return make_once(folder, digest, make, record=RECORD, contents=names, kind=kind)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from flows.quickstart import ONE_SENTENCE, real_config
 from rlhf_core.chatworld import ChatWorld, build_chat_world, packages, taste, world
-from rlhf_core.chatworld.requests import requests, write_requests
+from rlhf_core.chatworld.requests import ABOUT_FILMS, chat, requests, write_requests
 from rlhf_core.chatworld.taste import sentences, write_taste
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.reward_config import FunctionReward, ModelReward
@@ -100,30 +101,71 @@ def test_a_reward_model_prefers_what_was_liked(policy: Path, reviews: Path, tmp_
     assert float(scores[:20].mean() - scores[20:].mean()) > 0.5
 
 
-def test_held_out_pairs_change_the_accuracy_alone(
+def test_held_out_pairs_change_the_accuracies_alone(
     policy: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(110, 48, generator=generator)
-    states[:55, 0] += 4.0
-    found: list[tuple[float, torch.Tensor]] = []
-    for name in ("as_drawn", "swapped"):
-        monkeypatch.setattr(taste, "_states", lambda *_: states.clone())
+    ends, cuts = torch.randn(110, 48, generator=generator), torch.randn(110, 48, generator=generator)
+    ends[:55, 0] += 4.0
+    ends[:, 1] += 6.0
+    praised, blamed = torch.arange(40, 55), torch.arange(95, 110)
+    held_out = torch.cat([praised, blamed])
+    other_taste, other_whole = ends.clone(), ends.clone()
+    other_taste[held_out] = ends[torch.cat([blamed, praised])]
+    other_whole[held_out, 1] -= 20.0
+    made: list[tuple[taste.Taste, torch.Tensor]] = []
+    for name, found in (("as_drawn", ends), ("other_taste", other_taste), ("other_whole", other_whole)):
+        monkeypatch.setattr(taste, "_states", lambda *_, found=found: (found.clone(), cuts.clone()))
         (tmp_path / name).mkdir()
-        made = write_taste(policy, tmp_path / name, reviews, lambda *_: None, pairs=40, held_out=15)
-        found.append((made.pair_accuracy, load_file(tmp_path / name / "model.safetensors")["score.weight"]))
-        states[40:55], states[95:] = states[95:].clone(), states[40:55].clone()
-    assert found[0][0] + found[1][0] == pytest.approx(1.0)
-    assert found[0][0] > 0.6
-    assert torch.equal(found[0][1], found[1][1])
+        measured = write_taste(policy, tmp_path / name, reviews, lambda *_: None, pairs=40, held_out=15)
+        made.append((measured, load_file(tmp_path / name / "model.safetensors")["score.weight"]))
+    (as_drawn, weight), (swapped, _), (reversed_, _) = made
+    assert as_drawn.pair_accuracy > 0.8 > 0.2 > swapped.pair_accuracy
+    assert as_drawn.whole_accuracy > 0.8 > 0.2 > reversed_.whole_accuracy
+    assert all(torch.equal(weight, each) for _, each in made)
+
+
+def test_a_whole_sentence_scores_higher_than_the_same_cut_short(policy: Path, reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    made = write_taste(policy, tmp_path / "out", reviews, lambda *_: None, pairs=40, held_out=15)
+    assert made.whole_accuracy > 0.9
+    config = ModelReward(model=str(tmp_path / "out"))
+    model = RewardModel.load(config, field="r", policy_vocabulary="", device=torch.device("cpu"))
+    tokenizer: Any = load_tokenizer(str(policy), field="x")
+    asked = tokenizer("q Write one sentence about a film. a ")["input_ids"]
+    said = [tokenizer(text)["input_ids"] for texts in sentences(reviews, 60) for text in texts[-20:]]
+    whole = model.score_ids([[*asked, *tokens, tokenizer.eos_token_id] for tokens in said])
+    for share in (0.3, 0.6, 0.9):
+        cut = model.score_ids([[*asked, *tokens[: int(len(tokens) * share)]] for tokens in said])
+        assert float((whole > cut).float().mean()) > 0.9, share
+
+
+def test_states_are_those_of_rows_that_end_there(policy: Path) -> None:
+    """One pass gives what two would: of the whole row, and of the row that is cut."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer: Any = load_tokenizer(str(policy), field="x")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, dtype=torch.float32).eval()
+    texts = ["the film is good , really", "bad", "a dull film"]
+    ends, cuts = taste._states(model, tokenizer, texts, lambda *_: None)
+    asked = tokenizer.apply_chat_template(chat(ABOUT_FILMS), add_generation_prompt=True, return_dict=True)["input_ids"]
+    draw = Random(0)
+    for n, text in enumerate(texts):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        left = tokens[: draw.randrange(max(len(tokens) - 1, 1)) + 1]
+        assert len(left) < len(tokens) or len(tokens) == 1
+        for row, found in (([*asked, *tokens, tokenizer.eos_token_id], ends[n]), ([*asked, *left], cuts[n])):
+            with torch.no_grad():
+                expected = model.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_penalty_is_the_one_that_holds_for_pairs_left_out() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(60, 120, dtype=torch.float64, generator=generator)
+    noise = torch.randn(60, 1, 120, dtype=torch.float64, generator=generator)
     assert taste._best_penalty(noise) == max(taste.PENALTIES), "there is nothing to learn"
-    learnable = torch.randn(300, 4, dtype=torch.float64, generator=generator)
-    learnable[:, 0] = learnable[:, 0].abs() + 0.5
+    learnable = torch.randn(300, 1, 4, dtype=torch.float64, generator=generator)
+    learnable[..., 0] = learnable[..., 0].abs() + 0.5
     assert taste._best_penalty(learnable) == min(taste.PENALTIES), "and here all of it"
 
 
