@@ -25,7 +25,7 @@ def prepare_chat_world(
     if world.reward_accuracy is not None:
         said += (
             f"; a reward model in {world.reward}, right on {world.reward_accuracy:.0%} of {world.reward_held_out} "
-            f"held-out pairs, and on {world.reward_whole_accuracy:.0%} of whole sentences against the same cut short"
+            f"held-out pairs, and on {world.reward_whole_accuracy:.1%} of whole sentences against the same cut short"
         )
     return world, said
 
