@@ -93,7 +93,8 @@ def real_config(world: ChatWorld, reward: str, **changes: object) -> RunConfig:
     }
     if world.reward is not None and reward == "model":
         paths["reward"]["components"][0]["model"] = str(world.reward)
-        paths["shaping"] = {"missing_eos_penalty": 1.0}
+        # its scores lie around 12, and the critic begins at 0: under a smaller λ the end of a response has the credit
+        paths["shaping"] = {"missing_eos_penalty": 1.0, "gae_lambda": 1.0}
     return build_config({**REAL_SETTINGS, **paths, **changes})
 
 

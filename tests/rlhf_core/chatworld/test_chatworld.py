@@ -231,6 +231,7 @@ def test_a_world_is_made_once_and_its_config_passes_the_preflight(
         plan = preflight(config)
         assert len(plan.prompt_set.entries) == 160
         assert config.reward.components[0].kind == reward
+        assert config.shaping.gae_lambda == (1.0 if reward == "model" else 0.9)
     damaged = built[0].policy / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     build_chat_world(tmp_path / "w", reviews=None, on_progress=lambda *_: None)
