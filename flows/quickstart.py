@@ -1,4 +1,4 @@
-"""From nothing to a trained policy: build the embedded world, then run the full flow on it."""
+"""From nothing to a trained policy: build the embedded world, or a real chat model, then run the full flow on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from prefect import flow
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flows.calling import call, flow_body, run_flow
-from flows.commands.training import watch_run
+from flows.commands.training import refuse_mixed, watch_run
 from flows.console import Console
 from flows.links import own_run_dir
 from flows.ppo import SIDE_BY_SIDE, begin, iterate, train
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.textworld import TextWorld
+from tasks.chat_world import chat_world, prepare_chat_world
 from tasks.text_world import prepare_text_world, text_world
 
 if TYPE_CHECKING:
@@ -77,13 +78,9 @@ def real_quickstart(folder: Path, console: Console, *, reward: str, reviews: Pat
         reward: a key of ``REWARDS``.
         reviews: sentences for the reward model.
     """
-    from rlhf_core.chatworld import build_chat_world
-
     with _shown(console, "chat model") as show:
-        world = build_chat_world(folder / "real", reviews=reviews, on_progress=show)
-    if world.reward_accuracy is not None:
-        told = f"a reward model in {world.reward}, right on {world.reward_accuracy:.0%} of 150 held-out pairs"
-        console.print(told, highlight=False, soft_wrap=True)
+        world, said = prepare_chat_world(folder / "real", reviews, show)
+    console.print(said, highlight=False, soft_wrap=True)
     _run(folder, real_config(world, reward))
 
 
@@ -96,7 +93,8 @@ def real_config(world: ChatWorld, reward: str, **changes: object) -> RunConfig:
     }
     if world.reward is not None and reward == "model":
         paths["reward"]["components"][0]["model"] = str(world.reward)
-        paths["shaping"] = {"missing_eos_penalty": 1.0}
+        # its scores lie around 12, and the critic begins at 0: under a smaller λ the end of a response has the credit
+        paths["shaping"] = {"missing_eos_penalty": 1.0, "gae_lambda": 1.0}
     return build_config({**REAL_SETTINGS, **paths, **changes})
 
 
@@ -107,21 +105,35 @@ def _run(folder: Path, config: RunConfig) -> None:
 
 @flow(
     name="quickstart",
-    flow_run_name="quickstart · text world",
+    flow_run_name="quickstart · {model}",
     task_runner=SIDE_BY_SIDE,
     persist_result=False,
     result_serializer="json",
 )
-def build_and_train(folder: str = ".quickstart", num_iterations: int = 40) -> str:
-    """The same for a worker: build the embedded text world, once, then train on it.
+def build_and_train(
+    folder: str = ".quickstart",
+    num_iterations: int | None = None,
+    model: str = "embedded",
+    reward: str = "function",
+    reviews: str = "",
+) -> str:
+    """Build a world, once, then train on it: the quickstart for a worker.
 
     Args:
-        folder: where the world and its runs are kept.
-        num_iterations: of the training.
+        folder: where the worlds and their runs are kept.
+        num_iterations: of the training; None: 40 in the embedded world, 30 of the real model.
+        model: embedded, or real: a chat model of 135 M parameters.
+        reward: with real: function, or model, which is fitted to the reviews.
+        reviews: with a reward model: a folder of sentences of praise (.pos) and blame (.neg).
     Returns: the run folder.
     """
     with flow_body() as ended_with:
-        config = world_config(call(text_world, str(Path(folder) / "world")), num_iterations=num_iterations)
+        refuse_mixed(model, reward, reviews)
+        changes: dict[str, Any] = {} if num_iterations is None else {"num_iterations": num_iterations}
+        if model == "real":
+            config = real_config(call(chat_world, str(Path(folder) / "real"), reviews), reward, **changes)
+        else:
+            config = world_config(call(text_world, str(Path(folder) / "world")), **changes)
         run_dir = own_run_dir(str(Path(folder) / "runs"))
         begin(config, run_dir)
         return ended_with(iterate(run_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,16 +31,29 @@ def test_a_person_who_has_only_the_tutorial_gets_there(tmp_path: Path) -> None:
     """From the model on; what is installed is installed."""
     root = str(PAGE.parents[1])
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": root, "BROWSER": "true"}
-    said = ""
+    said: list[str] = []
     for language, text in ((language, shorter(text)) for language, text in BLOCKS[1:]):
         command = ["bash", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        said += done.stdout
-    assert "no problem found" in said
-    assert "iteration    1" in said
+        said.append(done.stdout)
+    _built, prompts, checked, trained, looked, answer, further = said
+    assert [json.loads(line)["prompt"][0]["role"] for line in prompts.splitlines()] == ["user", "user"]
+    assert "no problem found" in checked
+    assert "iteration    1" in trained
+    assert "sentence" in looked, "what was asked"
+    assert len(answer.split()) >= 3, "a sentence of the trained model"
+    assert not {"<|im_start|>", "<|im_end|>"} & set(answer.split()), "no special tokens"
+    assert "iteration    2" in further
+    assert (tmp_path / "runs" / "first" / "view.html").is_file()
+    assert list((tmp_path / "runs" / "first" / "evaluations").iterdir())
+
+
+def test_each_shortened_number_stands_in_the_page() -> None:
+    text = "".join(text for _, text in BLOCKS)
+    assert [long for long in SHORTER if long not in text] == []
 
 
 def test_it_begins_with_the_installation_and_ends_with_what_comes_next() -> None:

@@ -63,17 +63,7 @@ def quickstart(
     ] = None,
 ) -> None:
     """A whole run on a small embedded world: no download, a few minutes on two cores. Or on a real chat model."""
-    from rlhf_core.contracts.errors import UserError
-
-    if model is World.embedded and (reward is Judge.model or reviews is not None):
-        raise UserError(
-            "--reward and --reviews belong to --model real: the embedded world has a reward model of its own"
-        )
-    if (reward is Judge.model) != (reviews is not None):
-        raise UserError(
-            "--reward model and --reviews FOLDER belong together: the reward model is fitted to sentences of praise "
-            "(a file that ends in .pos) and blame (.neg), a sentence a line"
-        )
+    refuse_mixed(model, reward, reviews)
     prepare_environment()
     from flows.quickstart import quickstart as run_quickstart
     from flows.quickstart import real_quickstart
@@ -82,6 +72,30 @@ def quickstart(
         run_quickstart(folder, console)
     else:
         real_quickstart(folder, console, reward=reward.value, reviews=reviews)
+
+
+def refuse_mixed(model: str, reward: str, reviews: object) -> None:
+    """Raise UserError unless the choices of a quickstart fit together.
+
+    Args:
+        model: embedded or real.
+        reward: function or model.
+        reviews: the folder that is named; empty or None for none.
+    """
+    from rlhf_core.contracts.errors import UserError
+
+    for field, value, choices in (("model", model, World), ("reward", reward, Judge)):
+        if value not in list(choices):
+            raise UserError(f"{field} is {value!r}; choose {' or '.join(choices)}")
+    if model == World.embedded and (reward == Judge.model or reviews):
+        raise UserError(
+            "--reward and --reviews belong to --model real: the embedded world has a reward model of its own"
+        )
+    if (reward == Judge.model) != bool(reviews):
+        raise UserError(
+            "--reward model and --reviews FOLDER belong together: the reward model is fitted to sentences of praise "
+            "(a file that ends in .pos) and blame (.neg), a sentence a line"
+        )
 
 
 def train(

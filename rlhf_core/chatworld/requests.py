@@ -7,6 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from rlhf_core.contracts.durable import write_file
+from rlhf_core.contracts.errors import UserError
+
 THINGS: Final = (
     "a summer evening", "a small bakery", "an old library", "a night train", "a winter garden", "a harbour town",
     "a mountain lake", "a school play", "a street market", "a lighthouse", "a family dinner", "a rainy morning",
@@ -48,5 +51,15 @@ def chat(request: str, answer: str | None = None) -> list[dict[str, Any]]:
 
 
 def write_requests(path: Path, texts: list[str]) -> None:
-    """Write chats as JSON lines {"prompt": [{role, content}]}."""
-    path.write_text("".join(json.dumps({"prompt": chat(text)}) + "\n" for text in texts), encoding="utf-8")
+    """Write chats as JSON lines {"prompt": [{role, content}]}, whole or not at all; keep a file that holds them.
+
+    Raises: UserError if the file holds something else, which would be lost.
+    """
+    content = "".join(json.dumps({"prompt": chat(text)}) + "\n" for text in texts).encode()
+    if not path.exists():
+        write_file(path, content)
+    elif path.read_bytes() != content:
+        raise UserError(
+            f"{path} holds other prompts than this world's; move it away, or choose another folder "
+            "(rlhf train trains on prompts of your own)"
+        )

@@ -2,8 +2,10 @@
 
     P(chosen > rejected) = σ(w · (h(chosen) - h(rejected)))        Bradley & Terry 1952
 
-h is the trunk's output at the last token of the conversation. A pair is a sentence that a critic wrote in praise and
-one written in blame, both taken for answers to the same request. Only w is fitted, so that a minute is enough.
+h is the trunk's output at the last token of the conversation. The pairs are of two kinds: a sentence that a critic
+wrote in praise and one written in blame, both taken for answers to the same request; and a whole sentence and the same
+one cut short, without which a policy is rewarded for never ending one. Only w is fitted, so that a minute is enough.
+The penalty of |w|² is chosen by cross-validation within the fitted pairs; accuracies are measured on pairs apart.
 """
 
 from __future__ import annotations
@@ -28,10 +30,18 @@ from rlhf_core.models.trunk import Trunk, trunk_of
 
 LIKED, DISLIKED = "*.pos", "*.neg"
 """Files of a folder of reviews, a sentence a line."""
+NUM_PAIRS: Final = 600
+"""Pairs that the head is fitted to."""
+NUM_HELD_OUT: Final = 150
+"""Pairs that its accuracy is measured on."""
 ROWS_AT_ONCE: Final = 32
 PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Of |w|², of which the best on held-out pairs is taken."""
+"""Candidates for the weight of |w|²."""
+NUM_FOLDS: Final = 5
+"""Parts of the fitted pairs, each left out once to compare the penalties."""
 MOST_WORDS: Final = 30
+UNREADABLE: Final = "\N{REPLACEMENT CHARACTER}"
+"""A line that holds it is left out."""
 _BEFORE_MARK: Final = re.compile(r"\s+([.,;:!?%)\]]|'(?:s|re|ve|ll|d|m|t)\b|n't\b)")
 _AFTER_MARK: Final = re.compile(r"([(\[])\s+")
 
@@ -42,34 +52,49 @@ class Taste:
 
     pair_accuracy: float
     """Share of held-out pairs whose chosen sentence scores higher."""
+    whole_accuracy: float
+    """Share of held-out sentences that score higher whole than cut short."""
     num_pairs: int
-    """Fitted to."""
+    """Pairs that the head was fitted to, of praise and blame."""
+    num_held_out: int
+    """Pairs that the accuracy was measured on; they chose neither the weights nor the penalty."""
 
 
-def sentences(reviews: Path, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+def review_file(reviews: Path, pattern: str) -> Path:
+    """Return the one file of a kind in a folder of reviews.
+
+    Raises: UserError if the folder has no such file, or several.
+    """
+    files = sorted(reviews.glob(pattern)) if reviews.is_dir() else []
+    if not files:
+        raise UserError(
+            f"--reviews {reviews} has no file {pattern}; it wants a folder with two: sentences of praise in one "
+            "that ends in .pos, of blame in one that ends in .neg, a sentence a line (for instance Cornell's "
+            "sentence polarity data set, rt-polaritydata)"
+        )
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"--reviews {reviews} has {len(files)} files {pattern} ({names}); leave one of each kind there")
+    return files[0]
+
+
+def sentences(reviews: Path, count: int = NUM_PAIRS + NUM_HELD_OUT, seed: int = 0) -> tuple[list[str], list[str]]:
     """Return (liked, disliked): so many sentences each, written as people write.
 
     Args:
-        reviews: folder with a file of each kind, such as rt-polarity.pos and rt-polarity.neg.
+        reviews: folder with a file of each kind, such as rt-polarity.pos and rt-polarity.neg, in UTF-8 or, as that data
+            set is, in Windows-1252.
         count: of each.
         seed: of their choice.
     Raises: UserError if there are no such files, or fewer sentences.
     """
     found: list[list[str]] = []
-    for pattern in (LIKED, DISLIKED):
-        files = sorted(reviews.glob(pattern)) if reviews.is_dir() else []
-        if not files:
-            raise UserError(
-                f"--reviews {reviews} has no file {pattern}; it wants a folder with two: sentences of praise in one "
-                "that ends in .pos, of blame in one that ends in .neg, a sentence a line (for instance Cornell's "
-                "sentence polarity data set, rt-polaritydata)"
-            )
-        lines = files[0].read_text(encoding="utf-8", errors="replace").splitlines()
+    for file in [review_file(reviews, pattern) for pattern in (LIKED, DISLIKED)]:
+        lines = _decoded(file.read_bytes()).split("\n")
         fit = sorted({_as_written(line) for line in lines if 4 <= len(line.split()) <= MOST_WORDS})
+        fit = [line for line in fit if UNREADABLE not in line]
         if len(fit) < count:
-            raise UserError(
-                f"--reviews {files[0]} has {len(fit)} sentences of 4 to {MOST_WORDS} words; {count} are needed"
-            )
+            raise UserError(f"--reviews {file} has {len(fit)} sentences of 4 to {MOST_WORDS} words; {count} are needed")
         found.append(Random(seed).sample(fit, count))
     return found[0], found[1]
 
@@ -80,8 +105,8 @@ def write_taste(
     reviews: Path,
     on_step: Callable[[int, int], None],
     *,
-    pairs: int = 600,
-    held_out: int = 150,
+    pairs: int = NUM_PAIRS,
+    held_out: int = NUM_HELD_OUT,
 ) -> Taste:
     """Write a reward model with the policy's trunk and tokenizer.
 
@@ -91,7 +116,7 @@ def write_taste(
         reviews: see :func:`sentences`.
         on_step: called with (sentences read, of all).
         pairs: to fit to.
-        held_out: to choose the penalty by, and to tell the accuracy on.
+        held_out: to measure the accuracy on.
     """
     import transformers
 
@@ -105,43 +130,63 @@ def write_taste(
         )
     model.config.pad_token_id = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    states = _states(model, tokenizer, [*liked, *disliked], on_step)
-    differences = (states[: len(liked)] - states[len(liked) :]).double()
-    scale = differences[:pairs].std(dim=0).clamp(min=1e-6)
+    ends, cuts = _states(model, tokenizer, [*liked, *disliked], on_step)
+    # [N, 3, D]: of the n-th sentences, praise against blame, and each whole against cut short
+    count = len(liked)
+    differences = torch.stack([ends[:count] - ends[count:], *(ends - cuts).split(count)], dim=1).double()
+    scale = differences[:pairs, 0].std(dim=0).clamp(min=1e-6)
     trained, tested = differences[:pairs] / scale, differences[pairs:] / scale
-    fitted = [_fit(trained, penalty) for penalty in PENALTIES]
-    best = max(fitted, key=lambda w: float(logsigmoid(tested @ w).mean()))
+    best = _fit(trained, _best_penalty(trained))
     weight = best / scale
-    weight /= (states[: len(liked)].double() @ weight).std().clamp(min=1e-6)  # scores of about unit variance
+    weight /= (ends[:pairs].double() @ weight).std().clamp(min=1e-6)  # scores of about unit variance
     model.score.weight.copy_(weight.float()[None])
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return Taste(float((tested @ best > 0).double().mean()), pairs)
+    is_right = (tested @ best > 0).double()
+    return Taste(float(is_right[:, 0].mean()), float(is_right[:, 1:].mean()), pairs, held_out)
 
 
 @torch.no_grad()
-def _states(model: Any, tokenizer: Any, answers: list[str], on_step: Callable[[int, int], None]) -> Tensor:
-    """[N, D]: the trunk's output at the last token of each answered request."""
+def _states(
+    model: Any, tokenizer: Any, answers: list[str], on_step: Callable[[int, int], None], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """[N, D] twice: the trunk's output at the last token of each answered request, and where the answer is cut short.
+
+    An answer is cut at a random place before its EOS. The trunk looks back alone, so one pass gives both.
+    """
     # as the reward stage reads a response of the policy: its request, its tokens, and the EOS that ends it
     trunk = Trunk(trunk_of(model), dtype=torch.float32)
     asked = tokenizer.apply_chat_template(chat(ABOUT_FILMS), add_generation_prompt=True, return_dict=True)["input_ids"]
-    rows = [
-        [*asked, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in answers
-    ]
-    states = torch.zeros(len(rows), int(model.config.hidden_size))
+    said = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+    rows = [[*asked, *tokens, tokenizer.eos_token_id] for tokens in said]
+    draw = Random(seed)
+    kept = torch.tensor([draw.randrange(max(len(tokens) - 1, 1)) for tokens in said])  # the last token that is left
+    ends, cuts = (torch.zeros(len(rows), int(model.config.hidden_size)) for _ in range(2))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     for start in range(0, len(order), ROWS_AT_ONCE):
         index = order[start : start + ROWS_AT_ONCE]
         packed = PackedRows.of([rows[row] for row in index])
-        states[index] = trunk(packed, packed.ends_B)
+        states = trunk(packed, torch.cat([packed.ends_B, packed.starts_B + len(asked) + kept[index]]))
+        ends[index], cuts[index] = states.split(len(index))
         on_step(start + len(index), len(rows))
-    return states
+    return ends, cuts
+
+
+def _best_penalty(differences: Tensor) -> float:
+    """Penalty under which pairs [N, K, D] that were left out are likeliest, all K of a row together."""
+    fold = torch.arange(len(differences)) % NUM_FOLDS
+
+    def likelihood(penalty: float) -> float:
+        fitted = [_fit(differences[fold != left_out], penalty) for left_out in range(NUM_FOLDS)]
+        return sum(float(logsigmoid(differences[fold == k] @ w).sum()) for k, w in enumerate(fitted))
+
+    return max(sorted(PENALTIES, reverse=True), key=likelihood)
 
 
 def _fit(differences: Tensor, penalty: float) -> Tensor:
-    """[D] float64: the weights that explain the pairs best."""
+    """[D] float64: the weights that explain the pairs [N, K, D] best."""
     with torch.enable_grad():
-        w = torch.zeros(differences.shape[1], dtype=torch.float64, requires_grad=True)
+        w = torch.zeros(differences.shape[-1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
@@ -152,6 +197,14 @@ def _fit(differences: Tensor, penalty: float) -> Tensor:
 
         optimizer.step(loss)
     return w.detach()
+
+
+def _decoded(content: bytes) -> str:
+    """A text in UTF-8, or else in Windows-1252; a byte that has no meaning there becomes U+FFFD."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def _as_written(line: str) -> str:

@@ -278,8 +278,8 @@ def test_nothing_is_pickled_in_a_run_or_a_failure(tiny: Any, tmp_path: Path) -> 
 def test_every_flow_and_task_of_the_project_keeps_its_results_as_json_or_not_at_all() -> None:
     from flows import chain, evaluate, ppo, quickstart
     from tasks import chain as chaining
+    from tasks import chat_world, lifecycle, report, text_world
     from tasks import evaluate as evaluating
-    from tasks import lifecycle, report, text_world
 
     flows_ = (
         ppo.train,
@@ -291,6 +291,6 @@ def test_every_flow_and_task_of_the_project_keeps_its_results_as_json_or_not_at_
     )
     stages = (ppo.sample_prompts, ppo.generate, ppo.score_rewards, ppo.reference_logprobs, ppo.shape_rewards)
     others = (ppo.ppo_update, lifecycle.save_due_checkpoint, report.write_report, evaluating.draw_samples)
-    others = (*others, chaining.promote, text_world.text_world)
+    others = (*others, chaining.promote, text_world.text_world, chat_world.chat_world)
     assert all((each.result_serializer, each.persist_result) == ("json", False) for each in flows_)
     assert all(each.result_serializer == "json" and each.persist_result is False for each in (*stages, *others))
