@@ -77,7 +77,7 @@ def write_json_line(values: object) -> None:
 
 
 def write_json_text(text: str) -> None:
-    """Print text that is JSON already."""
+    """Print text that is JSON already, or YAML whose strings are written as JSON writes them."""
     encoding = sys.stdout.encoding or "utf-8"
     text = _ACTING.sub(lambda found: json.dumps(found[0])[1:-1], shown(text))
     try:

@@ -8,6 +8,7 @@ from environment import be_quiet_and_private
 be_quiet_and_private()
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with `&`: commands that tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # the same examples at each call, so that a change is what makes a test fail; for new ones: --hypothesis-profile=explore
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -23,6 +23,7 @@ from flows.commands.options import (
     split_interpreter,
 )
 from flows.displays.prompts import checking
+from flows.visible import write_json_text
 from rlhf_core.contracts.config_places import naming_places
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.store.address import shown
@@ -294,7 +295,7 @@ def config(
 
     with console.status("reading the model's files"):
         fitted = fit_config(for_model, prompts, reward)
-    sys.stdout.write(fitted.to_yaml())
+    write_json_text(fitted.to_yaml())
 
 
 def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:

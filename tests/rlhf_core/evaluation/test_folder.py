@@ -124,10 +124,10 @@ def test_other_settings_or_other_things_in_the_folder_are_refused(
 def test_results_are_files_that_anything_opens(folder: EvaluationFolder) -> None:
     with pytest.raises(UserError, match=r"is not finished: it has no summary\.json"):
         folder.summary()
-    table = pa.table({"a": [1, 2, 3]})
+    table = pa.table({"prompt_id": [4, 7, 4], "prompt": ["a", "b", "a"]})
     folder.write_results(table, table, {"score": 1.5}, b"PNG")
     assert folder.summary() == {"score": 1.5}
-    assert folder.side_by_side(2) == [{"a": 1}, {"a": 2}]
+    assert folder.side_by_side(2) == [{"prompt_id": 4, "prompt": "a"}, {"prompt_id": 7, "prompt": "b"}]
     assert pa.ipc.open_file(str(folder.path / "frontier.arrow")).read_all().num_rows == 3
 
 
