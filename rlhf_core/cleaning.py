@@ -20,7 +20,7 @@ from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import RlhfError, UserError
 from rlhf_core.contracts.places import model_places
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
 from rlhf_core.run_list import STATES, ListedRun, State
 
 Part = Literal["run", "checkpoints", "artifacts"]

@@ -22,7 +22,7 @@ from rlhf_core.contracts.artifacts import conform, encode_table, provenance
 from rlhf_core.contracts.compaction import COMPRESSION
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.loop_state import Cursor
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.preflight import Plan
 from rlhf_core.stages.sample_prompts import sample_prompts
 from rlhf_core.viewer.page import run_page_bytes
@@ -165,7 +165,7 @@ def _table(
             return pa.ListArray.from_arrays(offsets, numbers(field.type.value_type, rows * each))
         return numbers(field.type, rows)
 
-    return conform(pa.table({field.name: column(field) for field in STAGES[stage]}), stage)
+    return conform(pa.table({field.name: column(field) for field in SCHEMAS[stage]}), stage)
 
 
 def _texts(form: str, count: int) -> pa.Array:

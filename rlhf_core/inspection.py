@@ -13,7 +13,7 @@ from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import Extension, RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
 from rlhf_core.models.texts import token_texts
 from rlhf_core.models.tokenizers import load_tokenizer_of
 from rlhf_core.selection import Selection, select_samples, spread

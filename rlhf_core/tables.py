@@ -26,7 +26,8 @@ from rlhf_core.contracts.artifacts import Manifest, read_artifact
 from rlhf_core.contracts.cleaned import Cleaned
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import GENERATE, PPO_UPDATE, REFERENCE_LOGPROBS, SAMPLE_PROMPTS, SHAPE_REWARDS, STAGES
+from rlhf_core.contracts.schemas import GENERATE, PPO_UPDATE, REFERENCE_LOGPROBS, SAMPLE_PROMPTS, SHAPE_REWARDS
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.store.opening import reading
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 pc: Any = pyarrow.compute
 """Its functions are made when it is imported: no type checker sees them."""
-_SCORES: Final = STAGES["score_rewards"]
+_SCORES: Final = SCHEMAS["score_rewards"]
 _SHAPED: Final = [field for field in SHAPE_REWARDS if field.name not in ("sample_id", "score")]
 
 SAMPLES: Final[pa.Schema] = pa.schema(

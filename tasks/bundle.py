@@ -18,7 +18,7 @@ from rlhf_core.replay.relocation import ReadRows, model_files, prompt_lines, tem
 from rlhf_core.stages.sample_prompts import sample_prompts
 from tasks.lifecycle import save_state
 from tasks.replay_source import Source, opened
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 from tasks.shadow import manifest_path, shadow_of
 
 
@@ -56,7 +56,7 @@ def make_bundle(run_dir: str, iteration: int, out: str, *, with_models: bool = T
             files={},
         )
         if with_models:
-            kept = resources(str(shadow.path))
+            kept = open_session(str(shadow.path))
             kept.needs_same_files = False
             kept.keep_plan(source.plan)
             record = replace(record, templates=template_texts(run.config), vocab_size=kept.plan.vocab_size)
@@ -85,7 +85,7 @@ def _record_and_artifacts(source: Source, shadow: RunFolder) -> dict[str, Path]:
 
 
 def _with_prompts(
-    record: BundleRecord, source: Source, kept: Resources, stored: Mapping[str, pa.Table], path: Path
+    record: BundleRecord, source: Source, kept: Session, stored: Mapping[str, pa.Table], path: Path
 ) -> BundleRecord:
     """Write those prompts that the iteration looks at, also the ones that it drops, and note their rows."""
     config, prompt_set = source.config, kept.plan.prompt_set

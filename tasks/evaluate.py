@@ -41,8 +41,8 @@ from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.rewards.foreign import check_functions
 from rlhf_core.stages.score_rewards import score_rewards
 from tasks.figures import draw_evaluation
-from tasks.resources import Resources
 from tasks.retention import named_checkpoints
+from tasks.session.session import Session
 
 EVALUATED = (*SCORING, "tracker", "store")
 """Kinds of what an evaluation uses of a run: its numbers go to the run's tracker."""
@@ -108,12 +108,12 @@ def draw_samples(folder: str, policy: str, digest: str, part: int, num_samples: 
         return
     kept = evaluation_resources(folder)
     with using_threads(kept.num_threads):
-        reference = kept.reference
+        reference = kept.models.reference
         model = reference if policy == REFERENCE else _policy(there, kept, policy)
 
         def score(prompts: Prompts, rollouts: Rollouts) -> Tensor:
-            scores = score_rewards(kept.reward_components, prompts, rollouts, kept.run.config.reward).batch
-            kept.stage_done("score_rewards")
+            scores = score_rewards(kept.models.reward_components, prompts, rollouts, kept.run.config.reward).batch
+            kept.models.stage_done("score_rewards")
             return scores.score_B
 
         samples = draw_part(
@@ -170,21 +170,21 @@ def write_evaluation(planned: PlannedEvaluation) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def evaluation_resources(folder: str) -> Resources:
+def evaluation_resources(folder: str) -> Session:
     """Reference, reward models and tokenizer of an evaluation, loaded at first use; the policy of a bare model."""
     there = EvaluationFolder.open(Path(folder))
-    return Resources(RunFolder(there.path, there.config, there.identity))
+    return Session(RunFolder(there.path, there.config, there.identity))
 
 
-def _policy(there: EvaluationFolder, kept: Resources, policy: str) -> LanguageModel:
+def _policy(there: EvaluationFolder, kept: Session, policy: str) -> LanguageModel:
     checkpoint, share = split_name(policy)
     if share < 1:
         path = None if there.run_dir is None else RunFolder.open(there.run_dir).checkpoint_path(int(checkpoint))
         return Interpolation.between(there.config, kept.device, path).at(share)
     if there.run_dir is None:
-        return kept.trainer(0).actor_critic.policy
+        return kept.policy.trainer(0).actor_critic.policy
     # resources of its own: the run's may be training, and nothing of a checkpoint stays once its part is drawn
-    return Resources(RunFolder.open(there.run_dir)).trainer(int(policy)).actor_critic.policy
+    return Session(RunFolder.open(there.run_dir)).policy.trainer(int(policy)).actor_critic.policy
 
 
 def _plan(request: Request, config: RunConfig | None) -> tuple[PlannedEvaluation, Prepared, dict[str, Any]]:

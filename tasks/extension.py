@@ -16,7 +16,7 @@ from rlhf_core.contracts.durable import remove_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import Extension, RunFolder
 from rlhf_core.ops.schedules import learning_rate_at
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 REPORT = ("before_after.json", "report.png")
 """What tells of the end of a run. Its page is written anew at the next end."""
@@ -79,7 +79,7 @@ def extend_run(run_dir: str, num_iterations: int) -> list[str]:
                 len(run.drifts),
             )
             run.with_extension(plan.config, identity, extension)
-            resources.cache_clear()
+            open_session.cache_clear()
     return plan.sentences
 
 

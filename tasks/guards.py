@@ -18,7 +18,7 @@ from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.typed import typed
 from rlhf_core.guards import Finding, Metrics, findings, last_good
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 FILE = "guards.json"
 
@@ -130,7 +130,7 @@ def change_guards(run_dir: str, overrides: Sequence[str]) -> None:
     run = RunFolder.open(Path(run_dir))
     with run.locked():
         run.with_guards(build_config(run.config.model_dump(), overrides).guards)
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 def _metrics(run: RunFolder, iteration: int) -> Metrics:

@@ -27,8 +27,8 @@ from rlhf_core.preflight.pins import moved_branches, pinned
 from rlhf_core.preflight.probe import Loaded, probe
 from rlhf_core.rewards.foreign import changed_functions
 from rlhf_core.verification.run import verify_run
-from tasks.resources import Resources, resources
 from tasks.retention import drop_expired_checkpoints
+from tasks.session.session import Session, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def start_run(config: RunConfig, run_dir: str) -> None:
     probe(held.config, plan, loaded)
     identity = run_identity(held.config, plan.prompt_set)
     RunFolder.create(Path(run_dir), held.config, identity, held.before)
-    kept = resources(run_dir)
+    kept = open_session(run_dir)
     kept.keep_plan(plan)
     kept.keep_loaded(loaded)
 
@@ -147,19 +147,19 @@ def record_drift(run_dir: str, set_update: Sequence[str] = (), *, accepted: bool
             )
         if not changes:
             run.with_update(run.config.execution.update, write=True)
-            resources.cache_clear()
+            open_session.cache_clear()
             return []
-        iteration, committed = run.num_finished(), Resources(run).policy_digest(run.num_finished())
+        iteration, committed = run.num_finished(), Session(run).policy_digest(run.num_finished())
         drift = Drift(iteration, run.identity, changes, weights="")
-        kept = Resources(run.with_drift(identity, drift, write=False))
+        kept = Session(run.with_drift(identity, drift, write=False))
         weights = committed
         if iteration > 0:
             with using_threads(kept.num_threads):
-                weights = kept.trainer(iteration).digest()
+                weights = kept.policy.trainer(iteration).digest()
         kept.run = run.with_drift(identity, replace(drift, weights=weights), write=True)
         if weights != committed and iteration not in run.checkpoints():
             save_state(kept, iteration)
-        resources.cache_clear()
+        open_session.cache_clear()
     return changes
 
 
@@ -221,7 +221,7 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
 
     Returns: the checkpoint's folder if one was written now.
     """
-    kept = resources(run_dir)
+    kept = open_session(run_dir)
     config, run = kept.run.config, kept.run
     is_due = iteration % config.checkpoint.every == 0 or iteration == config.num_iterations
     if iteration == 0 or not is_due:
@@ -236,13 +236,13 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
 @task(task_run_name="keep_last_good-{iteration}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def keep_last_good(run_dir: str, iteration: int) -> None:
     """Keep the state before ``iteration`` as ``RUN/checkpoints/last_good``, out of reach of retention."""
-    kept = resources(run_dir)
+    kept = open_session(run_dir)
     if iteration not in kept.run.checkpoints():
         save_state(kept, iteration)
     kept.run.keep_as_last_good(iteration)
     drop_expired_checkpoints(kept.run)
 
 
-def save_state(kept: Resources, iteration: int) -> None:
+def save_state(kept: Session, iteration: int) -> None:
     """Commit the state before an iteration as a checkpoint."""
-    kept.save(iteration, kept.run.checkpoint_path(iteration))
+    kept.policy.save(iteration, kept.run.checkpoint_path(iteration))

@@ -22,13 +22,13 @@ from rlhf_core.contracts.durable import hash_file, move, read_file, remove_file,
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.verification.checkpoints import CheckpointCheck
 from rlhf_core.verification.findings import Verification
 from rlhf_core.verification.iterations import IterationCheck
 from rlhf_core.verification.run import QUARANTINE, Progress, verify_run
 from tasks.lifecycle import check_identity, save_state
-from tasks.resources import resources
+from tasks.session.session import open_session
 from tasks.shadow import compute_stage, manifest_path, take_out
 
 Item = tuple[int, str]
@@ -62,7 +62,7 @@ def repair_run(run_dir: str, progress: Progress | None = None) -> list[str]:
         try:
             done = _Repair(run, found).work()
         finally:
-            resources.cache_clear()
+            open_session.cache_clear()
         settle(path, links=("checkpoints/last_good",))
     return done
 
@@ -178,7 +178,7 @@ class _Repair:
 
     def _rebuild(self, shadow: RunFolder, iteration: int) -> None:
         """A checkpoint, and a comparison with its manifest if that has survived."""
-        save_state(resources(str(shadow.path)), iteration)
+        save_state(open_session(str(shadow.path)), iteration)
         rebuilt = read_record(shadow.checkpoint_path(iteration) / "manifest.json")
         try:
             before = read_record(self.run.checkpoint_path(iteration) / "manifest.json")

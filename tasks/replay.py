@@ -15,12 +15,12 @@ import pyarrow as pa
 from rlhf_core.contracts.artifacts import META_PREFIX, ArtifactRef, Manifest, locate_artifact, read_artifact
 from rlhf_core.contracts.errors import IntegrityError, NumericalError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.replay.comparison import compare_tables, key_column
 from rlhf_core.replay.outcome import Replay, StageReplay, Weights, changed_entries
 from rlhf_core.replay.tokens import check_sample, sample_row, token_rows
 from tasks.replay_source import Source, load_weights, opened
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 from tasks.shadow import compute_stage, put_stage, remove_stage, shadow_of
 
 Progress = Callable[[str], None]
@@ -65,7 +65,7 @@ def replay_iteration(
             raise UserError(f"nothing of it can be computed here: {source.missing[stages[0]]}")
         plan = source.plan  # what a person may have done wrong is told before a stage begins
         with shadow_of(replace(source.run, config=source.config), source.iteration) as shadow:
-            kept = resources(str(shadow.path))
+            kept = open_session(str(shadow.path))
             kept.needs_same_files = False
             kept.keep_plan(plan)
             if num_threads is not None:
@@ -83,7 +83,7 @@ class _Work:
         self,
         source: Source,
         shadow: RunFolder,
-        kept: Resources,
+        kept: Session,
         stored: Mapping[str, pa.Table],
         sample: str | None,
         tell: Progress,

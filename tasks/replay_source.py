@@ -17,7 +17,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.contracts.trust import accept_values, refused, sentence
 from rlhf_core.identity import FINGERPRINT, identity_drift, run_identity, source_digest
 from rlhf_core.models.devices import using_threads
@@ -31,7 +31,7 @@ from rlhf_core.replay.outcome import Weights
 from rlhf_core.replay.relocation import bundle_plan, relocated
 from rlhf_core.replay.rewards import unavailable_rewards, with_models_alone
 from tasks.lifecycle import INTERPRETER, named_interpreter
-from tasks.resources import Resources
+from tasks.session.session import Session
 from tasks.shadow import as_it_was
 
 MODEL_STAGES = ("sample_prompts", "generate", "score_rewards", "reference_logprobs", "ppo_update")
@@ -154,11 +154,11 @@ def opened(
             yield replace(source, missing=dict.fromkeys(MODEL_STAGES, "the bundle was made --without-models"))
 
 
-def load_weights(kept: Resources, iteration: int) -> Weights:
+def load_weights(kept: Session, iteration: int) -> Weights:
     """Load the weights that an iteration starts from. Raises IntegrityError unless they are the committed ones."""
     started = time.perf_counter()
     with using_threads(kept.num_threads):
-        digest, committed = kept.trainer(iteration).digest(), kept.policy_digest(iteration)
+        digest, committed = kept.policy.trainer(iteration).digest(), kept.policy_digest(iteration)
     if committed not in ("initial", "", digest):
         raise IntegrityError(
             f"the weights before iteration {iteration} have the digest {digest[:12]}…, {committed[:12]}… was committed"

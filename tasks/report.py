@@ -15,20 +15,20 @@ from rlhf_core.stages.generate import generate
 from rlhf_core.stages.score_rewards import score_rewards
 from rlhf_core.viewer.page import write_run_page
 from tasks.figures import draw_run
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 
 
 @task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def write_report(run_dir: str, limit: int = 5) -> None:
     """Write ``RUN/before_after.json``, ``RUN/report.png`` and ``RUN/view.html``."""
-    kept = resources(run_dir)
+    kept = open_session(run_dir)
     rows = compare_samples(kept, limit)
     write_record(kept.run.path / "before_after.json", {"samples": rows})
     draw_run(kept.run, kept.run.path / "report.png")
     write_run_page(kept.run, kept.tokenizer.tokenizer)
 
 
-def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
+def compare_samples(kept: Session, limit: int) -> list[dict[str, Any]]:
     """Answer the first prompts of iteration 0 again with the final policy, from the same random numbers.
 
     Returns: rows of prompt, response and score, before and after.
@@ -40,7 +40,7 @@ def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
     few = _first(prompts, limit)
     with using_threads(kept.num_threads):
         after = generate(
-            kept.trainer(config.num_iterations).actor_critic,
+            kept.policy.trainer(config.num_iterations).actor_critic,
             kept.tokenizer,
             few,
             config.generation,
@@ -48,7 +48,7 @@ def compare_samples(kept: Resources, limit: int) -> list[dict[str, Any]]:
             seed=config.seed,
             iteration=0,
         ).batch
-        scores_after = score_rewards(kept.reward_components, few, after, config.reward).batch
+        scores_after = score_rewards(kept.models.reward_components, few, after, config.reward).batch
     return [
         {
             "prompt": few.texts[i],

@@ -16,7 +16,7 @@ from rlhf_core.contracts.durable import remove_folder, remove_leftovers
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, drop_shards
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 ROOMS = ("iterations", "checkpoints", "archive", SHARDS)
 """Folders of a run that only the holder of its lock writes. Evaluations beside them have no lock."""
@@ -37,7 +37,7 @@ def compact(run_dir: str, num_finished: int) -> list[str]:
 
     Returns: a sentence for each iteration that stays loose, or whose loose folder stays.
     """
-    run = resources(run_dir).run
+    run = open_session(run_dir).run
     keep = run.config.artifacts.keep_iterations
     assert keep is not None
     cleaned = Cleaned.of(run.path)

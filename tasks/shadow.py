@@ -19,13 +19,13 @@ from rlhf_core.contracts.artifacts import ArtifactRef, artifact_path, encode_arc
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES, WRITER_OF
 from tasks.generate import generate
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
-from tasks.resources import resources
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
+from tasks.session.session import open_session
 from tasks.shape_rewards import shape_rewards
 
 TASKS: Mapping[str, Task[..., ArtifactRef]] = {
@@ -36,15 +36,6 @@ TASKS: Mapping[str, Task[..., ArtifactRef]] = {
     "shape_rewards": shape_rewards,
     "ppo_update": ppo_update,
 }
-READS: Mapping[str, tuple[str, ...]] = {
-    "sample_prompts": (),
-    "generate": ("sample_prompts",),
-    "score_rewards": ("sample_prompts", "generate"),
-    "reference_logprobs": ("sample_prompts", "generate"),
-    "shape_rewards": ("sample_prompts", "generate", "score_rewards", "reference_logprobs"),
-    "ppo_update": ("sample_prompts", "generate", "shape_rewards"),
-}
-"""Stage -> those whose artifacts its task is given, in the order of its arguments."""
 
 
 def compute_stage(shadow: RunFolder, stage: str, iteration: int, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
@@ -56,7 +47,8 @@ def compute_stage(shadow: RunFolder, stage: str, iteration: int, refs: Mapping[s
         iteration: from 0.
         refs: the artifacts of the stages before it.
     """
-    return TASKS[stage].fn(str(shadow.path), iteration, *(refs[name] for name in READS[stage]))
+    read = [refs[WRITER_OF[artifact]] for artifact in STAGES[stage].reads]
+    return TASKS[stage].fn(str(shadow.path), iteration, *read)
 
 
 def manifest_path(iteration: int, stage: str) -> str:
@@ -123,11 +115,11 @@ def shadow_of(run: RunFolder, iteration: int) -> Iterator[RunFolder]:
                 put_stage(run, stage, before, folder)
         if begin in run.checkpoints():
             _symlink(run.checkpoint_path(begin), folder / "checkpoints" / run.checkpoint_path(begin).name)
-        resources.cache_clear()
+        open_session.cache_clear()
         try:
             yield RunFolder.open(folder)
         finally:
-            resources.cache_clear()
+            open_session.cache_clear()
 
 
 def _symlink(source: Path, target: Path) -> None:

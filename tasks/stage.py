@@ -8,10 +8,9 @@ neither atomic nor synced.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import pyarrow as pa
 import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -22,11 +21,12 @@ from prefect.tasks import Task
 from rlhf_core.contracts.artifacts import ArtifactRef, Manifest, commit_stage, read_artifact, stage_key
 from rlhf_core.contracts.batches import StageResult
 from rlhf_core.contracts.errors import IntegrityError, StorageError
+from rlhf_core.contracts.stage_graph import StageSpec
 from rlhf_core.memory import peak_resident_bytes, resident_bytes
 from rlhf_core.models.devices import using_threads
-from tasks.resources import Resources
+from tasks.session.session import Session
 
-Batch = TypeVar("Batch")
+Refs = Sequence[ArtifactRef]
 
 
 def retry_io_errors(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -53,83 +53,74 @@ def stage_task(function: Callable[..., ArtifactRef]) -> Task[..., ArtifactRef]:
 
 
 def run_stage(
-    resources: Resources,
-    stage: str,
+    session: Session,
+    spec: StageSpec,
     iteration: int,
-    inputs: Mapping[str, str],
-    compute: Callable[[], StageResult[Batch]],
-    to_table: Callable[[Batch], pa.Table],
-    *,
-    state: Callable[[StageResult[Batch]], Mapping[str, Any]] | None = None,
-    outputs: Callable[[], Mapping[str, str]] | None = None,
-    num_threads: int | None = None,
+    refs: Refs,
+    compute: Callable[[int, Refs], StageResult[Any]],
 ) -> ArtifactRef:
     """Return the committed artifact of a stage, computing and committing it if need be.
 
     Args:
-        resources: of the run.
-        stage: its name.
+        session: of the run.
+        spec: the stage's row in the stage graph.
         iteration: from 0.
-        inputs: name -> digest of everything it reads that changes from iteration to iteration.
-        compute: the stage itself.
-        to_table: from its batch to Arrow.
-        state: what it adds to the loop state; default: the result's own.
-        outputs: digests of results that are not in the artifact, recorded beside the inputs.
-        num_threads: default: the run's.
+        refs: the artifacts that it reads, in the order of ``spec.reads``.
+        compute: the stage itself, called with iteration and refs where no intact artifact of the same key is there.
     """
-    identity = resources.run.identity_digest_at(iteration)
-    key = stage_key(stage, iteration, identity, inputs)
-    committed = _committed(resources, stage, iteration)
-    if committed is not None and committed.key == key and _is_intact(resources, committed):
+    identity = session.run.identity_digest_at(iteration)
+    inputs = session.input_digests(spec, iteration, refs)
+    key = stage_key(spec.name, iteration, identity, inputs)
+    committed = _committed(session, spec.name, iteration)
+    if committed is not None and committed.key == key and _is_intact(session, committed):
         return committed.artifact
     started, cpu_started = time.perf_counter(), time.process_time()
-    with using_threads(num_threads or resources.num_threads):
+    with using_threads(session.threads_of(spec.name)):
         try:
-            result = compute()
+            result = compute(iteration, refs)
         finally:
-            resources.stage_done(stage)
-        computed = time.perf_counter()
-        recorded = dict(inputs) | dict(outputs() if outputs else {})
+            session.models.stage_done(spec.name)
+    computed = time.perf_counter()
     manifest = commit_stage(
-        resources.run.path,
-        stage,
+        session.run.path,
+        spec.name,
         iteration,
-        to_table(result.batch),
+        result.batch.to_table(),
         key=key,
-        inputs=recorded,
-        seed=resources.run.config.seed,
+        inputs=inputs | dict(result.outputs),
+        seed=session.run.config.seed,
         identity=identity,
         metrics=result.metrics,
-        state=state(result) if state else result.state,
+        state=result.state,
         timing={
             "compute_s": computed - started + result.worker_s,
             "total_s": time.perf_counter() - started + result.worker_s,
         }
-        | _taken(resources, time.process_time() - cpu_started),
+        | _taken(session, time.process_time() - cpu_started),
     )
     return manifest.artifact
 
 
-def _taken(resources: Resources, cpu_s: float) -> dict[str, float]:
+def _taken(session: Session, cpu_s: float) -> dict[str, float]:
     """What the whole process has taken of the machine, in this stage and so far."""
     now = resident_bytes()
     taken = {"cpu_s": cpu_s, "memory_bytes": now, "peak_memory_bytes": max(now, peak_resident_bytes())}
-    if resources.device.type == "cuda":
-        taken["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(resources.device))
+    if session.device.type == "cuda":
+        taken["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(session.device))
     return taken
 
 
-def _committed(resources: Resources, stage: str, iteration: int) -> Manifest | None:
+def _committed(session: Session, stage: str, iteration: int) -> Manifest | None:
     try:
-        return resources.run.manifest(stage, iteration)
+        return session.run.manifest(stage, iteration)
     except IntegrityError as error:
         _warn(f"{error}; computing it again")
         return None
 
 
-def _is_intact(resources: Resources, manifest: Manifest) -> bool:
+def _is_intact(session: Session, manifest: Manifest) -> bool:
     try:
-        read_artifact(resources.run.path, manifest.artifact)
+        read_artifact(session.run.path, manifest.artifact)
     except IntegrityError as error:
         _warn(f"{error}; computing it again")
         return False

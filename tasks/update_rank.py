@@ -19,7 +19,7 @@ from rlhf_core.contracts.bound_processes import BOUND_PID, end_with_parent
 from tasks.rank_channel import ADDRESS, ALIVE_S, KEY, Channel
 
 if TYPE_CHECKING:
-    from tasks.resources import Resources
+    from tasks.session.session import Session
 
 MEETING_S = 300.0
 """For the ranks of other nodes to learn where the run's process is."""
@@ -58,58 +58,65 @@ class _Rank:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
-        self._kept: tuple[Any, Resources] | None = None
+        self._opened: tuple[Any, Session] | None = None
         self._ranks: Any = None
 
     def obey(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what is asked. Returns: the answer, of which the first rank's counts."""
         from rlhf_core.models.devices import using_threads
 
-        kept = self._resources(request)
+        session = self._session(request)
         with using_threads(request["num_threads"]):
-            return getattr(self, f"_{request['do']}")(kept, **_arguments(request))
+            return getattr(self, f"_{request['do']}")(session, **_arguments(request))
 
-    def _update(self, kept: Resources, iteration: int, refs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _update(self, session: Session, iteration: int, refs: list[dict[str, Any]]) -> dict[str, Any]:
         from rlhf_core.contracts.artifacts import ArtifactRef
-        from tasks.updates import make_update
 
-        result = make_update(kept, iteration, [ArtifactRef(**ref) for ref in refs])
-        digest = kept.trainer(iteration + 1).digest()
-        if iteration + 1 < kept.run.config.num_iterations and not kept.run.config.execution.overlap:
-            self._hand_out(kept, iteration + 1)
+        result = session.policy.update(iteration, [ArtifactRef(**ref) for ref in refs])
+        if iteration + 1 < session.run.config.num_iterations and not session.run.config.execution.overlap:
+            self._hand_out(session, iteration + 1)
         if self.rank > 0:
             return {}
-        return {"steps": list(result.batch.steps), "metrics": dict(result.metrics), "digest": digest}
+        return {
+            "steps": list(result.batch.steps),
+            "metrics": dict(result.metrics),
+            "digest": result.outputs["policy_after"],
+        }
 
-    def _hand_out(self, kept: Resources, iteration: int) -> dict[str, Any]:
+    def _hand_out(self, session: Session, iteration: int) -> dict[str, Any]:
         from rlhf_core.contracts.shards import handed_weights
         from rlhf_core.models.handed_weights import hand_out
 
-        trainer = kept.trainer(iteration - kept.run.updates_behind(iteration))
-        hand_out(handed_weights(kept.run.path, iteration), trainer.actor_critic, trainer.digest(), trainer.ranks)
+        trainer = session.policy.trainer(iteration - session.run.updates_behind(iteration))
+        hand_out(handed_weights(session.run.path, iteration), trainer.actor_critic, trainer.digest(), trainer.ranks)
         return {}
 
-    def _save(self, kept: Resources, iteration: int, path: str) -> dict[str, Any]:
-        kept.save(iteration, Path(path))
+    def _save(self, session: Session, iteration: int, path: str) -> dict[str, Any]:
+        session.policy.save(iteration, Path(path))
         return {}
 
-    def _resources(self, request: dict[str, Any]) -> Resources:
+    def _session(self, request: dict[str, Any]) -> Session:
         """Of the run as the run's process has it, which may know of a drift that is not on disk yet."""
+        import torch
+
         from rlhf_core.contracts.run_folder import RunFolder
         from rlhf_core.contracts.trust import accept_config
         from rlhf_core.memory import settle_memory
-        from tasks.resources import Resources
+        from tasks.ranked_policy import RankPolicyState
+        from tasks.session.session import Session
 
         asked = request["run"]
         if self._ranks is None:
             settle_memory()
             self._ranks = self._group(request)
-        if self._kept is None or self._kept[0] != asked:
-            self._kept = None  # before the next one is loaded: there is room for one
+        if self._opened is None or self._opened[0] != asked:
+            self._opened = None  # before the next one is loaded: there is room for one
             run = RunFolder.of_record(Path(asked["path"]), asked["record"])
             accept_config(run.config)  # the run's process has looked at it
-            self._kept = (asked, Resources(run, self._ranks))
-        return self._kept[1]
+            session = Session(run, torch.device("cpu"))
+            session.policy = RankPolicyState(session, self._ranks)
+            self._opened = (asked, session)
+        return self._opened[1]
 
     def _group(self, request: dict[str, Any]) -> Any:
         from datetime import timedelta

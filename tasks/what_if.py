@@ -23,7 +23,7 @@ from rlhf_core.replay.tokens import check_sample, token_rows
 from rlhf_core.replay.what_if import WhatIf, advantages_of, quantities_of, with_optimizer_of
 from tasks.replay import Progress
 from tasks.replay_source import Source, load_weights, opened
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 from tasks.shadow import compute_stage, remove_stage, shadow_of
 from tasks.what_if_state import set_state
 
@@ -64,11 +64,11 @@ def ask_what_if(
         plan = _plan(source, changes, config)
         trainer = None if "ppo_update" in skipped else _trainer(source, config)
         with shadow_of(replace(source.run, config=config), source.iteration) as shadow:
-            kept = resources(str(shadow.path))
+            kept = open_session(str(shadow.path))
             kept.needs_same_files = False
             kept.keep_plan(plan)
             if trainer is not None:
-                kept.keep_trainer(trainer)
+                kept.policy.keep_trainer(trainer)
             stages = [stage for stage in changes.stages if stage not in skipped]
             set_state(source, changes, shadow, kept, progress)
             what_if = _compute(source, changes, shadow, kept, stages, progress)
@@ -99,7 +99,7 @@ def _compute(
     source: Source,
     changes: Changes,
     shadow: RunFolder,
-    kept: Resources,
+    kept: Session,
     stages: Sequence[str],
     progress: Progress | None,
 ) -> Mapping[str, pa.Table]:
@@ -107,7 +107,7 @@ def _compute(
     iteration = source.iteration
     if changes.scores_are_stored:
         scores = kept.scores(source.manifests["score_rewards"].artifact)
-        kept.keep_rewards(stored_components(scores, changes.config.reward.names))
+        kept.models.keep_rewards(stored_components(scores, changes.config.reward.names))
     for stage in stages:
         remove_stage(stage, iteration, shadow.path)
     refs = {stage: manifest.artifact for stage, manifest in source.manifests.items()}
@@ -142,11 +142,11 @@ def _plan(source: Source, changes: Changes, config: RunConfig) -> Plan:
 
 def _trainer(source: Source, config: RunConfig) -> Trainer:
     """Policy, critic and moments as the run had them, with the optimizer of another config."""
-    then = Resources(replace(source.run, config=source.config))
+    then = Session(replace(source.run, config=source.config))
     then.needs_same_files = False
     then.keep_plan(source.plan)
     load_weights(then, source.iteration)
-    return with_optimizer_of(then.trainer(source.iteration), config)
+    return with_optimizer_of(then.policy.trainer(source.iteration), config)
 
 
 def _here(config: RunConfig) -> RunConfig:

@@ -20,11 +20,11 @@ from rlhf_core.replay.changes import Changes
 from rlhf_core.replay.rewards import stored_components
 from tasks.replay import Progress
 from tasks.replay_source import Source
-from tasks.resources import Resources
+from tasks.session.session import Session
 from tasks.shadow import compute_stage, manifest_path, put_stage, remove_stage
 
 
-def set_state(source: Source, changes: Changes, shadow: RunFolder, kept: Resources, progress: Progress | None) -> None:
+def set_state(source: Source, changes: Changes, shadow: RunFolder, kept: Session, progress: Progress | None) -> None:
     """Give an iteration of a shadow the β and the score moments that go with the changes.
 
     Args:
@@ -45,7 +45,7 @@ def set_state(source: Source, changes: Changes, shadow: RunFolder, kept: Resourc
 
 
 def _moments(
-    source: Source, changes: Changes, shadow: RunFolder, kept: Resources, progress: Progress | None
+    source: Source, changes: Changes, shadow: RunFolder, kept: Session, progress: Progress | None
 ) -> ScoreMoments:
     """Of the scores of the iterations that count, in their order."""
     moments = ScoreMoments()
@@ -61,11 +61,11 @@ def _moments(
 
 
 def _scored_again(
-    source: Source, changes: Changes, shadow: RunFolder, kept: Resources, iteration: int, scores: Scores
+    source: Source, changes: Changes, shadow: RunFolder, kept: Session, iteration: int, scores: Scores
 ) -> Scores:
     """The stored responses of an earlier iteration, scored as the changes say."""
     if changes.scores_are_stored:
-        kept.keep_rewards(stored_components(scores, changes.config.reward.names))
+        kept.models.keep_rewards(stored_components(scores, changes.config.reward.names))
     refs = {stage: _artifact(source, changes, stage, iteration) for stage in ("sample_prompts", "generate")}
     for stage in refs:
         put_stage(source.run, stage, iteration, shadow.path)

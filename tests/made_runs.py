@@ -15,7 +15,8 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import SCHEMA_VERSION, STAGES
+from rlhf_core.contracts.schemas import SCHEMA_VERSION
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.evaluation.folder import FRONTIER, new_record
 from rlhf_core.identity import identity_digest
 

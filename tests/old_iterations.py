@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from rlhf_core.contracts.artifacts import Manifest, commit_stage
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS
 
 TEXTS = ["", "plain", "zwölf Boxkämpfer 🥊", 'a "quoted"\nline', "\u2028 separated"]
 
@@ -32,7 +32,7 @@ def commit_iteration(run_dir: Path, iteration: int, *, rows: int = 3, identity: 
             state={"cursor": {"epoch": 0, "position": iteration}},
             timing={"total_s": 0.25, "compute_s": 0.125},
         )
-        for stage, schema in STAGES.items()
+        for stage, schema in SCHEMAS.items()
     ]
 
 

@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from rlhf_core.contracts.config import RunConfig
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS, STAGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "rlhf_core")
@@ -113,7 +113,7 @@ class TestSixNames:
             for child in children:
                 yield from (f"{field.name}.{name}" for name in nullable(child))
 
-        assert [name for field in STAGES[stage] for name in nullable(field)] == []
+        assert [name for field in SCHEMAS[stage] for name in nullable(field)] == []
 
 
 class TestLayers:

@@ -27,7 +27,7 @@ from rlhf_core.contracts.durable import hash_file, read_file
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 from rlhf_core.contracts.ipc_sizes import batch_message, decompressed_bytes
 from rlhf_core.contracts.records import read_record, unseal
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS, STAGES
 
 FOLDER: Final = "archive"
 MANIFESTS: Final = "manifests.jsonl"
@@ -110,7 +110,7 @@ class Segment:
 
 def archive_schema(stage: str) -> pa.Schema:
     """The schema of a stage's table in the archive: the stage's own, with the iteration before it."""
-    return pa.schema([ITERATION, *STAGES[stage]])
+    return pa.schema([ITERATION, *SCHEMAS[stage]])
 
 
 def find_segment(run_dir: Path, iteration: int) -> Segment | None:

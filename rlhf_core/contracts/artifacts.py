@@ -28,7 +28,8 @@ from rlhf_core.contracts.durable import hash_file, read_file, write_file, write_
 from rlhf_core.contracts.errors import IntegrityError, NumericalError
 from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_record, seal, write_record
-from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
+from rlhf_core.contracts.schemas import SCHEMA_VERSION
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS
 from rlhf_core.contracts.typed import typed
 from rlhf_core.contracts.values import not_finite, wrong_values
 
@@ -203,7 +204,7 @@ def read_artifact(run_dir: Path, ref: ArtifactRef) -> pa.Table:
     if digest != ref.sha256 and not is_vouched_for:
         raise IntegrityError(f"{path} is damaged: sha256 {digest[:12]}…, committed as {ref.sha256[:12]}…")
     try:
-        schema, expected = pa.ipc.open_file(pa.BufferReader(data)).schema, STAGES[ref.stage]
+        schema, expected = pa.ipc.open_file(pa.BufferReader(data)).schema, SCHEMAS[ref.stage]
         if not schema.equals(expected):
             raise IntegrityError(
                 f"{path} has another schema than {ref.stage} writes.\nexpected:\n{expected}\n"
@@ -246,7 +247,7 @@ def locate_artifact(run_dir: Path, ref: ArtifactRef) -> tuple[Path, bytes, Segme
 
 def conform(table: pa.Table, stage: str) -> pa.Table:
     """The table with exactly the stage's schema. Raises ValueError with both schemas if it does not fit."""
-    expected = STAGES[stage]
+    expected = SCHEMAS[stage]
     try:
         fitted = table.select(expected.names).cast(expected).combine_chunks()
         for name, column in zip(fitted.column_names, fitted.columns, strict=True):

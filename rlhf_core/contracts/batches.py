@@ -119,6 +119,8 @@ class Rollouts:
     """The responses of one iteration, and what the behaviour policy and critic said of them."""
 
     sample_ids: Sequence[str]
+    prompt_ids: Sequence[int]
+    """Row of each response's prompt in the prompt source."""
     prompt_rows: Tensor
     """int64 [B]: row of each response's prompt in Prompts."""
     sample_indices: Sequence[int]
@@ -137,7 +139,7 @@ class Rollouts:
         first, last = torch.searchsorted(self.prompt_rows, torch.tensor([rows.start, rows.stop])).tolist()
         return Rollouts(**_part(self, slice(first, last)))
 
-    def to_table(self, prompts: Prompts) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """As Arrow, schema GENERATE."""
         rows, mask = len(self.sample_ids), self.response_mask_BR
         empty: list[list[int]] = [[]] * rows
@@ -146,7 +148,7 @@ class Rollouts:
         return pa.table(
             {
                 "sample_id": pa.array(self.sample_ids, pa.string()),
-                "prompt_id": pa.array([prompts.prompt_ids[i] for i in self.prompt_rows.tolist()], pa.int64()),
+                "prompt_id": pa.array(self.prompt_ids, pa.int64()),
                 "sample_index": pa.array(self.sample_indices, pa.int32()),
                 "response_text": pa.array(self.texts, pa.string()),
                 "response_tokens": unpad_lists(self.tokens_BR, mask, pa.int32()),
@@ -182,6 +184,7 @@ class Rollouts:
         ]
         return cls(
             sample_ids=cast("list[str]", table["sample_id"].to_pylist()),
+            prompt_ids=ids,
             prompt_rows=torch.tensor(prompt_rows, dtype=torch.int64),
             sample_indices=cast("list[int]", table["sample_index"].to_pylist()),
             texts=cast("list[str]", table["response_text"].to_pylist()),
@@ -384,6 +387,8 @@ class StageResult(Generic[Batch]):
     metrics: Mapping[str, float]
     """Deterministic; names as in the README's metric table."""
     state: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Plain JSON: the cursor after sample_prompts, the score moments after shape_rewards."""
+    """Plain JSON: the cursor after sample_prompts, the moments after shape_rewards, everything after ppo_update."""
+    outputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Digests of results that are not in the artifact: the weights after ppo_update."""
     worker_s: float = 0.0
     """Wall-clock seconds for which workers were at it before; measured, so not part of any identity."""

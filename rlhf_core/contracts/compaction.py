@@ -34,7 +34,7 @@ from rlhf_core.contracts.artifacts import (
 from rlhf_core.contracts.durable import hash_file, is_leftover, read_file, remove_folder
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.records import unseal
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
 
 COMPRESSION = pa.ipc.IpcWriteOptions(compression="zstd")
 

@@ -33,7 +33,7 @@ from rlhf_core.contracts.loop_state import LoopState
 from rlhf_core.contracts.places import with_places
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_places import why_no_run
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.contracts.trust import accept_config, recorded
 from rlhf_core.contracts.typed import typed
 from rlhf_core.contracts.update_config import UpdateConfig

@@ -115,23 +115,3 @@ PPO_UPDATE: Final[pa.Schema] = pa.schema(
     ]
 )
 """One row an optimiser step."""
-
-STAGES: Final[dict[str, pa.Schema]] = {
-    "sample_prompts": SAMPLE_PROMPTS,
-    "generate": GENERATE,
-    "score_rewards": SCORE_REWARDS,
-    "reference_logprobs": REFERENCE_LOGPROBS,
-    "shape_rewards": SHAPE_REWARDS,
-    "ppo_update": PPO_UPDATE,
-}
-"""Stage name -> schema, in flow order."""
-
-FILE_STEMS: Final[dict[str, str]] = {
-    "sample_prompts": "01_prompts",
-    "generate": "02_rollouts",
-    "score_rewards": "03_scores",
-    "reference_logprobs": "04_ref_logprobs",
-    "shape_rewards": "05_experience",
-    "ppo_update": "06_update",
-}
-"""Stage name -> name of its files, without the ending."""

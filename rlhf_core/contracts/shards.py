@@ -23,7 +23,7 @@ from rlhf_core.contracts.durable import read_file, remove_folder, write_file
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.ipc_sizes import read_plain_table
 from rlhf_core.contracts.records import read_record, write_record
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS
 
 SHARDS = "shards"
 """The room of a run folder."""
@@ -113,4 +113,4 @@ def drop_shards(run_dir: Path, iteration: int) -> None:
 
 
 def _fits(table: pa.Table, stage: str) -> bool:
-    return table.schema.remove_metadata().equals(STAGES[stage])
+    return table.schema.remove_metadata().equals(SCHEMAS[stage])

@@ -9,7 +9,7 @@ from typing import Final
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, flat_params
 from rlhf_core.contracts.errors import UserError
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 
 BETA: Final = "kl.coef"
 CONTROLLER: Final = "kl.controller"

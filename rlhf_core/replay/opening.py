@@ -12,7 +12,7 @@ from rlhf_core.contracts.artifacts import check_folder, read_artifact
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.ipc_sizes import batch_message, decompressed_bytes
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.replay.bundles import RUN, BundleRecord, unpack_bundle
 
 _SAMPLE = re.compile(r"i[0-9]{6,}-p[0-9]{6,}-s[0-9]+")
@@ -54,7 +54,7 @@ def _check_plain(path: Path, stage: str) -> None:
     try:
         with pa.OSFile(str(path)) as source:
             reader = pa.ipc.open_file(source)
-            fits, num_batches = reader.schema.equals(STAGES[stage]), reader.num_record_batches
+            fits, num_batches = reader.schema.equals(SCHEMAS[stage]), reader.num_record_batches
         with path.open("rb") as file:
             needed = [decompressed_bytes(batch_message(file, index)) for index in range(num_batches)]
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -194,8 +194,10 @@ def _as_rollouts(parts: list[Decoded], prompts: Prompts, texts: _Texts, k: int, 
     values = [part.values_BR for part in parts if part.values_BR is not None]
     supports = [support for part in parts for support in part.supports or []]
     rows = range(len(tokens_BR))
+    prompt_ids = [prompts.prompt_ids[row // k] for row in rows]
     return Rollouts(
-        sample_ids=[f"i{iteration:06d}-p{prompts.prompt_ids[row // k]:06d}-s{row % k}" for row in rows],
+        sample_ids=[f"i{iteration:06d}-p{prompt_ids[row]:06d}-s{row % k}" for row in rows],
+        prompt_ids=prompt_ids,
         prompt_rows=torch.arange(len(prompts.prompt_ids)).repeat_interleave(k),
         sample_indices=[row % k for row in rows],
         texts=[texts.text(row, tokens_BR[row][mask_BR[row]].tolist()) for row in rows],

@@ -22,27 +22,10 @@ from rlhf_core.contracts.config_io import config_digest, digest_json
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES, WRITER_OF
 from rlhf_core.ops.controller import next_state
 from rlhf_core.verification.findings import Finding, said
 
-PRODUCERS: dict[str, str] = {
-    "prompts": "sample_prompts",
-    "rollouts": "generate",
-    "scores": "score_rewards",
-    "ref_logprobs": "reference_logprobs",
-    "experience": "shape_rewards",
-}
-"""Name of an input -> the stage of the same iteration that wrote it."""
-INPUTS: dict[str, frozenset[str]] = {
-    "sample_prompts": frozenset({"state"}),
-    "generate": frozenset({"prompts", "policy"}),
-    "score_rewards": frozenset({"prompts", "rollouts"}),
-    "reference_logprobs": frozenset({"prompts", "rollouts"}),
-    "shape_rewards": frozenset({"rollouts", "scores", "ref_logprobs", "state"}),
-    "ppo_update": frozenset({"prompts", "rollouts", "experience", "policy", "state", "policy_after"}),
-}
-"""Stage -> the digests that its manifest names."""
 FILES = frozenset(f"{stem}{ending}" for stem in FILE_STEMS.values() for ending in (".arrow", ".json"))
 
 
@@ -158,9 +141,10 @@ class IterationCheck:
             return "it is of another run: its identity is not that of run.json"
         if manifest.seed != run.config.seed:
             return f"its seed is {manifest.seed}, the run's is {run.config.seed}"
-        if inputs.keys() != INPUTS[stage]:
-            return f"it names the inputs {', '.join(sorted(inputs))}; {stage} reads {', '.join(sorted(INPUTS[stage]))}"
-        inputs.pop("policy_after", None)
+        named = {*STAGES[stage].inputs, *STAGES[stage].outputs}
+        if inputs.keys() != named:
+            return f"it names the inputs {', '.join(sorted(inputs))}; {stage} reads {', '.join(sorted(named))}"
+        inputs = {name: inputs[name] for name in STAGES[stage].inputs}
         if manifest.key != stage_key(stage, iteration, identity, inputs):
             return "its key does not follow from its inputs"
         return ""
@@ -189,7 +173,7 @@ class IterationCheck:
         policies = {"generate": self._policy_before if self.run.updates_behind(iteration) else self._policy}
         for stage, manifest in manifests.items():
             for name, digest in manifest.inputs.items():
-                producer = PRODUCERS.get(name)
+                producer = WRITER_OF.get(name)
                 suspects = ((iteration, stage),)
                 if producer is not None:
                     there = manifests[producer].artifact.sha256 if producer in manifests else None

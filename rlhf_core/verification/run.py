@@ -18,8 +18,8 @@ from rlhf_core.contracts.durable import is_leftover, read_file
 from rlhf_core.contracts.errors import IntegrityError, RlhfError, StorageError, UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RECORD_REMEDY, RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
 from rlhf_core.contracts.shards import SHARDS
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
 from rlhf_core.verification.checkpoints import ALIAS, CheckpointCheck, strangers
 from rlhf_core.verification.findings import Finding, Verification, said
 from rlhf_core.verification.iterations import FILES, IterationCheck

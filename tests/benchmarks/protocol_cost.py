@@ -36,9 +36,10 @@ from rlhf_core.contracts.config_io import load_config
 from rlhf_core.contracts.durable import Disk, using_disk
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
-from tasks import resources, stage
+from tasks import stage
 from tasks.guards import Guards
 from tasks.lifecycle import save_due_checkpoint, start_run
+from tasks.session import session
 from tasks.tracking import Tracker
 
 GOAL = 0.03
@@ -78,7 +79,7 @@ def protocol_off() -> Iterator[None]:
         for module in (durable, artifacts, records):
             if hasattr(module, "hashlib"):
                 stack.enter_context(patch.object(module, "hashlib", careless))
-        for module in (resources, stage):
+        for module in (session, stage):
             stack.enter_context(patch.object(module, "read_artifact", plain_read))
         stack.enter_context(patch.object(Trainer, "digest", lambda _self: "0" * 64))
         stack.enter_context(patch.object(Trainer, "check_finite", lambda _self: None))

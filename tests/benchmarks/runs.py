@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.processes import Ended, measured, python
 
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 
 WARM_UP = 2
 """First iterations that no median counts."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.contracts.artifacts import commit_stage
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS
 
 
 @pytest.fixture(scope="module", params=FILE_STEMS)
@@ -33,7 +33,7 @@ def artifact(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest
     prompts, rollouts, experience = bench.until_experience()
     tables = {
         "sample_prompts": prompts.to_table,
-        "generate": lambda: rollouts.to_table(prompts),
+        "generate": rollouts.to_table,
         "score_rewards": bench.scores(prompts, rollouts).batch.to_table,
         "reference_logprobs": bench.ref_logprobs(prompts, rollouts).batch.to_table,
         "shape_rewards": experience.to_table,
@@ -50,7 +50,7 @@ def artifact(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest
 
 def columns_of(path: Path) -> list[str]:
     stage = next(stage for stage, stem in FILE_STEMS.items() if stem == path.stem)
-    return list(STAGES[stage].names)
+    return list(SCHEMAS[stage].names)
 
 
 def test_polars(artifact: Path) -> None:

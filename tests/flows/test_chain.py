@@ -24,7 +24,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.gate import Gate
 from tasks import chain as tasks_chain
 from tasks.chain import Chain, holding_chain, next_link, with_registered_reward
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 chain = flows_chain.chain.fn
 """As a plain function: nothing here is a matter of Prefect."""
@@ -34,7 +34,7 @@ SHUT: dict[str, Any] = {"min_win_rate": 0.0, "max_kl": 1e-6}
 
 @pytest.fixture(autouse=True)
 def bare() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     with without_prefect():
         yield
 
@@ -168,7 +168,7 @@ def test_a_link_whose_run_was_extended_is_judged_again(linked: Path, tmp_path: P
 
     runs = Path(shutil.copytree(linked / "runs", tmp_path / "runs"))
     chain(config_of(linked / "world"), str(runs), gate_of(linked / "world"))
-    resources.cache_clear()
+    open_session.cache_clear()
     extend_run(str(runs / "chain-000001"), 3)
     found = next_link(runs, config_of(linked / "world"), gate_of(linked / "world"))
     assert found is not None
@@ -209,7 +209,7 @@ def test_stopped_anywhere_the_same_call_goes_on(
     monkeypatch.undo()
     (link,) = Chain.of(runs).links
     assert link.outcome is None
-    resources.cache_clear()
+    open_session.cache_clear()
     assert chain(*arguments).startswith("promoted: rlhf-policy version ")
     assert fingerprint(runs / "chain-000001") == fingerprint(linked / "runs" / "chain-000001")
 

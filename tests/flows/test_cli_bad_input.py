@@ -21,7 +21,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import config_template, digest_json
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS
 
 if TYPE_CHECKING:
     from tiny_world import Tiny
@@ -471,8 +471,8 @@ def one_row(stage: str) -> pa.Table:
             return {field.name: some(field.name, field.type) for field in kind}
         return "x" if pa.types.is_string(kind) else 0
 
-    row = {field.name: [some(field.name, field.type)] for field in STAGES[stage]}
-    return pa.table(row | {"columns": ["{}"]} if "columns" in row else row, schema=STAGES[stage])
+    row = {field.name: [some(field.name, field.type)] for field in SCHEMAS[stage]}
+    return pa.table(row | {"columns": ["{}"]} if "columns" in row else row, schema=SCHEMAS[stage])
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.run import verify_run
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 def by_transformers(tiny: Any, *more: str, shards: int = 1) -> Any:

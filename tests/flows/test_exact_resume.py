@@ -12,7 +12,7 @@ import pytest
 from torture.configs import CASES
 from torture.exactness import moments
 
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 
 ROOT = Path(__file__).parents[2]
 

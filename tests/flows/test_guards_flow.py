@@ -20,7 +20,7 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import GuardStopError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from tasks.guards import GuardRecord
 
 NUM_ITERATIONS = 4

@@ -28,7 +28,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import iteration_rows, sample_tokens, stage_metrics
 from rlhf_core.selection import Selection
 from rlhf_core.tables import open_run
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 WIDTH = 80
 LONG = "a-run-with-a-very-long-name-{}-20261122-101500-learning-rate-0.00001"
@@ -57,7 +57,7 @@ def whole(text: str, numbers: Sequence[str]) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    resources.cache_clear()
+    open_session.cache_clear()
     return finished_run(tiny, tmp_path_factory.mktemp("narrow") / "run")
 
 
@@ -69,7 +69,7 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
              for i, chat in enumerate(chats("The film was", "This story felt", system="be brief"))]  # fmt: skip
     rows = [[{"role": "system", "content": "be brief"}, {"role": "user", "content": "The film"}, *chat[1:]]
             for chat in asked]  # fmt: skip
-    resources.cache_clear()
+    open_session.cache_clear()
     start(config_for(model, rows), folder / "run")
     return folder / "run"
 

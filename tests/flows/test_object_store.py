@@ -21,7 +21,7 @@ from rlhf_core.store.address import CACHE
 from rlhf_core.store.objects import Objects
 from rlhf_core.store.opening import reading
 from rlhf_core.tables import open_run
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 Answer = tuple[int, str, str]
 
@@ -62,7 +62,7 @@ def rlhf(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     for module in ("looking", "training", "measuring", "replaying"):
         monkeypatch.setattr(f"flows.commands.{module}.console", cli.Console(width=200))
-    resources.cache_clear()
+    open_session.cache_clear()
     return lambda *arguments: call(capsys, *arguments)
 
 
@@ -71,7 +71,7 @@ def trained(config: dict[str, Any], bucket: str, machine: Path) -> str:
     """The address of a run that `rlhf train` has made."""
     (machine / "tiny.json").write_text(json.dumps(config))
     url = f"s3://{bucket}/experiments/run"
-    resources.cache_clear()
+    open_session.cache_clear()
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--config", str(machine / "tiny.json"), "--run-dir", url])
     assert not ended.value.code
@@ -88,7 +88,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def on_disk(config: dict[str, Any], machine: Path) -> Path:
     """The same run in a folder of this machine."""
-    resources.cache_clear()
+    open_session.cache_clear()
     start(build_config(config | {"tracking": {"enabled": False}}), machine / "disk")
     return machine / "disk"
 

@@ -18,18 +18,20 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
-from tasks import shards, workers
+from tasks import workers
 from tasks.repair import repair_run
 from tasks.replay import replay_iteration
-from tasks.resources import resources
+from tasks.session.policy_state import PolicyState
+from tasks.session.session import open_session
+from tasks.shards import ShardedStages
 from tasks.what_if import ask_what_if
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 def ahead(tiny: Any, num_workers: int, **sections: Any) -> Any:
@@ -72,13 +74,14 @@ def test_workers_answer_while_the_policy_moves(
     tiny: Any, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    generated = shards.generated
+    joined = ShardedStages.generate
 
-    def looked(kept: Any, iteration: int, *read: Any) -> Any:
-        seen.append(all(part_path(kept.run.path, "generate", iteration, Shard(n, 2)).is_file() for n in range(2)))
-        return generated(kept, iteration, *read)
+    def looked(work: ShardedStages, iteration: int, refs: Any) -> Any:
+        run = work.session.run
+        seen.append(all(part_path(run.path, "generate", iteration, Shard(n, 2)).is_file() for n in range(2)))
+        return joined(work, iteration, refs)
 
-    monkeypatch.setattr("tasks.generate.generated", looked)
+    monkeypatch.setattr(ShardedStages, "generate", looked)
     run_dir = tmp_path / "run"
     start(ahead(tiny, 2), run_dir)
     assert seen == [True] * 4
@@ -92,16 +95,15 @@ def test_a_run_that_is_stopped_in_between_goes_on_exactly(
 ) -> None:
     """In the update of the third iteration, and then before the fourth one has its responses."""
     run_dir = tmp_path / "run"
-    for stop_at, name in ((2, "tasks.ppo_update.make_update"), (3, "tasks.generate.generated")):
-        module, _, attribute = name.rpartition(".")
-        real = getattr(__import__(module, fromlist=[attribute]), attribute)
+    for stop_at, holder, name in ((2, PolicyState, "update"), (3, ShardedStages, "generate")):
+        real = getattr(holder, name)
 
-        def stop(kept: Any, iteration: int, *read: Any, real: Any = real, stop_at: int = stop_at) -> Any:
+        def stop(work: Any, iteration: int, refs: Any, real: Any = real, stop_at: int = stop_at) -> Any:
             if iteration == stop_at:
                 raise KeyboardInterrupt
-            return real(kept, iteration, *read)
+            return real(work, iteration, refs)
 
-        monkeypatch.setattr(name, stop)
+        monkeypatch.setattr(holder, name, stop)
         with pytest.raises(KeyboardInterrupt):
             (go_on(run_dir) if (run_dir / "run.json").is_file() else start(ahead(tiny, 0), run_dir))
         monkeypatch.undo()
@@ -134,7 +136,7 @@ def test_it_is_replayed_and_repaired_like_any_other(alone: Path, tmp_path: Path)
     shutil.copytree(alone, damaged)
     for artifact in ("iterations/000001/02_rollouts.arrow", "iterations/000002/02_rollouts.arrow"):
         flip(damaged / artifact)
-    resources.cache_clear()
+    open_session.cache_clear()
     assert repair_run(str(damaged))
     assert verify_run(damaged).damage == []
     assert fingerprint(damaged) == fingerprint(alone)

@@ -30,7 +30,7 @@ from tasks.lifecycle import check_resumable
 from tasks.local_workers import LocalWorkers
 from tasks.rank_group import RankGroup
 from tasks.replay import replay_iteration
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 NAMES = (
     "torch", "sitecustomize", "usercustomize", "multiprocessing", "uvicorn", "numpy", "typer", "rich", "prefect",
@@ -60,9 +60,9 @@ def run(honest: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path, str(honest)])
-    resources.cache_clear()
+    open_session.cache_clear()
     yield honest
-    resources.cache_clear()
+    open_session.cache_clear()
     planted = honest.parent / "mark"
     assert not planted.exists(), planted.read_text()
 

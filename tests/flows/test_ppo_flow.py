@@ -19,7 +19,8 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import DriftError, NumericalError, RunLockedError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
+from rlhf_core.contracts.schemas import SCHEMA_VERSION
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS
 
 Configure = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def test_every_stage_of_every_iteration_left_an_artifact_and_its_manifest(finish
         assert {p.name for p in folder.iterdir()} == expected
         for stage, manifest in run.manifests(iteration).items():
             table = read_artifact(finished, manifest.artifact)
-            assert table.schema.equals(STAGES[stage])
+            assert table.schema.equals(SCHEMAS[stage])
             assert manifest.artifact.rows == table.num_rows == (4 if stage == "ppo_update" else 8)
             metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
             assert metadata["rlhf.schema"] == f"{stage}/{SCHEMA_VERSION}"

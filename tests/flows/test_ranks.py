@@ -32,7 +32,7 @@ from tasks import rank_group
 from tasks.lifecycle import record_drift
 from tasks.rank_group import RankGroup
 from tasks.replay import replay_iteration
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 from tasks.what_if import ask_what_if
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +75,9 @@ def config(tiny: Any, update: Mapping[str, Any] | None = None, sections: Mapping
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,6 @@ def test_a_layout_that_cannot_be_is_refused(update: dict[str, Any], sentence: st
 
 def test_a_run_with_ranks_keeps_no_trainer_in_its_own_process(tiny: Any, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", config(tiny, TWO), {"num_threads": 1})
-    kept = Resources(run)
-    assert kept.asks_ranks
-    assert kept.behaviour(0) is kept.behaviour(0)
-    assert kept._trainer is None
+    kept = Session(run)
+    assert kept.policy.behaviour(0) is kept.policy.behaviour(0)
+    assert kept.policy._trainer is None

@@ -23,14 +23,15 @@ from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
 from tasks import shards, workers
 from tasks.local_workers import LocalWorkers
-from tasks.resources import Resources, resources
+from tasks.session.session import open_session
+from tasks.shards import ShardedStages
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -145,18 +146,17 @@ def test_parts_of_a_stopped_run_are_taken_over_and_damaged_ones_computed_again(
     expected = fingerprint(tmp_path / "undisturbed")
     run_dir = tmp_path / "stopped"
 
-    def stop(kept: Resources, *_: Any) -> Any:
+    def stop(work: ShardedStages, iteration: int, refs: Any) -> Any:
         """After two of three shards of the second iteration's responses."""
-        prompts = kept.run.manifests(1)["sample_prompts"].artifact
+        if iteration != 1:
+            return joined(work, iteration, refs)
+        prompts = work.session.run.manifests(1)["sample_prompts"].artifact
         for number in (0, 1):
             shards.compute_part("generate", str(run_dir), 1, Shard(number, 3), [prompts])
         raise KeyboardInterrupt
 
-    whole = shards.generated
-    monkeypatch.setattr(
-        "tasks.generate.generated",
-        lambda kept, iteration, *read: (stop if iteration == 1 else whole)(kept, iteration, *read),
-    )
+    joined = ShardedStages.generate
+    monkeypatch.setattr(ShardedStages, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
         start(config(tiny, 0), run_dir)
     monkeypatch.undo()
@@ -165,13 +165,13 @@ def test_parts_of_a_stopped_run_are_taken_over_and_damaged_ones_computed_again(
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     computed: list[tuple[str, int, str]] = []
-    compute = shards._compute
+    compute = ShardedStages.compute_part
 
-    def noted(kept: Resources, stage: str, iteration: int, shard: Shard, refs: Any) -> Any:
+    def noted(work: ShardedStages, stage: str, iteration: int, shard: Shard, refs: Any) -> Any:
         computed.append((stage, iteration, str(shard)))
-        return compute(kept, stage, iteration, shard, refs)
+        return compute(work, stage, iteration, shard, refs)
 
-    monkeypatch.setattr(shards, "_compute", noted)
+    monkeypatch.setattr(ShardedStages, "compute_part", noted)
     assert taken.is_file()
     go_on(run_dir)
     assert [c for c in computed if c[:2] == ("generate", 1)] == [("generate", 1, "1-of-3"), ("generate", 1, "2-of-3")]

@@ -19,7 +19,7 @@ from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
 from tasks import shards
 from tasks.local_workers import LocalWorkers
-from tasks.resources import resources
+from tasks.session.session import open_session
 from tasks.workers import using_workers
 
 EVERYTHING: dict[str, Any] = {"execution": {"overlap": True}, "artifacts": {"keep_iterations": 1}, "num_iterations": 3}
@@ -70,7 +70,7 @@ def alone(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict
     """The fingerprint of a run of this process alone, on a disk."""
 
     def run(changes: dict[str, Any]) -> str:
-        resources.cache_clear()
+        open_session.cache_clear()
         run_dir = tmp_path_factory.mktemp("alone") / "run"
         start_or_go_on(tree(tiny, changes), run_dir)
         return fingerprint(run_dir)
@@ -91,7 +91,7 @@ def test_it_is_the_run_of_one_process_on_a_disk(
 ) -> None:
     wanted, url = alone(changes), f"s3://{s3.new_bucket()}/run"
     request.getfixturevalue("computes_nothing_here")
-    resources.cache_clear()
+    open_session.cache_clear()
     with writing(url) as folder:
         start_or_go_on(tree(tiny, changes), folder)
     assert fingerprint(reading(url)) == wanted

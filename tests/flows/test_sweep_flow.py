@@ -28,7 +28,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord
 from rlhf_core.sweeping.grid import SweepRun
 from tasks.outbox import Ledger
-from tasks.resources import resources
+from tasks.session.session import open_session
 from tasks.sweep_log import SweepTracker
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
@@ -69,7 +69,7 @@ def there(tiny_config: MakeConfig, tmp_path: Path) -> SweepFolder:
 
 
 def finish(there: SweepFolder, run: SweepRun) -> None:
-    resources.cache_clear()
+    open_session.cache_clear()
     start(run.config, there.run_path(run))
 
 

@@ -17,7 +17,7 @@ from flows import cli
 from flows.calling import without_prefect
 from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 SCORES = "iterations/000001/03_scores.arrow"
 Answer = tuple[int, str, str]
@@ -30,7 +30,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    resources.cache_clear()
+    open_session.cache_clear()
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "run", symlinks=True)
     return Path("run")

@@ -29,7 +29,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models import vllm_process
 from rlhf_core.models.vllm_engine import VllmProcess, end_vllm, vllm_version
 from rlhf_core.preflight import preflight
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 only_the_double = pytest.mark.skipif(GIVEN is not None, reason="the misfortunes of the double")
 
@@ -57,9 +57,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
     end_vllm()
 
 

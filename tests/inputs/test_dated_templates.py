@@ -22,7 +22,7 @@ from rlhf_core.identity import run_identity
 from rlhf_core.models.clock import clock_readers
 from rlhf_core.preflight import preflight
 from tasks.lifecycle import check_resumable, start_run
-from tasks.resources import Resources
+from tasks.session.session import Session
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
 DATED = "Today is {{ strftime_now('%d %b %Y') }}. " + CHAT + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -68,16 +68,16 @@ def tree(tiny: Any, tmp_path: Path) -> dict[str, Any]:
     return made | {"reward": {"components": [component]}}
 
 
-def texts_of(kept: Resources) -> list[str]:
+def texts_of(kept: Session) -> list[str]:
     return list(kept.next_prompts(Cursor()).batch.texts)
 
 
 def test_a_run_shows_the_day_on_which_it_began(tree: dict[str, Any], tmp_path: Path, clock: Any) -> None:
     start_run(build_config(tree), str(tmp_path / "run"))
-    first = texts_of(Resources(RunFolder.open(tmp_path / "run")))
+    first = texts_of(Session(RunFolder.open(tmp_path / "run")))
     clock(29)
     config = check_resumable(str(tmp_path / "run"), accept_drift=False)
-    next_day = texts_of(Resources(RunFolder.open(tmp_path / "run")))
+    next_day = texts_of(Session(RunFolder.open(tmp_path / "run")))
 
     assert config.prompts.template_date == "2026-11-28"
     assert all(text.startswith("Today is 28 Nov 2026. <user> ") for text in first)
@@ -90,11 +90,11 @@ def test_a_reward_model_reads_the_day_on_which_the_run_began(
 ) -> None:
     start_run(build_config(tree), str(tmp_path / "run"))
     clock(29)
-    kept = Resources(RunFolder.open(tmp_path / "run"))
+    kept = Session(RunFolder.open(tmp_path / "run"))
     prompts = kept.next_prompts(Cursor()).batch
     bench = Bench.of(kept.run.config)
     rollouts = bench.rollouts(prompts).batch
-    bench.rewards = kept.reward_components
+    bench.rewards = kept.models.reward_components
     found = bench.scores(prompts, rollouts).batch
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.reward)
@@ -126,7 +126,7 @@ def test_a_day_of_ones_own(tree: dict[str, Any], tmp_path: Path, clock: Any) -> 
     assert preflight(config).notes == [note for note in preflight(config).notes if "clock" not in note]
     assert run_identity(config, preflight(config).prompt_set)["template_date"] == "2024-07-26"
     start_run(config, str(tmp_path / "run"))
-    assert texts_of(Resources(RunFolder.open(tmp_path / "run")))[0].startswith("Today is 26 Jul 2024. ")
+    assert texts_of(Session(RunFolder.open(tmp_path / "run")))[0].startswith("Today is 26 Jul 2024. ")
 
 
 def test_the_plan_says_which_day(tree: dict[str, Any], clock: Any) -> None:

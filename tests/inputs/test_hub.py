@@ -26,7 +26,7 @@ from rlhf_core.preflight import preflight
 from rlhf_core.prompts import hub as prompts_hub
 from rlhf_core.prompts.sources import load_prompt_set
 from tasks.lifecycle import check_resumable, start_run
-from tasks.resources import Resources
+from tasks.session.session import Session
 from tasks.sweep import SweepRequest, start_sweep
 
 Folder = Callable[[str, str], Path]
@@ -254,8 +254,8 @@ class TestARun:
         assert [r.getMessage() for r in caplog.records] == [
             f"policy.model {ID!r} has moved: main is commit {B} now, and the run keeps {A}"
         ]
-        kept = Resources(RunFolder.open(begun))
-        assert_same(weights_of(kept.trainer(0).actor_critic.policy.model), plain_weights(snapshot(moved, A)))
+        kept = Session(RunFolder.open(begun))
+        assert_same(weights_of(kept.policy.trainer(0).actor_critic.policy.model), plain_weights(snapshot(moved, A)))
 
     def test_says_nothing_where_nothing_moved(self, begun: Path, moved: Path, caplog: pytest.LogCaptureFixture) -> None:
         point(moved, A)

@@ -22,14 +22,14 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.preflight.pins import moved_branches
 from pathlib import Path
 from tasks.lifecycle import start_run
-from tasks.resources import Resources
+from tasks.session.session import Session
 
 tree, folder = json.loads(sys.argv[1]), sys.argv[2]
 start_run(build_config(tree), folder)
 run = RunFolder.open(Path(folder))
-kept = Resources(run)
+kept = Session(run)
 first = kept.plan.prompt_set.entries[0]
-print(json.dumps([kept.trainer(0).digest(), first]))
+print(json.dumps([kept.policy.trainer(0).digest(), first]))
 sys.stdout.flush()
 sys.stdin.readline()  # the branch moves now
 print(json.dumps(moved_branches(run.config, run.unpinned)))

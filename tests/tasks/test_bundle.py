@@ -17,7 +17,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.replay.bundles import read_bundle_record, unpack_bundle, write_bundle
 from rlhf_core.replay.opening import open_bundle, verify_bundle
 from tasks.bundle import make_bundle

@@ -26,7 +26,7 @@ from rlhf_core.verification.run import verify_run
 from tasks.cleaning import WHOLE, clean, plan_cleaning, registry_aliases
 from tasks.extension import extend_run
 from tasks.outbox import Ledger
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 ALL = Wanted(keep=0)
 
@@ -195,7 +195,7 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of five iterations with four checkpoints."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     checkpoint = {"every": 1, "keep_last": 4, "keep_best": False}
-    resources.cache_clear()
+    open_session.cache_clear()
     start(battery_config(tiny, {"num_iterations": 5, "checkpoint": checkpoint}), run_dir)
     return run_dir
 
@@ -203,7 +203,7 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestParts:
     @pytest.fixture
     def run_dir(self, whole: Path, tmp_path: Path) -> Path:
-        resources.cache_clear()
+        open_session.cache_clear()
         shutil.copytree(whole, tmp_path / "runs" / "run", symlinks=True)
         return tmp_path / "runs" / "run"
 
@@ -266,7 +266,7 @@ class TestParts:
 
     def test_archived_artifacts_go_by_whole_segments(self, tiny: Tiny, tmp_path: Path) -> None:
         changes = {"num_iterations": 7, "artifacts": {"keep_iterations": 2}, "checkpoint": {"every": 2, "keep_last": 1}}
-        resources.cache_clear()
+        open_session.cache_clear()
         start(battery_config(tiny, changes), tmp_path / "runs" / "run")
         run_dir = tmp_path / "runs" / "run"
         assert [p.name for p in sorted((run_dir / "archive").iterdir())] == ["000000-000001", "000002-000003"]

@@ -26,7 +26,7 @@ from rlhf_core.verification.run import verify_run
 from tasks.extension import extend_run, plan_extension
 from tasks.repair import repair_run
 from tasks.replay import replay_iteration
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 
 BEFORE, AFTER = 3, 5
 LINEAR = {"num_iterations": BEFORE, "ppo": {"lr_schedule": "linear", "learning_rate": 1e-3, "num_minibatches": 2}}
@@ -35,7 +35,7 @@ CONSTANT = {"ppo": {"lr_schedule": "constant", "learning_rate": 1e-3, "num_minib
 
 def extend(run_dir: Path, num_iterations: int) -> None:
     """What ``rlhf resume --iterations`` does, in this process, with nothing remembered."""
-    resources.cache_clear()
+    open_session.cache_clear()
     with without_prefect():
         resume.fn(str(run_dir), num_iterations=num_iterations)
 
@@ -44,7 +44,7 @@ def extend(run_dir: Path, num_iterations: int) -> None:
 def ended(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three iterations, whose learning rate has fallen."""
     run_dir = tmp_path_factory.mktemp("ended") / "run"
-    resources.cache_clear()
+    open_session.cache_clear()
     start(battery_config(tiny, LINEAR), run_dir)
     return run_dir
 
@@ -61,7 +61,7 @@ def extended(ended: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
     def make(run_dir: Path) -> Path:
-        resources.cache_clear()
+        open_session.cache_clear()
         return Path(shutil.copytree(run_dir, tmp_path / "run", symlinks=True))
 
     return make
@@ -84,9 +84,9 @@ def test_with_a_constant_rate_it_ends_as_a_run_that_had_the_number_from_the_star
 ) -> None:
     execution = {"num_shards": 2, "num_workers": 0, "overlap": True} if overlap else {}
     changes = {**CONSTANT, "execution": execution}
-    resources.cache_clear()
+    open_session.cache_clear()
     start(battery_config(tiny, {**changes, "num_iterations": AFTER}), tmp_path / "whole")
-    resources.cache_clear()
+    open_session.cache_clear()
     start(battery_config(tiny, {**changes, "num_iterations": BEFORE}), tmp_path / "run")
     extend(tmp_path / "run", AFTER)
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
@@ -172,14 +172,14 @@ def test_verify_and_every_weight_computed_again_use_the_old_number_before_it(
     run_dir = copy(extended)
     assert verify_run(run_dir).findings == []
     remove(run_dir / "checkpoints")
-    kept = Resources(RunFolder.open(run_dir))
+    kept = Session(RunFolder.open(run_dir))
     for iteration in (BEFORE, AFTER):
-        assert kept.trainer(iteration).digest() == weights(run_dir)[iteration - 1]
+        assert kept.policy.trainer(iteration).digest() == weights(run_dir)[iteration - 1]
 
 
 @pytest.mark.parametrize("iteration", [BEFORE - 1, BEFORE])
 def test_an_iteration_on_either_side_replays_exactly(iteration: int, extended: Path) -> None:
-    resources.cache_clear()
+    open_session.cache_clear()
     with without_prefect():
         outcome = replay_iteration(str(extended), iteration)
     assert outcome.is_identical, outcome

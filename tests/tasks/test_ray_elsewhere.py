@@ -20,7 +20,7 @@ from rlhf_core.store.address import CACHE
 from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
 from tasks import shards
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets and processes
 
@@ -48,7 +48,7 @@ def nodes(machines: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def alone(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of the run by one process, on a disk."""
-    resources.cache_clear()
+    open_session.cache_clear()
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     start(config(tiny, 0, SECTIONS["lora"]), run_dir)
     return fingerprint(run_dir)
@@ -63,7 +63,7 @@ def by_nodes(tiny: Any, nodes: RayNodes, url: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shards, "_compute", refuse)
     whole = config(tiny, None, SECTIONS["lora"])
     execution = {"engine": "ray", "num_shards": 3, "ray": {"address": nodes.address, "patience_s": 120.0}}
-    resources.cache_clear()
+    open_session.cache_clear()
     with writing(url) as folder:
         start(whole.model_validate(whole.model_dump() | {"execution": execution}), folder)
 

@@ -32,7 +32,7 @@ from rlhf_core.preflight import preflight
 from rlhf_core.store.address import CACHE
 from rlhf_core.verification.run import verify_run
 from tasks.ray_workers import RayWorkers, _Worker
-from tasks.resources import resources
+from tasks.session.session import open_session
 from tasks.shards import SHARDED
 from tasks.workers import using_workers, workers
 
@@ -55,9 +55,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 def on_ray(tiny: Any, address: str, case: str = "separate critic", num_workers: int | None = None, **ray: Any) -> Any:

@@ -22,7 +22,7 @@ from rlhf_core.verification.run import verify_run
 from tasks import lifecycle
 from tasks.lifecycle import check_resumable, record_drift
 from tasks.repair import repair_run
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(finished: Path, tmp_path: Path) -> Path:
-    resources.cache_clear()
+    open_session.cache_clear()
     return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
 
 
@@ -83,7 +83,7 @@ class TestRepair:
         flip(run_dir / "iterations/000001/03_scores.arrow")
         remove(run_dir / "iterations/000002/02_rollouts.json")
         before = content(run_dir)
-        monkeypatch.setattr(Resources, "reward_components", property(_other_opinion))
+        monkeypatch.setattr(Session, "reward_components", property(_other_opinion))
         with pytest.raises(IntegrityError) as refused:
             repair_run(str(run_dir))
         assert content(run_dir) == before
@@ -99,7 +99,7 @@ class TestRepair:
         remove(run_dir / "iterations/000001/03_scores.json")
         remove(run_dir / "iterations/000001/03_scores.arrow")
         before = content(run_dir)
-        monkeypatch.setattr(Resources, "reward_components", property(_other_opinion))
+        monkeypatch.setattr(Session, "reward_components", property(_other_opinion))
         with pytest.raises(IntegrityError, match=r"was not repaired; nothing was changed"):
             repair_run(str(run_dir))
         assert content(run_dir) == before
@@ -121,12 +121,12 @@ class TestRepair:
             repair_run(str(run_dir))
 
 
-def _other_opinion(kept: Resources) -> Any:
+def _other_opinion(kept: Session) -> Any:
     from rlhf_core.rewards.loading import load_component
 
     config = kept.run.config.reward.components[0].model_copy(update={"weight": 1.0})
     component = load_component(
-        config, field="reward", columns=[], policy_vocabulary="", device=torch.device("cpu"), frozen=kept._models
+        config, field="reward", columns=[], policy_vocabulary="", device=torch.device("cpu"), frozen=kept.models._models
     )
     with torch.no_grad():
         component.model.score.weight.mul_(1.01)  # pyright: ignore[reportAttributeAccessIssue]
@@ -213,7 +213,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
             next(parameter for _, parameter in trainer.actor_critic.named_parameters()).add_(1e-6)
         return result
 
-    monkeypatch.setattr("tasks.resources.ppo_update", update)
+    monkeypatch.setattr("tasks.session.session.ppo_update", update)
     monkeypatch.setattr("tasks.updates.core.ppo_update", update)
 
 
@@ -229,7 +229,7 @@ def stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         patch.setattr("tasks.shape_rewards.core.shape_rewards", _after(2, stop))
         with pytest.raises(InterruptedError):
             start(battery_config(tiny, {"checkpoint": {"every": 5}}), run_dir)
-    resources.cache_clear()
+    open_session.cache_clear()
     assert RunFolder.open(run_dir).num_finished() == 2
     return run_dir
 
@@ -251,7 +251,7 @@ class TestDrift:
         self, stopped: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         old = RunFolder.open(stopped)
-        committed = Resources(old).policy_digest(2)
+        committed = Session(old).policy_digest(2)
         before = {stage: m.key for stage, m in old.manifests(2).items()}
         another_torch(monkeypatch)
         other_bits(monkeypatch)
@@ -267,7 +267,7 @@ class TestDrift:
         assert run.checkpoints() == [2], "the weights that it goes on with are kept"
         assert (run.identity_at(1), run.identity_at(2)) == (old.identity, run.identity)
         assert run.identity["versions"]["torch"] == "99.0"
-        assert Resources(run).policy_digest(2) == drift.weights
+        assert Session(run).policy_digest(2) == drift.weights
         assert verify_run(stopped).findings == []
 
         go_on(stopped)  # accepts nothing
@@ -278,12 +278,14 @@ class TestDrift:
         ), "what was computed under the old conditions is computed again"
         assert verify_run(stopped).findings == []
         remove(stopped / "checkpoints")
-        assert Resources(RunFolder.open(stopped)).trainer(2).digest() == drift.weights, "also without its checkpoint"
+        assert Session(RunFolder.open(stopped)).policy.trainer(2).digest() == drift.weights, (
+            "also without its checkpoint"
+        )
 
     def test_where_the_bits_are_the_same_no_checkpoint_is_added(
         self, stopped: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        committed = Resources(RunFolder.open(stopped)).policy_digest(2)
+        committed = Session(RunFolder.open(stopped)).policy_digest(2)
         another_torch(monkeypatch)
         record_drift(str(stopped))
         run = RunFolder.open(stopped)
@@ -337,7 +339,7 @@ class TestArchive:
     def test_a_damaged_segment_comes_back_as_the_files_it_was_made_of(
         self, archived: Path, tmp_path: Path, name: str
     ) -> None:
-        resources.cache_clear()
+        open_session.cache_clear()
         run_dir = Path(shutil.copytree(archived, tmp_path / "run"))
         assert verify_run(run_dir).findings == []
         flip(run_dir / "archive/000000-000001" / name)

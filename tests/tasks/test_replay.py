@@ -29,7 +29,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.identity import run_identity
 from rlhf_core.replay.outcome import Replay, StageReplay
 from rlhf_core.stages.generate import generate
@@ -149,7 +149,7 @@ class TestDifferent:
             used.append(torch.get_num_threads())
             return generate(*arguments, **settings)
 
-        monkeypatch.setattr("tasks.shards.generate", watched)
+        monkeypatch.setattr("rlhf_core.stages.generate.generate", watched)
         another_advantage(monkeypatch)
         replay = replay_iteration(str(run_dir), 0, num_threads=2)
         assert used == [2]
@@ -160,7 +160,7 @@ class TestDifferent:
         def hotter(policy: Any, tokenizer: Any, prompts: Any, config: Any, **settings: Any) -> Any:
             return generate(policy, tokenizer, prompts, config.model_copy(update={"temperature": 1.5}), **settings)
 
-        monkeypatch.setattr("tasks.shards.generate", hotter)
+        monkeypatch.setattr("rlhf_core.stages.generate.generate", hotter)
         replay = replay_iteration(str(run_dir), 0)
         assert verdicts(replay) == ALL | {"generate": False}
         difference = of(replay, "generate").difference
@@ -178,7 +178,7 @@ class TestDifferent:
 
     def test_weights_that_cannot_be_had_again(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without a checkpoint of iteration 1 its weights are computed again, and come out otherwise here."""
-        another_update(monkeypatch, where="tasks.resources.ppo_update")
+        another_update(monkeypatch, where="tasks.session.session.ppo_update")
         replay = replay_iteration(str(run_dir), 1)
         assert verdicts(replay) == ALL | {"generate": False, "ppo_update": False}
         assert "gives other weights than it committed" in str(of(replay, "generate").failed)

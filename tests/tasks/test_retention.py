@@ -18,8 +18,8 @@ from rlhf_core.contracts.durable import remove_folder
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
 from rlhf_core.inspection import artifact_rows, iteration_rows, stage_rows
-from tasks.resources import resources
 from tasks.retention import compact, compaction_is_due, remove_run_leftovers
+from tasks.session.session import open_session
 
 IDENTITY = {"num_threads": 1}
 
@@ -35,7 +35,7 @@ def made(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[...,
             commit_iteration(run.path, iteration, rows=1, identity=identity_digest(IDENTITY))
         return run
 
-    resources.cache_clear()
+    open_session.cache_clear()
     return make
 
 

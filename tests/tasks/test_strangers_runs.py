@@ -25,7 +25,7 @@ from tasks.evaluate import check_evaluation
 from tasks.lifecycle import check_resumable, consent, record_drift
 from tasks.repair import repair_run
 from tasks.replay import replay_iteration
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
 from tasks.tracking import connect
 
 Make = Callable[[Marks, Path], dict[str, dict[str, Any]]]
@@ -40,9 +40,9 @@ def honest(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def nobody_has_said_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     nothing_is_accepted(monkeypatch, tmp_path / "state")
-    resources.cache_clear()
+    open_session.cache_clear()
     yield
-    resources.cache_clear()
+    open_session.cache_clear()
 
 
 @pytest.fixture
@@ -145,9 +145,9 @@ def test_each_door_is_closed_whoever_knocks(
     run = RunFolder.open(stranger(honest, there, name, monkeypatch))
     knock: dict[str, Callable[[], object]] = {
         "program": lambda: VllmProcess(run.config.generation.vllm, "float32", "cpu", 1),
-        "function": lambda: Resources(run).reward_components,
+        "function": lambda: Session(run).models.reward_components,
         "service": lambda: load_component(
-            run.config.reward.components[0], field="f", columns=[], policy_vocabulary="", device=Resources(run).device
+            run.config.reward.components[0], field="f", columns=[], policy_vocabulary="", device=Session(run).device
         ),
         "tracker": lambda: connect(run),
         "cluster": lambda: RayWorkers(run),

@@ -43,7 +43,7 @@ def stored(run_dir: Path, stage: str, iteration: int = 1) -> pa.Table:
 @pytest.fixture
 def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in ("sample_prompts", "generate", "reference_logprobs"):
-        where = "tasks.resources" if stage == "sample_prompts" else "tasks.shards"
+        where = "tasks.session.session" if stage == "sample_prompts" else f"rlhf_core.stages.{stage}"
         monkeypatch.setattr(f"{where}.{stage}", refuse)
 
 
@@ -119,7 +119,7 @@ class TestUpdate:
 class TestRewards:
     def test_a_weight_needs_no_model(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What the components said is stored."""
-        monkeypatch.setattr("tasks.resources.load_component", refuse)
+        monkeypatch.setattr("tasks.session.session.load_component", refuse)
         answer = ask(run_dir, "reward.components.0.weight=2.0")
         then, now = numbers(answer)["score, mean"]
         assert now == pytest.approx(2 * then, rel=1e-6)

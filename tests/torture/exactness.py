@@ -24,7 +24,7 @@ from torture.configs import CASES, config_of
 from torture.deaths import KILLED, done_again, inodes, last_words, live, lost, promises, torn
 from torture.runs import fingerprint, in_child, warm
 
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 
 
 def moments(case: str) -> list[tuple[str, bool]]:

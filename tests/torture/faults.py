@@ -22,9 +22,10 @@ from rlhf_core.contracts.artifacts import ArtifactRef, artifact_path, encode_tab
 from rlhf_core.contracts.batches import StageResult
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.records import read_record, seal
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, StageSpec
 from rlhf_core.models.trunk import Trunk
-from tasks.resources import Resources, resources
+from tasks.session.session import Session, open_session
+from tasks.stage import Refs
 
 ITERATION = 1
 """In which every fault is planted: there is one before it to come from, and one after it to spoil."""
@@ -38,7 +39,7 @@ class Plan:
 
     changes: tuple[str, ...] = ()
     """Overrides of the config: the run is made from its beginning."""
-    before: Callable[[Resources], None] | None = None
+    before: Callable[[Session], None] | None = None
     """Something in memory or on disk, just before the stage."""
     result: Callable[[StageResult[Any]], StageResult[Any]] | None = None
     """What the stage has computed, before it is committed."""
@@ -65,7 +66,7 @@ def plant(stage: str, plan: Plan) -> None:
         if iteration != ITERATION:
             return cast("ArtifactRef", real_stage(run_dir, iteration, *refs))
         if plan.before is not None:
-            plan.before(resources(run_dir))
+            plan.before(open_session(run_dir))
         if plan.reads is not None:
             source, edit = plan.reads
             refs = tuple(poison(Path(run_dir), ref, edit) if ref.stage == source else ref for ref in refs)
@@ -74,12 +75,12 @@ def plant(stage: str, plan: Plan) -> None:
             os._exit(0)
         return done
 
-    def run_stage(kept: Any, name: str, iteration: int, inputs: Any, compute: Any, *rest: Any, **named: Any) -> Any:
-        def computed() -> Any:
-            result = compute()
+    def run_stage(session: Session, spec: StageSpec, iteration: int, refs: Refs, compute: Any) -> Any:
+        def computed(iteration: int, refs: Refs) -> Any:
+            result = compute(iteration, refs)
             return plan.result(result) if plan.result is not None and iteration == ITERATION else result
 
-        return real_run(kept, name, iteration, inputs, computed, *rest, **named)
+        return real_run(session, spec, iteration, refs, computed)
 
     task.fn, module.run_stage = stage_fn, run_stage
 
@@ -103,7 +104,7 @@ def poison(run_dir: Path, ref: ArtifactRef, edit: Edit) -> ArtifactRef:
     path = run_dir / ref.path
     table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
     metadata = {key.decode().removeprefix("rlhf."): value.decode() for key, value in table.schema.metadata.items()}
-    edited = edit(table.replace_schema_metadata(None)).cast(STAGES[ref.stage])
+    edited = edit(table.replace_schema_metadata(None)).cast(SCHEMAS[ref.stage])
     changed = replace(ref, sha256=write_file(path, encode_table(edited, metadata)))
     manifest = read_record(path.with_suffix(".json"))
     manifest["artifact"]["sha256"] = changed.sha256
@@ -134,10 +135,10 @@ def poison_record(path: Path, old: str, new: str) -> None:
     write_file(path, sealed.encode())
 
 
-def poison_loop_state(key: str, text: str) -> Callable[[Resources], None]:
+def poison_loop_state(key: str, text: str) -> Callable[[Session], None]:
     """Change a number of the loop state that the iteration starts from."""
 
-    def act(kept: Resources) -> None:
+    def act(kept: Session) -> None:
         path = (kept.run.path / artifact_path(ITERATION - 1, "ppo_update")).with_suffix(".json")
         body = path.read_text()
         state = body[body.index('"state":') :]
@@ -267,32 +268,32 @@ def spoil_result(result: StageResult[Any]) -> StageResult[Any]:
     return replace(result, batch=spoil_padding(result.batch))
 
 
-def spoil_inputs(kept: Resources) -> None:
+def spoil_inputs(kept: Session) -> None:
     """From now on whatever is read from artifacts has spoilt padding."""
     for name in ("prompts", "rollouts", "scores", "reference_logprobs", "experience"):
         real = getattr(kept, name)
         setattr(kept, name, lambda *a, real=real: spoil_padding(real(*a)))
 
 
-def stop_spoiling(kept: Resources) -> None:
+def stop_spoiling(kept: Session) -> None:
     """Read artifacts as they are again."""
     for name in ("prompts", "rollouts", "scores", "reference_logprobs", "experience"):
         vars(kept).pop(name, None)
 
 
-def model_of(kept: Resources, stage: str) -> nn.Module:
+def model_of(kept: Session, stage: str) -> nn.Module:
     """The model that a stage computes with."""
     if stage == "score_rewards":
-        return cast("nn.Module", cast("Any", kept.reward_components[0]).model)
+        return cast("nn.Module", cast("Any", kept.models.reward_components[0]).model)
     if stage == "reference_logprobs":
-        return kept.reference.model
-    return kept.trainer(ITERATION).actor_critic.policy.model
+        return kept.models.reference.model
+    return kept.policy.trainer(ITERATION).actor_critic.policy.model
 
 
-def set_weight(stage: str, value: float) -> Callable[[Resources], None]:
+def set_weight(stage: str, value: float) -> Callable[[Session], None]:
     """Overwrite a weight matrix of the stage's model, in memory."""
 
-    def act(kept: Resources) -> None:
+    def act(kept: Session) -> None:
         model = model_of(kept, stage)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -302,10 +303,10 @@ def set_weight(stage: str, value: float) -> Callable[[Resources], None]:
     return act
 
 
-def one_bad_pass(stage: str) -> Callable[[Resources], None]:
+def one_bad_pass(stage: str) -> Callable[[Session], None]:
     """Let the first pass of the stage's model give NaN for two rows, and no other."""
 
-    def act(kept: Resources) -> None:
+    def act(kept: Session) -> None:
         model: Any = model_of(kept, stage)
 
         def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -320,15 +321,15 @@ def one_bad_pass(stage: str) -> Callable[[Resources], None]:
     return act
 
 
-def trunk_of(kept: Resources, stage: str) -> Trunk:
+def trunk_of(kept: Session, stage: str) -> Trunk:
     """The trunk of a stage's frozen model."""
-    component: Any = kept.reward_components[0]
-    return component._trunk if stage == "score_rewards" else kept.reference._reads
+    component: Any = kept.models.reward_components[0]
+    return component._trunk if stage == "score_rewards" else kept.models.reference._reads
 
 
-def one_bad_gradient(kept: Resources) -> None:
+def one_bad_gradient(kept: Session) -> None:
     """Let the first gradient of one weight be NaN, and no other."""
-    parameter = kept.trainer(ITERATION).actor_critic.policy_parameters()[0][1]
+    parameter = kept.policy.trainer(ITERATION).actor_critic.policy_parameters()[0][1]
 
     def spoil(gradient: Tensor) -> Tensor:
         handle.remove()

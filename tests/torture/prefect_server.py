@@ -138,9 +138,9 @@ def _command(arguments: Sequence[str], api: str | None, slow_s: float) -> int:
     from prefect.context import refresh_global_settings_context
 
     refresh_global_settings_context()
-    from tasks.resources import resources
+    from tasks.session.session import open_session
 
-    resources.cache_clear()
+    open_session.cache_clear()
     if slow_s:
         from flows.displays.terminal import TerminalWatcher
 

@@ -31,7 +31,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import source_digest
 from tasks import report
 from tasks.lifecycle import check_resumable, start_run
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 A_PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
@@ -88,7 +88,7 @@ def start(config: RunConfig, run_dir: Path) -> None:
 
 def go_on(run_dir: Path) -> None:
     """Resume a run and finish it, in this process, with nothing remembered."""
-    resources.cache_clear()
+    open_session.cache_clear()
     with without_prefect():
         check_resumable(str(run_dir), accept_drift=False)
         iterate(str(run_dir))

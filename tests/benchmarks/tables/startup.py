@@ -12,7 +12,7 @@ from benchmarks.runs import Training, train
 from benchmarks.suite import Effort, Grid, Result
 from benchmarks.world import same_work
 
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 
 NAME = "start-up"
 GOAL = "`rlhf --help` within 0.5 s; the first stage and the first iteration are reported"

@@ -26,7 +26,7 @@ from rlhf_core.contracts.durable import hash_file, write_file
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.ipc_sizes import batch_message, decompressed_bytes
 from rlhf_core.contracts.records import read_record, write_record
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS, STAGES
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ class TestRoundTrip:
     def test_a_segment_is_one_table_a_stage_with_the_iteration_first(self, run: Path) -> None:
         for stage, stem in FILE_STEMS.items():
             table = pa.ipc.open_file(segment_path(run, 0, 2) / f"{stem}.arrow").read_all()
-            assert table.column_names == ["iteration", *STAGES[stage].names]
+            assert table.column_names == ["iteration", *SCHEMAS[stage].names]
             assert table["iteration"].to_pylist() == [0] * 2 + [1] * 3 + [2] * 4
 
     def test_polars_and_duckdb_open_it(self, run: Path) -> None:

@@ -27,7 +27,8 @@ from rlhf_core.contracts.artifacts import (
 from rlhf_core.contracts.durable import hash_file, write_file
 from rlhf_core.contracts.errors import IntegrityError, NumericalError, StorageError
 from rlhf_core.contracts.records import read_record, write_record
-from rlhf_core.contracts.schemas import FILE_STEMS, SCHEMA_VERSION, STAGES
+from rlhf_core.contracts.schemas import SCHEMA_VERSION
+from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS, STAGES
 
 STAGE = "reference_logprobs"
 TABLE = pa.table({"sample_id": ["a", "b"], "ref_logprobs": [[-1.5], [-2.0, -0.25]]})
@@ -58,7 +59,7 @@ class TestRoundTrip:
         assert (manifest.artifact.stage, manifest.artifact.iteration, manifest.artifact.rows) == (STAGE, 7, 2)
         assert (manifest.schema_version, manifest.seed) == (SCHEMA_VERSION, 7)
         table = read_artifact(tmp_path, manifest.artifact)
-        assert table.schema.equals(STAGES[STAGE])
+        assert table.schema.equals(SCHEMAS[STAGE])
         assert table.to_pylist() == TABLE.to_pylist()
         assert files_of(tmp_path) == {f"iterations/000007/04_ref_logprobs{end}" for end in (".arrow", ".json")}
 
@@ -115,7 +116,7 @@ class TestRoundTrip:
             read_artifact(tmp_path, first.artifact)
 
     def test_an_empty_table(self, tmp_path: Path) -> None:
-        manifest = commit(tmp_path, STAGES[STAGE].empty_table())
+        manifest = commit(tmp_path, SCHEMAS[STAGE].empty_table())
         assert read_artifact(tmp_path, manifest.artifact).num_rows == 0
 
     def test_numbers_that_json_lacks_never_reach_a_manifest(self, tmp_path: Path) -> None:
@@ -162,10 +163,10 @@ class TestDamage:
     @pytest.mark.parametrize(
         "schema",
         [
-            STAGES["score_rewards"],
-            STAGES[STAGE].append(pa.field("extra", pa.int8(), nullable=False)),
-            pa.schema(list(STAGES[STAGE])[::-1]),
-            pa.schema([field.with_nullable(nullable=True) for field in STAGES[STAGE]]),
+            SCHEMAS["score_rewards"],
+            SCHEMAS[STAGE].append(pa.field("extra", pa.int8(), nullable=False)),
+            pa.schema(list(SCHEMAS[STAGE])[::-1]),
+            pa.schema([field.with_nullable(nullable=True) for field in SCHEMAS[STAGE]]),
         ],
     )
     def test_foreign_schema_shows_both(self, tmp_path: Path, schema: pa.Schema) -> None:
@@ -174,12 +175,12 @@ class TestDamage:
         ref = replace(commit(tmp_path / "other").artifact, sha256=sha256)
         with pytest.raises(IntegrityError, match=f"has another schema than {STAGE} writes") as caught:
             read_artifact(tmp_path, ref)
-        assert str(STAGES[STAGE]) in str(caught.value)
+        assert str(SCHEMAS[STAGE]) in str(caught.value)
         assert str(schema) in str(caught.value)
 
     def test_invalid_values(self, tmp_path: Path) -> None:
         """Offsets that point outside: only ``validate(full=True)`` sees them."""
-        floats = STAGES[STAGE].field("ref_logprobs").type.value_type
+        floats = SCHEMAS[STAGE].field("ref_logprobs").type.value_type
         offsets = pa.array([0, 9, 1], pa.int32())
         lists = pa.Array.from_buffers(
             pa.list_(pa.field("item", floats, nullable=False)),
@@ -187,7 +188,7 @@ class TestDamage:
             [None, offsets.buffers()[1]],
             children=[pa.array([1.0], pa.float32())],
         )
-        table = pa.Table.from_arrays([pa.array(["a", "b"]), lists], schema=STAGES[STAGE])
+        table = pa.Table.from_arrays([pa.array(["a", "b"]), lists], schema=SCHEMAS[STAGE])
         sha256 = write_file(tmp_path / artifact_path(0, STAGE), encode_table(table, {}))
         ref = replace(commit(tmp_path / "other").artifact, sha256=sha256)
         with pytest.raises(IntegrityError, match="is not a valid Arrow file"):
@@ -229,13 +230,13 @@ class TestConform:
     def test_a_missing_column_is_named(self) -> None:
         message = self.refused(TABLE.select(["sample_id"]))
         assert "ref_logprobs" in message
-        assert str(STAGES[STAGE]) in message
+        assert str(SCHEMAS[STAGE]) in message
 
     def test_another_type_is_refused(self) -> None:
         self.refused(pa.table({"sample_id": ["a"], "ref_logprobs": [["one"]]}))
 
     def test_a_number_that_does_not_fit_is_refused(self) -> None:
-        row = {field.name: [False if pa.types.is_boolean(field.type) else 1] for field in STAGES["ppo_update"]}
+        row = {field.name: [False if pa.types.is_boolean(field.type) else 1] for field in SCHEMAS["ppo_update"]}
         conform(pa.table(row), "ppo_update")
         self.refused(pa.table({**row, "step": [2**40]}), "ppo_update")
 

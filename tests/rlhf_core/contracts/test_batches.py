@@ -28,7 +28,7 @@ from rlhf_core.contracts.batches import (
     unpad_lists,
 )
 from rlhf_core.contracts.errors import IntegrityError
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS
 
 EXAMPLES = settings(max_examples=60)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -116,6 +116,7 @@ PROMPTS = Prompts(
 )
 ROLLOUTS = Rollouts(
     sample_ids=IDS,
+    prompt_ids=[4, 4, 9],
     prompt_rows=torch.tensor([0, 0, 1]),
     sample_indices=[0, 1, 0],
     texts=["a b", "", "c"],
@@ -156,7 +157,7 @@ EXPERIENCE = Experience(
 )
 STEP: dict[str, Any] = {
     field.name: True if pa.types.is_boolean(field.type) else 2 if pa.types.is_integer(field.type) else 0.5
-    for field in STAGES["ppo_update"]
+    for field in SCHEMAS["ppo_update"]
 }
 
 
@@ -184,14 +185,14 @@ class TestBatches:
         assert_same(Prompts.from_table(conform(PROMPTS.to_table(), "sample_prompts")), PROMPTS)
 
     def test_rollouts(self) -> None:
-        table = conform(ROLLOUTS.to_table(PROMPTS), "generate")
+        table = conform(ROLLOUTS.to_table(), "generate")
         assert table["prompt_id"].to_pylist() == [4, 4, 9]
         assert table["response_tokens"].to_pylist() == [[7, 8], [0], [9, 0]]
         assert_same(Rollouts.from_table(table, PROMPTS), ROLLOUTS)
 
     def test_rollouts_without_critic_and_truncation(self) -> None:
         plain = replace(ROLLOUTS, values_BR=None, supports=None)
-        table = conform(plain.to_table(PROMPTS), "generate")
+        table = conform(plain.to_table(), "generate")
         assert table["values"].to_pylist() == table["support_tokens"].to_pylist() == [[], [], []]
         assert_same(Rollouts.from_table(table, PROMPTS), plain)
 
@@ -234,7 +235,7 @@ class TestBatches:
         assert (rows[1]["step"], rows[1]["skipped"], math.isnan(rows[1]["loss"])) == (3, False, True)
 
     def test_a_response_to_a_prompt_that_was_not_sampled(self) -> None:
-        table = conform(ROLLOUTS.to_table(PROMPTS), "generate")
+        table = conform(ROLLOUTS.to_table(), "generate")
         with pytest.raises(IntegrityError, match=r"rollouts name prompts that were not sampled: \[9\]"):
             Rollouts.from_table(table, replace(PROMPTS, prompt_ids=[4, 5]))
 

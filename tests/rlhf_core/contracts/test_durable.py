@@ -29,7 +29,7 @@ from rlhf_core.contracts.durable import (
 )
 from rlhf_core.contracts.errors import IntegrityError, StorageError
 from rlhf_core.contracts.records import seal
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 
 STAGE = "reference_logprobs"
 TABLE = pa.table({"sample_id": ["a", "b"], "ref_logprobs": [[-1.5], [-2.0, -0.25]]})

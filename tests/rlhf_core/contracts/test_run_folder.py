@@ -23,7 +23,7 @@ from rlhf_core.contracts.errors import IntegrityError, RlhfError, RunLockedError
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.records import seal, write_record
 from rlhf_core.contracts.run_folder import RunFolder, check_vacant
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 
 ROOT = Path(__file__).parents[3]
 CONFIG = build_config({"seed": 3, "kl": {"coef": 0.25}, "generation": {"stop": ["\n", "é"]}})
@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def commit(run: RunFolder, stage: str, iteration: int, state: dict[str, Any] | None = None) -> None:
     commit_stage(
-        run.path, stage, iteration, STAGES[stage].empty_table(),
+        run.path, stage, iteration, SCHEMAS[stage].empty_table(),
         key="k", inputs={}, seed=0, identity=digest_json(dict(run.identity)), metrics={}, state=state or {}, timing={},
     )  # fmt: skip
 

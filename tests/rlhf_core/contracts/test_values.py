@@ -19,7 +19,7 @@ from rlhf_core.contracts.artifacts import (
 )
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import IntegrityError, NumericalError
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.contracts.values import RULES, not_finite, wrong_values
 
 HEALTHY: dict[str, dict[str, list[Any]]] = {
@@ -73,14 +73,14 @@ HEALTHY: dict[str, dict[str, list[Any]]] = {
 
 def healthy(stage: str, **changes: list[Any]) -> pa.Table:
     values = HEALTHY[stage] | changes
-    return conform(pa.table({f.name: pa.array(values[f.name], f.type) for f in STAGES[stage]}), stage)
+    return conform(pa.table({f.name: pa.array(values[f.name], f.type) for f in SCHEMAS[stage]}), stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_healthy_values_and_an_empty_table_pass(stage: str) -> None:
     assert set(RULES) == set(STAGES)
     assert wrong_values(healthy(stage), stage) is None
-    assert wrong_values(STAGES[stage].empty_table(), stage) is None
+    assert wrong_values(SCHEMAS[stage].empty_table(), stage) is None
     whole = pa.concat_tables([healthy(stage).slice(0, 1), healthy(stage).slice(1, 1)])
     assert wrong_values(whole, stage) is None  # also in chunks and slices
 
@@ -88,7 +88,7 @@ def test_healthy_values_and_an_empty_table_pass(stage: str) -> None:
 def float_columns() -> list[tuple[str, str]]:
     return [
         (stage, f.name)
-        for stage, schema in STAGES.items()
+        for stage, schema in SCHEMAS.items()
         for f in schema
         if "float" in str(f.type) and "struct" not in str(f.type)
     ]

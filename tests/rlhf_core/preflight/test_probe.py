@@ -189,7 +189,7 @@ def test_a_run_goes_on_with_what_the_probe_has_loaded(
 ) -> None:
     from rlhf_core.models import frozen, language_model
     from tasks.lifecycle import start_run
-    from tasks.resources import resources
+    from tasks.session.session import open_session
 
     run = tiny_config(["reference.dtype=bfloat16"])
     start_run(run, str(tmp_path / "run"))
@@ -199,10 +199,10 @@ def test_a_run_goes_on_with_what_the_probe_has_loaded(
 
     for module in (frozen, language_model):
         monkeypatch.setattr(module, "load_transformers_model", load)
-    kept = resources(str(tmp_path / "run"))
-    assert kept.trainer(0).iteration == 0
-    assert kept.reference.dtype is torch.bfloat16
-    assert len(kept.reward_components) == 1
+    kept = open_session(str(tmp_path / "run"))
+    assert kept.policy.trainer(0).iteration == 0
+    assert kept.models.reference.dtype is torch.bfloat16
+    assert len(kept.models.reward_components) == 1
 
 
 def test_nothing_is_written_where_the_probe_refuses(

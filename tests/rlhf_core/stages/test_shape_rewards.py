@@ -27,6 +27,7 @@ def three(reasons: tuple[str, ...] = ("eos", "length", "eos")) -> tuple[Rollouts
     """Three responses of three, two and one token, with KL sums 1, -0.25 and -1."""
     rollouts = Rollouts(
         sample_ids=IDS,
+        prompt_ids=[0, 1, 2],
         prompt_rows=torch.arange(3),
         sample_indices=[0, 0, 0],
         texts=["", "", ""],

@@ -13,7 +13,7 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.sweeping.equal import REASONS, idle
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord
 from rlhf_core.sweeping.summary import Criterion, summarize
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 NEVER = {"policy/clipfrac_avg": [0.0, 0.0], "rollout/truncated_rate": [0.0, 0.0]}
 SOMETIMES = {"policy/clipfrac_avg": [0.0, 0.1], "rollout/truncated_rate": [0.0, 0.5]}
@@ -85,7 +85,7 @@ def test_real_points_say_so(tiny_config: Callable[[Sequence[str]], RunConfig], t
     config = tiny_config(["num_iterations=2", "kl.controller=fixed"])
     sweep = SweepFolder.create(tmp_path / "sweep", SweepRecord.of(config, {"kl.target": [2.0, 4.0]}, [0], 1))
     for run in sweep.runs:
-        resources.cache_clear()
+        open_session.cache_clear()
         start(run.config, sweep.run_path(run))
     summary = summarize(sweep, Criterion(0.0, None), {})
     assert summary["best"]["note"] == (

@@ -19,7 +19,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord, check_folder
 from rlhf_core.sweeping.summary import run_numbers
 from tasks.extension import extend_run
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 GRID: dict[str, list[Any]] = {"ppo.learning_rate": [1e-3, 1e-4], "kl.coef": [0.1]}
@@ -95,7 +95,7 @@ def test_where_a_run_stands(there: SweepFolder) -> None:
     run, other = there.runs[0], there.runs[1]
     assert there.standing(run).is_begun is False
     start(run.config, there.run_path(run))
-    resources.cache_clear()
+    open_session.cache_clear()
     whole = there.standing(run)
     assert (whole.finished, whole.of, whole.is_finished, whole.is_running) == (2, 2, True, False)
     newest = RunFolder.open(there.run_path(run)).manifests(1)["shape_rewards"].metrics

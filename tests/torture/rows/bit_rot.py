@@ -26,7 +26,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import IntegrityError
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 from rlhf_core.inspection import before_and_after
 from rlhf_core.models import checkpoints
 from rlhf_core.models.checkpoints import load_checkpoint

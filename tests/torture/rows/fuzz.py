@@ -37,7 +37,7 @@ from rlhf_core.contracts.config_io import build_config, load_config
 from rlhf_core.contracts.errors import IntegrityError, RlhfError
 from rlhf_core.contracts.records import read_record, seal
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.evaluation.folder import EvaluationFolder, new_record
 from rlhf_core.models.checkpoints import load_checkpoint
 from rlhf_core.prompts.sources import load_prompt_set
@@ -214,7 +214,7 @@ def _artifacts(bed: Bed, *, fresh: bool) -> Reader:
             return
         found = ArtifactRef(stage, 0, ref.path, sha256(mutant).hexdigest(), ref.rows)
         table = read_artifact(bed.folder, found)
-        assert table.schema.equals(STAGES[stage]), "another schema"
+        assert table.schema.equals(SCHEMAS[stage]), "another schema"
         table.validate(full=True)
         batches[stage](table)
 

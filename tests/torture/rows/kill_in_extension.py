@@ -17,7 +17,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.run import verify_run
 from tasks.extension import extend_run
 from tasks.lifecycle import check_resumable
-from tasks.resources import resources
+from tasks.session.session import open_session
 
 NAME = "kill -9 in an extension"
 GOAL = "a finished run goes on to more iterations: at each operation, before and after, 100 % bit-identical, 0 lost"
@@ -68,7 +68,7 @@ def _extend(run_dir: Path, at: int | None = None, *, after: bool = False, counte
 
     def work() -> None:
         disk = MortalDisk(run_dir.with_suffix(".ledger"), at, after=after)
-        resources.cache_clear()
+        open_session.cache_clear()
         with using_disk(disk), without_prefect():
             check_resumable(str(run_dir), accept_drift=False)
             extend_run(str(run_dir), AFTER)

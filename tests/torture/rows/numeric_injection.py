@@ -25,7 +25,7 @@ from torture.runs import warm
 from rlhf_core.contracts.artifacts import artifact_path
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
-from rlhf_core.contracts.schemas import STAGES
+from rlhf_core.contracts.stage_graph import STAGES
 
 NAME = "numeric injection"
 GOAL = "25 faults × 6 stages, documented outcome each"

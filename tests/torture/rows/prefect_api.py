@@ -20,7 +20,7 @@ from torture.runs import battery_config, fingerprint, in_child, start, warm
 
 from rlhf_core.contracts.config_io import canonical_json
 from rlhf_core.contracts.records import read_record
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 
 NAME = "Prefect API killed, absent, restarted, hanging"
 GOAL = "100 % finish with code 0, same hash"

@@ -28,7 +28,7 @@ from flows.calling import without_prefect
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.records import read_record
-from rlhf_core.contracts.schemas import FILE_STEMS
+from rlhf_core.contracts.stage_graph import FILE_STEMS
 from tasks import outbox
 from tasks.guards import accept_tripped
 

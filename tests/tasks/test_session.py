@@ -30,9 +30,9 @@ from tasks.generate import generate
 from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
-from tasks.resources import Resources, resources
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
+from tasks.session.session import Session, open_session
 from tasks.shape_rewards import shape_rewards
 
 ROOT = Path(__file__).parents[2]
@@ -50,9 +50,9 @@ def tree(tiny: Any) -> dict[str, Any]:
     }
 
 
-def begin(tiny: Any, run_dir: Path, *overrides: str) -> Resources:
+def begin(tiny: Any, run_dir: Path, *overrides: str) -> Session:
     start_run(build_config(tree(tiny), overrides), str(run_dir))
-    return resources(str(run_dir))
+    return open_session(str(run_dir))
 
 
 def play(run_dir: Path, before_stage: Callable[[], object] = lambda: None) -> None:
@@ -102,7 +102,7 @@ def test_kl_is_zero_at_iteration_0_alone(lora_run: Path) -> None:
 def test_every_stage_could_run_in_a_process_of_its_own(lora_run: Path, tiny: Any, sft: Path, tmp_path: Path) -> None:
     """Nothing in memory from stage to stage: trunk, adapters and optimizer come from the run folder each time."""
     begin(tiny, tmp_path / "run", f"policy.adapter={sft}")
-    play(tmp_path / "run", before_stage=resources.cache_clear)
+    play(tmp_path / "run", before_stage=open_session.cache_clear)
     assert digests(tmp_path / "run") == digests(lora_run)
 
 
@@ -121,7 +121,7 @@ def test_a_killed_lora_run_resumes_to_the_same_digests(lora_run: Path, tiny: Any
         f"    if path.parent.name == '000001' and path.name == {manifest!r}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "durable.Disk.rename = rename_then_die\n"
-        "from test_resources import play\n"
+        "from test_session import play\n"
         f"play(Path({str(run_dir)!r}))\n"
     )
     paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -130,7 +130,7 @@ def test_a_killed_lora_run_resumes_to_the_same_digests(lora_run: Path, tiny: Any
     assert died.returncode == -signal.SIGKILL
     assert (run_dir / "iterations/000001" / manifest).exists()
     assert not (run_dir / "iterations/000002").exists()
-    resources.cache_clear()
+    open_session.cache_clear()
     check_resumable(str(run_dir), accept_drift=False)
     play(run_dir)
     assert digests(run_dir) == digests(lora_run)
@@ -155,7 +155,7 @@ def test_a_merged_run_goes_on_from_the_adapter_beside_it(tiny: Any, sft: Path, t
     begin(tiny, tmp_path / "stopped", *settings)
     with pytest.raises(InterruptedError):
         play(tmp_path / "stopped", before_stage=_interrupt_after(tmp_path / "stopped/checkpoints/000002"))
-    resources.cache_clear()
+    open_session.cache_clear()
     play(tmp_path / "stopped")
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/000003"
@@ -173,41 +173,42 @@ def _interrupt_after(checkpoint: Path) -> Callable[[], None]:
 
 def test_reference_and_policy_have_one_trunk(tiny: Any, tmp_path: Path) -> None:
     kept = begin(tiny, tmp_path / "run", "policy.lora.rank=4")
-    reference = kept.reference
-    trainer = kept.trainer(0)
+    reference = kept.models.reference
+    trainer = kept.policy.trainer(0)
     assert reference.model is trainer.actor_critic.policy.model, "also when the reference is asked for first"
-    assert kept.reference.model is reference.model
+    assert kept.models.reference.model is reference.model
     play(tmp_path / "run")
-    assert kept.trainer(3) is trainer
-    assert kept.reference.model is trainer.actor_critic.policy.model
+    assert kept.policy.trainer(3) is trainer
+    assert kept.models.reference.model is trainer.actor_critic.policy.model
     plain = begin(tiny, tmp_path / "plain")
-    assert plain.reference.model is not plain.trainer(0).actor_critic.policy.model
+    assert plain.models.reference.model is not plain.policy.trainer(0).actor_critic.policy.model
 
 
 def test_the_reference_has_all_threads_where_no_model_scores_beside_it(tiny: Any, tmp_path: Path) -> None:
     with_model = begin(tiny, tmp_path / "model", "num_threads=4")
-    assert (with_model.reference_threads, with_model.side_by_side_threads) == (2, 2)
+    stages = ("score_rewards", "reference_logprobs", "generate")
+    assert [with_model.threads_of(stage) for stage in stages] == [2, 2, 4]
     with_function = begin(
         tiny, tmp_path / "function", "num_threads=4", "reward.components.0={kind: function, function: length}"
     )
-    assert with_function.reference_threads == 4
+    assert with_function.threads_of("reference_logprobs") == 4
 
 
 def test_an_earlier_trainer_is_loaded_anew_and_the_reference_follows(lora_run: Path) -> None:
-    resources.cache_clear()
-    kept = resources(str(lora_run))
-    late, expected = kept.trainer(3), kept.policy_digest(2)
-    early = kept.trainer(2)
+    open_session.cache_clear()
+    kept = open_session(str(lora_run))
+    late, expected = kept.policy.trainer(3), kept.policy_digest(2)
+    early = kept.policy.trainer(2)
     assert early is not late
     assert early.digest() == expected
-    assert kept.reference.model is early.actor_critic.policy.model
+    assert kept.models.reference.model is early.actor_critic.policy.model
 
 
 def test_the_trainer_that_comes_with_a_reference_has_its_weights(lora_run: Path) -> None:
-    resources.cache_clear()
-    kept = resources(str(lora_run))
-    assert kept.reference.model is kept.trainer(3).actor_critic.policy.model
-    assert kept.trainer(3).digest() == kept.policy_digest(3)
+    open_session.cache_clear()
+    kept = open_session(str(lora_run))
+    assert kept.models.reference.model is kept.policy.trainer(3).actor_critic.policy.model
+    assert kept.policy.trainer(3).digest() == kept.policy_digest(3)
 
 
 @pytest.fixture(scope="module")
@@ -226,19 +227,19 @@ def test_sending_frozen_models_away_changes_no_number(where: str, plain_run: Pat
     assert digests(tmp_path / "run") == digests(plain_run)
 
 
-def frozen_modules(kept: Resources) -> list[Any]:
+def frozen_modules(kept: Session) -> list[Any]:
     """The transformers models behind reference and reward model."""
-    return [kept.reference.model, kept.reward_components[0].model]  # pyright: ignore[reportAttributeAccessIssue]
+    return [kept.models.reference.model, kept.models.reward_components[0].model]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_on_disk_nothing_is_in_memory_between_stages(tiny: Any, tmp_path: Path) -> None:
     kept = begin(tiny, tmp_path / "run", "frozen_models=disk")
     alive = [weakref.ref(module) for module in frozen_modules(kept)]
     for stage in ("generate", "reference_logprobs"):
-        kept.stage_done(stage)
+        kept.models.stage_done(stage)
     gc.collect()
     assert [ref() is None for ref in alive] == [True, False], "each with its own stage"
-    kept.stage_done("score_rewards")
+    kept.models.stage_done("score_rewards")
     gc.collect()
     assert alive[1]() is None
     assert all(p.device.type == "cpu" for module in frozen_modules(kept) for p in module.parameters())
@@ -254,14 +255,14 @@ def test_a_stage_sends_its_models_away_also_when_it_fails(
         alive.append(weakref.ref(reference.model))
         raise InterruptedError
 
-    monkeypatch.setattr("tasks.shards.reference_logprobs", fail)
+    monkeypatch.setattr("rlhf_core.stages.reference_logprobs.reference_logprobs", fail)
     prompts = sample_prompts.fn(str(tmp_path / "run"), 0)
     rollouts = generate.fn(str(tmp_path / "run"), 0, prompts)
     with pytest.raises(InterruptedError):
         reference_logprobs.fn(str(tmp_path / "run"), 0, prompts, rollouts)
     gc.collect()
     assert alive[0]() is None
-    assert kept.reference.model is not None
+    assert kept.models.reference.model is not None
 
 
 def test_in_cpu_memory_they_move_there_and_back(tiny: Any, tmp_path: Path) -> None:
@@ -279,8 +280,8 @@ def test_on_a_gpu_they_leave_it_between_stages(tiny: Any, tmp_path: Path) -> Non
     kept = begin(tiny, tmp_path / "run", "frozen_models=cpu", "device=cuda")
     modules = frozen_modules(kept)
     assert all(p.device.type == "cuda" for module in modules for p in module.parameters())
-    kept.stage_done("score_rewards")
-    kept.stage_done("reference_logprobs")
+    kept.models.stage_done("score_rewards")
+    kept.models.stage_done("reference_logprobs")
     assert all(p.device.type == "cpu" for module in modules for p in module.parameters())
     assert all(p.device.type == "cuda" for module in frozen_modules(kept) for p in module.parameters())
 
@@ -293,7 +294,7 @@ def test_components_that_name_one_folder_share_its_weights(tiny: Any, tmp_path: 
         {"kind": "model", "model": str(tiny.reward), "name": "rounded", "dtype": "bfloat16"},
     ]
     kept = begin(tiny, tmp_path / "run", f"reward.components={json.dumps(components)}")
-    first, again, rounded = (component.model for component in kept.reward_components)  # pyright: ignore
+    first, again, rounded = (component.model for component in kept.models.reward_components)  # pyright: ignore
     assert first is again
     assert first is not rounded
     one = preflight(build_config(tree(tiny)))
