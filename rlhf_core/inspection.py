@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rlhf_core.contracts.artifacts import Manifest, locate_artifact, read_artifact
 from rlhf_core.contracts.cleaned import Cleaned
-from rlhf_core.contracts.errors import UserError
+from rlhf_core.contracts.errors import IntegrityError, UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import Extension, RunFolder
 from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
@@ -256,12 +256,16 @@ def before_and_after(run: RunFolder) -> list[Row]:
 def asked_texts(run: RunFolder, iteration: int) -> dict[str, str]:
     """Text that the policy reads -> last message of the user, for each prompt of an iteration that is a chat.
 
-    Empty where the artifacts of the iteration were removed by ``rlhf clean``.
+    Empty where the artifacts of the iteration were removed by ``rlhf clean``, or cannot be read: what is shown then is
+    the prompt as the policy reads it, and ``rlhf verify`` says what is damaged.
     """
     manifest = run.manifests(iteration).get("sample_prompts")
     if manifest is None or Cleaned.of(run.path).lacks(iteration):
         return {}
-    rows = read_artifact(run.path, manifest.artifact).select(["prompt_text", "messages"]).to_pylist()
+    try:
+        rows = read_artifact(run.path, manifest.artifact).select(["prompt_text", "messages"]).to_pylist()
+    except IntegrityError:
+        return {}
     return {row["prompt_text"]: said for row in rows if (said := last_of_user(row["messages"]))}
 
 

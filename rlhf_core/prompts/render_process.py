@@ -110,12 +110,15 @@ class Renderer:
         if self._parent != os.getpid():  # a fork of the process that started it
             self._process, self._parent = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
+            from rlhf_core.contracts.search_path import child_environment  # not where this file is the script
+
             self._known = set()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                env=child_environment(),
             )
             try:
                 _receive(cast("IO[bytes]", self._process.stdout))
