@@ -56,14 +56,14 @@ def make_bundle(run_dir: str, iteration: int, out: str, *, with_models: bool = T
             files={},
         )
         if with_models:
-            kept = open_session(str(shadow.path))
-            kept.needs_same_files = False
-            kept.keep_plan(source.plan)
-            record = replace(record, templates=template_texts(run.config), vocab_size=kept.plan.vocab_size)
-            record = _with_prompts(record, source, kept, stored, shadow.path / PROMPTS)
+            session = open_session(str(shadow.path))
+            session.needs_same_files = False
+            session.keep_plan(source.plan)
+            record = replace(record, templates=template_texts(run.config), vocab_size=session.plan.vocab_size)
+            record = _with_prompts(record, source, session, stored, shadow.path / PROMPTS)
             sources[PROMPTS] = shadow.path / PROMPTS
             if iteration not in shadow.checkpoints():
-                save_state(kept, iteration)
+                save_state(session, iteration)
             folder = shadow.checkpoint_path(iteration)
             sources |= {
                 f"{RUN}/checkpoints/{folder.name}/{file.relative_to(folder)}": file
@@ -85,18 +85,18 @@ def _record_and_artifacts(source: Source, shadow: RunFolder) -> dict[str, Path]:
 
 
 def _with_prompts(
-    record: BundleRecord, source: Source, kept: Session, stored: Mapping[str, pa.Table], path: Path
+    record: BundleRecord, source: Source, session: Session, stored: Mapping[str, pa.Table], path: Path
 ) -> BundleRecord:
     """Write those prompts that the iteration looks at, also the ones that it drops, and note their rows."""
-    config, prompt_set = source.config, kept.plan.prompt_set
+    config, prompt_set = source.config, session.plan.prompt_set
     read = ReadRows(prompt_set.entries)
     drawn = sample_prompts(
         replace(prompt_set, entries=read),
-        kept.tokenizer,
+        session.tokenizer,
         config.prompts,
         cursor=source.run.state_before(source.iteration).cursor,
         seed=config.seed,
-        max_prompt_len=kept.plan.max_prompt_len,
+        max_prompt_len=session.plan.max_prompt_len,
     ).batch
     if list(drawn.prompt_ids) != stored["sample_prompts"]["prompt_id"].to_pylist():
         raise IntegrityError(

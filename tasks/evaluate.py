@@ -106,23 +106,23 @@ def draw_samples(folder: str, policy: str, digest: str, part: int, num_samples: 
     key = there.key(digest, part, num_samples)
     if there.has(policy, part, key):
         return
-    kept = evaluation_resources(folder)
-    with using_threads(kept.num_threads):
-        reference = kept.models.reference
-        model = reference if policy == REFERENCE else _policy(there, kept, policy)
+    session = evaluation_resources(folder)
+    with using_threads(session.num_threads):
+        reference = session.models.reference
+        model = reference if policy == REFERENCE else _policy(there, session, policy)
 
         def score(prompts: Prompts, rollouts: Rollouts) -> Tensor:
-            scores = score_rewards(kept.models.reward_components, prompts, rollouts, kept.run.config.reward).batch
-            kept.models.stage_done("score_rewards")
+            scores = score_rewards(session.models.reward_components, prompts, rollouts, session.run.config.reward).batch
+            session.models.stage_done("score_rewards")
             return scores.score_B
 
         samples = draw_part(
             model,
             reference,
             score,
-            kept.tokenizer,
+            session.tokenizer,
             there.prompts(),
-            kept.run.config,
+            session.run.config,
             part=part,
             num_samples=num_samples,
         )
@@ -176,13 +176,13 @@ def evaluation_resources(folder: str) -> Session:
     return Session(RunFolder(there.path, there.config, there.identity))
 
 
-def _policy(there: EvaluationFolder, kept: Session, policy: str) -> LanguageModel:
+def _policy(there: EvaluationFolder, session: Session, policy: str) -> LanguageModel:
     checkpoint, share = split_name(policy)
     if share < 1:
         path = None if there.run_dir is None else RunFolder.open(there.run_dir).checkpoint_path(int(checkpoint))
-        return Interpolation.between(there.config, kept.device, path).at(share)
+        return Interpolation.between(there.config, session.device, path).at(share)
     if there.run_dir is None:
-        return kept.policy.trainer(0).actor_critic.policy
+        return session.policy.trainer(0).actor_critic.policy
     # resources of its own: the run's may be training, and nothing of a checkpoint stays once its part is drawn
     return Session(RunFolder.open(there.run_dir)).policy.trainer(int(policy)).actor_critic.policy
 

@@ -51,9 +51,9 @@ def start_run(config: RunConfig, run_dir: str) -> None:
     probe(held.config, plan, loaded)
     identity = run_identity(held.config, plan.prompt_set)
     RunFolder.create(Path(run_dir), held.config, identity, held.before)
-    kept = open_session(run_dir)
-    kept.keep_plan(plan)
-    kept.keep_loaded(loaded)
+    session = open_session(run_dir)
+    session.keep_plan(plan)
+    session.keep_loaded(loaded)
 
 
 def consent(run_dir: str, trust: Sequence[str] = (), vllm_python: str | None = None) -> None:
@@ -151,14 +151,14 @@ def record_drift(run_dir: str, set_update: Sequence[str] = (), *, accepted: bool
             return []
         iteration, committed = run.num_finished(), Session(run).policy_digest(run.num_finished())
         drift = Drift(iteration, run.identity, changes, weights="")
-        kept = Session(run.with_drift(identity, drift, write=False))
+        session = Session(run.with_drift(identity, drift, write=False))
         weights = committed
         if iteration > 0:
-            with using_threads(kept.num_threads):
-                weights = kept.policy.trainer(iteration).digest()
-        kept.run = run.with_drift(identity, replace(drift, weights=weights), write=True)
+            with using_threads(session.num_threads):
+                weights = session.policy.trainer(iteration).digest()
+        session.run = run.with_drift(identity, replace(drift, weights=weights), write=True)
         if weights != committed and iteration not in run.checkpoints():
-            save_state(kept, iteration)
+            save_state(session, iteration)
         open_session.cache_clear()
     return changes
 
@@ -221,14 +221,14 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
 
     Returns: the checkpoint's folder if one was written now.
     """
-    kept = open_session(run_dir)
-    config, run = kept.run.config, kept.run
+    session = open_session(run_dir)
+    config, run = session.run.config, session.run
     is_due = iteration % config.checkpoint.every == 0 or iteration == config.num_iterations
     if iteration == 0 or not is_due:
         return None
     is_new = iteration not in run.checkpoints()
     if is_new:
-        save_state(kept, iteration)
+        save_state(session, iteration)
     drop_expired_checkpoints(run)  # also what a process that was killed between the two has left
     return str(run.checkpoint_path(iteration)) if is_new else None
 
@@ -236,13 +236,13 @@ def save_due_checkpoint(run_dir: str, iteration: int) -> str | None:
 @task(task_run_name="keep_last_good-{iteration}", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def keep_last_good(run_dir: str, iteration: int) -> None:
     """Keep the state before ``iteration`` as ``RUN/checkpoints/last_good``, out of reach of retention."""
-    kept = open_session(run_dir)
-    if iteration not in kept.run.checkpoints():
-        save_state(kept, iteration)
-    kept.run.keep_as_last_good(iteration)
-    drop_expired_checkpoints(kept.run)
+    session = open_session(run_dir)
+    if iteration not in session.run.checkpoints():
+        save_state(session, iteration)
+    session.run.keep_as_last_good(iteration)
+    drop_expired_checkpoints(session.run)
 
 
-def save_state(kept: Session, iteration: int) -> None:
+def save_state(session: Session, iteration: int) -> None:
     """Commit the state before an iteration as a checkpoint."""
-    kept.policy.save(iteration, kept.run.checkpoint_path(iteration))
+    session.policy.save(iteration, session.run.checkpoint_path(iteration))

@@ -65,12 +65,12 @@ def replay_iteration(
             raise UserError(f"nothing of it can be computed here: {source.missing[stages[0]]}")
         plan = source.plan  # what a person may have done wrong is told before a stage begins
         with shadow_of(replace(source.run, config=source.config), source.iteration) as shadow:
-            kept = open_session(str(shadow.path))
-            kept.needs_same_files = False
-            kept.keep_plan(plan)
+            session = open_session(str(shadow.path))
+            session.needs_same_files = False
+            session.keep_plan(plan)
             if num_threads is not None:
-                kept.use_threads(num_threads)
-            work = _Work(source, shadow, kept, stored, sample, progress or (lambda _: None))
+                session.use_threads(num_threads)
+            work = _Work(source, shadow, session, stored, sample, progress or (lambda _: None))
             for stage in stages:
                 work.replay(stage)
         return work.result()
@@ -83,12 +83,12 @@ class _Work:
         self,
         source: Source,
         shadow: RunFolder,
-        kept: Session,
+        session: Session,
         stored: Mapping[str, pa.Table],
         sample: str | None,
         tell: Progress,
     ) -> None:
-        self.source, self.shadow, self.kept, self.stored, self.sample = source, shadow, kept, stored, sample
+        self.source, self.shadow, self.session, self.stored, self.sample = source, shadow, session, stored, sample
         self.tell = tell
         self.refs: dict[str, ArtifactRef] = {stage: m.artifact for stage, m in source.manifests.items()}
         self.done: list[StageReplay] = []
@@ -124,7 +124,7 @@ class _Work:
         if self.weights is None and self._no_weights is None:
             self.tell("the weights before it")
             try:
-                self.weights = load_weights(self.kept, self.source.iteration)
+                self.weights = load_weights(self.session, self.source.iteration)
             except IntegrityError as error:
                 self._no_weights = error
         if self._no_weights is not None:
@@ -171,7 +171,7 @@ class _Work:
             run=self.source.name,
             iteration=self.source.iteration,
             stages=self.done,
-            num_threads=self.kept.num_threads,
+            num_threads=self.session.num_threads,
             threads_of_run=int(self.source.run.identity["num_threads"]),
             weights=self.weights,
             sample=self.sample,
@@ -182,7 +182,7 @@ class _Work:
         return (
             replay
             if replay.is_identical
-            else replace(replay, conditions=tuple(self.source.conditions(self.kept.num_threads)))
+            else replace(replay, conditions=tuple(self.source.conditions(self.session.num_threads)))
         )
 
 

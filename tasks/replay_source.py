@@ -154,16 +154,16 @@ def opened(
             yield replace(source, missing=dict.fromkeys(MODEL_STAGES, "the bundle was made --without-models"))
 
 
-def load_weights(kept: Session, iteration: int) -> Weights:
+def load_weights(session: Session, iteration: int) -> Weights:
     """Load the weights that an iteration starts from. Raises IntegrityError unless they are the committed ones."""
     started = time.perf_counter()
-    with using_threads(kept.num_threads):
-        digest, committed = kept.policy.trainer(iteration).digest(), kept.policy_digest(iteration)
+    with using_threads(session.num_threads):
+        digest, committed = session.policy.trainer(iteration).digest(), session.policy_digest(iteration)
     if committed not in ("initial", "", digest):
         raise IntegrityError(
             f"the weights before iteration {iteration} have the digest {digest[:12]}…, {committed[:12]}… was committed"
         )
-    checkpoint = max((i for i in kept.run.checkpoints() if i <= iteration), default=None)
+    checkpoint = max((i for i in session.run.checkpoints() if i <= iteration), default=None)
     return Weights(committed, digest, checkpoint, iteration - (checkpoint or 0), time.perf_counter() - started)
 
 

@@ -21,34 +21,34 @@ from tasks.session.session import Session, open_session
 @task(task_run_name="write_report", cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def write_report(run_dir: str, limit: int = 5) -> None:
     """Write ``RUN/before_after.json``, ``RUN/report.png`` and ``RUN/view.html``."""
-    kept = open_session(run_dir)
-    rows = compare_samples(kept, limit)
-    write_record(kept.run.path / "before_after.json", {"samples": rows})
-    draw_run(kept.run, kept.run.path / "report.png")
-    write_run_page(kept.run, kept.tokenizer.tokenizer)
+    session = open_session(run_dir)
+    rows = compare_samples(session, limit)
+    write_record(session.run.path / "before_after.json", {"samples": rows})
+    draw_run(session.run, session.run.path / "report.png")
+    write_run_page(session.run, session.tokenizer.tokenizer)
 
 
-def compare_samples(kept: Session, limit: int) -> list[dict[str, Any]]:
+def compare_samples(session: Session, limit: int) -> list[dict[str, Any]]:
     """Answer the first prompts of iteration 0 again with the final policy, from the same random numbers.
 
     Returns: rows of prompt, response and score, before and after.
     """
-    config, manifests = kept.run.config, kept.run.manifests(0)
-    prompts = kept.prompts(manifests["sample_prompts"].artifact)
-    before = kept.rollouts(manifests["generate"].artifact, prompts)
-    scores_before = kept.scores(manifests["score_rewards"].artifact)
+    config, manifests = session.run.config, session.run.manifests(0)
+    prompts = session.prompts(manifests["sample_prompts"].artifact)
+    before = session.rollouts(manifests["generate"].artifact, prompts)
+    scores_before = session.scores(manifests["score_rewards"].artifact)
     few = _first(prompts, limit)
-    with using_threads(kept.num_threads):
+    with using_threads(session.num_threads):
         after = generate(
-            kept.policy.trainer(config.num_iterations).actor_critic,
-            kept.tokenizer,
+            session.policy.trainer(config.num_iterations).actor_critic,
+            session.tokenizer,
             few,
             config.generation,
             samples_per_prompt=1,
             seed=config.seed,
             iteration=0,
         ).batch
-        scores_after = score_rewards(kept.models.reward_components, few, after, config.reward).batch
+        scores_after = score_rewards(session.models.reward_components, few, after, config.reward).batch
     return [
         {
             "prompt": few.texts[i],

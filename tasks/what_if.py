@@ -64,14 +64,14 @@ def ask_what_if(
         plan = _plan(source, changes, config)
         trainer = None if "ppo_update" in skipped else _trainer(source, config)
         with shadow_of(replace(source.run, config=config), source.iteration) as shadow:
-            kept = open_session(str(shadow.path))
-            kept.needs_same_files = False
-            kept.keep_plan(plan)
+            session = open_session(str(shadow.path))
+            session.needs_same_files = False
+            session.keep_plan(plan)
             if trainer is not None:
-                kept.policy.keep_trainer(trainer)
+                session.policy.keep_trainer(trainer)
             stages = [stage for stage in changes.stages if stage not in skipped]
-            set_state(source, changes, shadow, kept, progress)
-            what_if = _compute(source, changes, shadow, kept, stages, progress)
+            set_state(source, changes, shadow, session, progress)
+            what_if = _compute(source, changes, shadow, session, stages, progress)
             update = shadow.manifest("ppo_update", source.iteration) if "ppo_update" in what_if else None
         return WhatIf(
             run=source.name,
@@ -99,15 +99,15 @@ def _compute(
     source: Source,
     changes: Changes,
     shadow: RunFolder,
-    kept: Session,
+    session: Session,
     stages: Sequence[str],
     progress: Progress | None,
 ) -> Mapping[str, pa.Table]:
     """The tables of some stages, each from those before it."""
     iteration = source.iteration
     if changes.scores_are_stored:
-        scores = kept.scores(source.manifests["score_rewards"].artifact)
-        kept.models.keep_rewards(stored_components(scores, changes.config.reward.names))
+        scores = session.scores(source.manifests["score_rewards"].artifact)
+        session.models.keep_rewards(stored_components(scores, changes.config.reward.names))
     for stage in stages:
         remove_stage(stage, iteration, shadow.path)
     refs = {stage: manifest.artifact for stage, manifest in source.manifests.items()}

@@ -24,20 +24,20 @@ from tasks.session.session import Session
 from tasks.shadow import compute_stage, manifest_path, put_stage, remove_stage
 
 
-def set_state(source: Source, changes: Changes, shadow: RunFolder, kept: Session, progress: Progress | None) -> None:
+def set_state(source: Source, changes: Changes, shadow: RunFolder, session: Session, progress: Progress | None) -> None:
     """Give an iteration of a shadow the β and the score moments that go with the changes.
 
     Args:
         source: the iteration as it was.
         changes: what is asked.
         shadow: its copy, whose loop state is replaced.
-        kept: resources of the shadow.
+        session: of the shadow.
         progress: told which iteration's scores are computed again.
     Raises: UserError if scores of earlier iterations are needed that are not here.
     """
     values: dict[str, Any] = {} if changes.kl_coef is None else {"kl_coef": changes.kl_coef}
     if changes.moments_of:
-        values["moments"] = asdict(_moments(source, changes, shadow, kept, progress))
+        values["moments"] = asdict(_moments(source, changes, shadow, session, progress))
     if values and source.iteration > 0:  # the first one starts from the config
         path = shadow.path / manifest_path(source.iteration - 1, "ppo_update")
         record = read_record(path)
@@ -45,7 +45,7 @@ def set_state(source: Source, changes: Changes, shadow: RunFolder, kept: Session
 
 
 def _moments(
-    source: Source, changes: Changes, shadow: RunFolder, kept: Session, progress: Progress | None
+    source: Source, changes: Changes, shadow: RunFolder, session: Session, progress: Progress | None
 ) -> ScoreMoments:
     """Of the scores of the iterations that count, in their order."""
     moments = ScoreMoments()
@@ -55,22 +55,22 @@ def _moments(
         if changes.is_scored_again:
             if progress is not None:
                 progress(f"score_rewards of iteration {iteration}")
-            scores = _scored_again(source, changes, shadow, kept, iteration, scores)
+            scores = _scored_again(source, changes, shadow, session, iteration, scores)
         moments = update_moments(moments, scores.score_B)
     return moments
 
 
 def _scored_again(
-    source: Source, changes: Changes, shadow: RunFolder, kept: Session, iteration: int, scores: Scores
+    source: Source, changes: Changes, shadow: RunFolder, session: Session, iteration: int, scores: Scores
 ) -> Scores:
     """The stored responses of an earlier iteration, scored as the changes say."""
     if changes.scores_are_stored:
-        kept.models.keep_rewards(stored_components(scores, changes.config.reward.names))
+        session.models.keep_rewards(stored_components(scores, changes.config.reward.names))
     refs = {stage: _artifact(source, changes, stage, iteration) for stage in ("sample_prompts", "generate")}
     for stage in refs:
         put_stage(source.run, stage, iteration, shadow.path)
     remove_stage("score_rewards", iteration, shadow.path)
-    return kept.scores(compute_stage(shadow, "score_rewards", iteration, refs))
+    return session.scores(compute_stage(shadow, "score_rewards", iteration, refs))
 
 
 def _artifact(source: Source, changes: Changes, stage: str, iteration: int) -> ArtifactRef:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -62,30 +62,30 @@ def using_threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Do things that share nothing, each in a thread of its own, on an equal share of this thread's threads.
+@contextlib.contextmanager
+def beside(work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
+    """Do something in a thread of its own beside the body, each on half of this thread's threads.
 
     Threads that meet after each operation lose more by waiting than those that meet at the end, and lose many times
-    more where something else wants a core. With fewer threads than works they are done one after the other.
+    more where something else wants a core. With one thread the work is done after the body.
 
     Args:
-        works: each sees the grad mode of the caller.
-    Returns: their results, in order. Raises what the first of them that fails raises.
+        work: shares nothing with the body; sees the grad mode of the caller.
+    Yields: what gives the result of the work, to be called after the body. It raises what the work has raised.
     """
-    share = torch.get_num_threads() // len(works)
+    share = torch.get_num_threads() // 2
     if share == 0:
-        return [work() for work in works]
+        yield work
+        return
     with_grad = torch.is_grad_enabled()
 
-    def alone(work: Callable[[], Result]) -> Result:
+    def alone() -> Result:
         torch.set_num_threads(share)
         with torch.set_grad_enabled(with_grad):
             return work()
 
-    with using_threads(share), ThreadPoolExecutor(len(works) - 1) as others:
-        running = [others.submit(alone, work) for work in works[1:]]
-        first = alone(works[0])
-        return [first, *(each.result() for each in running)]
+    with using_threads(share), ThreadPoolExecutor(1) as other:
+        yield other.submit(alone).result
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from rlhf_core.models.devices import side_by_side
+from rlhf_core.models.devices import beside
 from rlhf_core.ops.finite import first_not_finite
 
 Result = TypeVar("Result")
@@ -80,9 +81,9 @@ class Ranks:
         """The name of the first tensor, of which this rank has a part, that holds NaN or infinity anywhere."""
         return first_not_finite(named)
 
-    def each(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
-        """Do things that share nothing. Returns: their results, in order."""
-        return side_by_side(works)
+    def beside(self, work: Callable[[], Result]) -> AbstractContextManager[Callable[[], Result]]:
+        """Do something beside the body, with which it shares nothing. Yields: what gives its result afterwards."""
+        return beside(work)
 
     def _collected(self, tensor: Tensor) -> Tensor:
         return tensor.cpu().contiguous()
@@ -140,9 +141,9 @@ class GroupRanks(Ranks):
         first = -self.largest(-float(len(names) if mine is None else names.index(mine)))
         return None if first == len(names) else names[int(first)]
 
-    def each(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
-        """One after the other: collectives come in the same order on all ranks."""
-        return [work() for work in works]
+    def beside(self, work: Callable[[], Result]) -> AbstractContextManager[Callable[[], Result]]:
+        """After the body: collectives come in the same order on all ranks."""
+        return nullcontext(work)
 
     def _collected(self, tensor: Tensor) -> Tensor:
         return super()._collected(tensor) if self.rank == 0 else tensor.new_empty(0)

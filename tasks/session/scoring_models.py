@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from rlhf_core.contracts.config import RunConfig
 from rlhf_core.models.frozen import FrozenModels, move_models
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
@@ -27,11 +28,14 @@ class ScoringModels:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._config = session.run.config
         self._models = FrozenModels()
         self._loaded: dict[str, Any] = {}
         self.has_given_rewards = False
         """Whether other components score than those of the config: workers have none of them."""
+
+    @property
+    def _config(self) -> RunConfig:
+        return self._session.run.config
 
     @property
     def reference(self) -> LanguageModel:

@@ -357,6 +357,6 @@ def test_a_layout_that_cannot_be_is_refused(update: dict[str, Any], sentence: st
 
 def test_a_run_with_ranks_keeps_no_trainer_in_its_own_process(tiny: Any, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", config(tiny, TWO), {"num_threads": 1})
-    kept = Session(run)
-    assert kept.policy.behaviour(0) is kept.policy.behaviour(0)
-    assert kept.policy._trainer is None
+    session = Session(run)
+    assert session.policy.behaviour(0) is session.policy.behaviour(0)
+    assert session.policy._trainer is None

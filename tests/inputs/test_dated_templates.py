@@ -68,8 +68,8 @@ def tree(tiny: Any, tmp_path: Path) -> dict[str, Any]:
     return made | {"reward": {"components": [component]}}
 
 
-def texts_of(kept: Session) -> list[str]:
-    return list(kept.next_prompts(Cursor()).batch.texts)
+def texts_of(session: Session) -> list[str]:
+    return list(session.next_prompts(Cursor()).batch.texts)
 
 
 def test_a_run_shows_the_day_on_which_it_began(tree: dict[str, Any], tmp_path: Path, clock: Any) -> None:
@@ -90,11 +90,11 @@ def test_a_reward_model_reads_the_day_on_which_the_run_began(
 ) -> None:
     start_run(build_config(tree), str(tmp_path / "run"))
     clock(29)
-    kept = Session(RunFolder.open(tmp_path / "run"))
-    prompts = kept.next_prompts(Cursor()).batch
-    bench = Bench.of(kept.run.config)
+    session = Session(RunFolder.open(tmp_path / "run"))
+    prompts = session.next_prompts(Cursor()).batch
+    bench = Bench.of(session.run.config)
     rollouts = bench.rollouts(prompts).batch
-    bench.rewards = kept.models.reward_components
+    bench.rewards = session.models.reward_components
     found = bench.scores(prompts, rollouts).batch
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.reward)

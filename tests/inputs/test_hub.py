@@ -254,8 +254,8 @@ class TestARun:
         assert [r.getMessage() for r in caplog.records] == [
             f"policy.model {ID!r} has moved: main is commit {B} now, and the run keeps {A}"
         ]
-        kept = Session(RunFolder.open(begun))
-        assert_same(weights_of(kept.policy.trainer(0).actor_critic.policy.model), plain_weights(snapshot(moved, A)))
+        session = Session(RunFolder.open(begun))
+        assert_same(weights_of(session.policy.trainer(0).actor_critic.policy.model), plain_weights(snapshot(moved, A)))
 
     def test_says_nothing_where_nothing_moved(self, begun: Path, moved: Path, caplog: pytest.LogCaptureFixture) -> None:
         point(moved, A)

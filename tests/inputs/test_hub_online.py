@@ -27,9 +27,9 @@ from tasks.session.session import Session
 tree, folder = json.loads(sys.argv[1]), sys.argv[2]
 start_run(build_config(tree), folder)
 run = RunFolder.open(Path(folder))
-kept = Session(run)
-first = kept.plan.prompt_set.entries[0]
-print(json.dumps([kept.policy.trainer(0).digest(), first]))
+session = Session(run)
+first = session.plan.prompt_set.entries[0]
+print(json.dumps([session.policy.trainer(0).digest(), first]))
 sys.stdout.flush()
 sys.stdin.readline()  # the branch moves now
 print(json.dumps(moved_branches(run.config, run.unpinned)))

@@ -172,9 +172,9 @@ def test_verify_and_every_weight_computed_again_use_the_old_number_before_it(
     run_dir = copy(extended)
     assert verify_run(run_dir).findings == []
     remove(run_dir / "checkpoints")
-    kept = Session(RunFolder.open(run_dir))
+    session = Session(RunFolder.open(run_dir))
     for iteration in (BEFORE, AFTER):
-        assert kept.policy.trainer(iteration).digest() == weights(run_dir)[iteration - 1]
+        assert session.policy.trainer(iteration).digest() == weights(run_dir)[iteration - 1]
 
 
 @pytest.mark.parametrize("iteration", [BEFORE - 1, BEFORE])

@@ -68,8 +68,8 @@ class TestRepair:
         (run_dir / "iterations/notes.txt").write_text("mine, too")
         (line, _) = repair_run(str(run_dir))
         assert line.startswith("checkpoints/000003/policy/x.bin was moved to .quarantine/")
-        kept = {p.name: p.read_text() for p in (run_dir / ".quarantine").rglob("*") if p.is_file()}
-        assert kept == {"x.bin": "mine", "notes.txt": "mine, too"}
+        session = {p.name: p.read_text() for p in (run_dir / ".quarantine").rglob("*") if p.is_file()}
+        assert session == {"x.bin": "mine", "notes.txt": "mine, too"}
 
     def test_the_users_own_file_beside_the_run_stays(self, run_dir: Path) -> None:
         (run_dir / "notes.txt").write_text("mine")
@@ -121,12 +121,17 @@ class TestRepair:
             repair_run(str(run_dir))
 
 
-def _other_opinion(kept: Session) -> Any:
+def _other_opinion(session: Session) -> Any:
     from rlhf_core.rewards.loading import load_component
 
-    config = kept.run.config.reward.components[0].model_copy(update={"weight": 1.0})
+    config = session.run.config.reward.components[0].model_copy(update={"weight": 1.0})
     component = load_component(
-        config, field="reward", columns=[], policy_vocabulary="", device=torch.device("cpu"), frozen=kept.models._models
+        config,
+        field="reward",
+        columns=[],
+        policy_vocabulary="",
+        device=torch.device("cpu"),
+        frozen=session.models._models,
     )
     with torch.no_grad():
         component.model.score.weight.mul_(1.01)  # pyright: ignore[reportAttributeAccessIssue]

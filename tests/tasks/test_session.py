@@ -172,14 +172,14 @@ def _interrupt_after(checkpoint: Path) -> Callable[[], None]:
 
 
 def test_reference_and_policy_have_one_trunk(tiny: Any, tmp_path: Path) -> None:
-    kept = begin(tiny, tmp_path / "run", "policy.lora.rank=4")
-    reference = kept.models.reference
-    trainer = kept.policy.trainer(0)
+    session = begin(tiny, tmp_path / "run", "policy.lora.rank=4")
+    reference = session.models.reference
+    trainer = session.policy.trainer(0)
     assert reference.model is trainer.actor_critic.policy.model, "also when the reference is asked for first"
-    assert kept.models.reference.model is reference.model
+    assert session.models.reference.model is reference.model
     play(tmp_path / "run")
-    assert kept.policy.trainer(3) is trainer
-    assert kept.models.reference.model is trainer.actor_critic.policy.model
+    assert session.policy.trainer(3) is trainer
+    assert session.models.reference.model is trainer.actor_critic.policy.model
     plain = begin(tiny, tmp_path / "plain")
     assert plain.models.reference.model is not plain.policy.trainer(0).actor_critic.policy.model
 
@@ -196,19 +196,19 @@ def test_the_reference_has_all_threads_where_no_model_scores_beside_it(tiny: Any
 
 def test_an_earlier_trainer_is_loaded_anew_and_the_reference_follows(lora_run: Path) -> None:
     open_session.cache_clear()
-    kept = open_session(str(lora_run))
-    late, expected = kept.policy.trainer(3), kept.policy_digest(2)
-    early = kept.policy.trainer(2)
+    session = open_session(str(lora_run))
+    late, expected = session.policy.trainer(3), session.policy_digest(2)
+    early = session.policy.trainer(2)
     assert early is not late
     assert early.digest() == expected
-    assert kept.models.reference.model is early.actor_critic.policy.model
+    assert session.models.reference.model is early.actor_critic.policy.model
 
 
 def test_the_trainer_that_comes_with_a_reference_has_its_weights(lora_run: Path) -> None:
     open_session.cache_clear()
-    kept = open_session(str(lora_run))
-    assert kept.models.reference.model is kept.policy.trainer(3).actor_critic.policy.model
-    assert kept.policy.trainer(3).digest() == kept.policy_digest(3)
+    session = open_session(str(lora_run))
+    assert session.models.reference.model is session.policy.trainer(3).actor_critic.policy.model
+    assert session.policy.trainer(3).digest() == session.policy_digest(3)
 
 
 @pytest.fixture(scope="module")
@@ -227,28 +227,28 @@ def test_sending_frozen_models_away_changes_no_number(where: str, plain_run: Pat
     assert digests(tmp_path / "run") == digests(plain_run)
 
 
-def frozen_modules(kept: Session) -> list[Any]:
+def frozen_modules(session: Session) -> list[Any]:
     """The transformers models behind reference and reward model."""
-    return [kept.models.reference.model, kept.models.reward_components[0].model]  # pyright: ignore[reportAttributeAccessIssue]
+    return [session.models.reference.model, session.models.reward_components[0].model]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_on_disk_nothing_is_in_memory_between_stages(tiny: Any, tmp_path: Path) -> None:
-    kept = begin(tiny, tmp_path / "run", "frozen_models=disk")
-    alive = [weakref.ref(module) for module in frozen_modules(kept)]
+    session = begin(tiny, tmp_path / "run", "frozen_models=disk")
+    alive = [weakref.ref(module) for module in frozen_modules(session)]
     for stage in ("generate", "reference_logprobs"):
-        kept.models.stage_done(stage)
+        session.models.stage_done(stage)
     gc.collect()
     assert [ref() is None for ref in alive] == [True, False], "each with its own stage"
-    kept.models.stage_done("score_rewards")
+    session.models.stage_done("score_rewards")
     gc.collect()
     assert alive[1]() is None
-    assert all(p.device.type == "cpu" for module in frozen_modules(kept) for p in module.parameters())
+    assert all(p.device.type == "cpu" for module in frozen_modules(session) for p in module.parameters())
 
 
 def test_a_stage_sends_its_models_away_also_when_it_fails(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = begin(tiny, tmp_path / "run", "frozen_models=disk")
+    session = begin(tiny, tmp_path / "run", "frozen_models=disk")
     alive: list[Any] = []
 
     def fail(reference: LanguageModel, *_: Any, **__: Any) -> None:
@@ -262,28 +262,28 @@ def test_a_stage_sends_its_models_away_also_when_it_fails(
         reference_logprobs.fn(str(tmp_path / "run"), 0, prompts, rollouts)
     gc.collect()
     assert alive[0]() is None
-    assert kept.models.reference.model is not None
+    assert session.models.reference.model is not None
 
 
 def test_in_cpu_memory_they_move_there_and_back(tiny: Any, tmp_path: Path) -> None:
     """Seen on the meta device, which every machine has: whatever is not on it has been moved."""
-    kept = begin(tiny, tmp_path / "run", "frozen_models=cpu")
-    modules = frozen_modules(kept)
-    kept.device = torch.device("meta")
-    assert frozen_modules(kept) == modules
+    session = begin(tiny, tmp_path / "run", "frozen_models=cpu")
+    modules = frozen_modules(session)
+    session.device = torch.device("meta")
+    assert frozen_modules(session) == modules
     assert all(p.device.type == "meta" for module in modules for p in module.parameters())
-    kept.device = torch.device("cpu")
+    session.device = torch.device("cpu")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_they_leave_it_between_stages(tiny: Any, tmp_path: Path) -> None:
-    kept = begin(tiny, tmp_path / "run", "frozen_models=cpu", "device=cuda")
-    modules = frozen_modules(kept)
+    session = begin(tiny, tmp_path / "run", "frozen_models=cpu", "device=cuda")
+    modules = frozen_modules(session)
     assert all(p.device.type == "cuda" for module in modules for p in module.parameters())
-    kept.models.stage_done("score_rewards")
-    kept.models.stage_done("reference_logprobs")
+    session.models.stage_done("score_rewards")
+    session.models.stage_done("reference_logprobs")
     assert all(p.device.type == "cpu" for module in modules for p in module.parameters())
-    assert all(p.device.type == "cuda" for module in frozen_modules(kept) for p in module.parameters())
+    assert all(p.device.type == "cuda" for module in frozen_modules(session) for p in module.parameters())
 
 
 def test_components_that_name_one_folder_share_its_weights(tiny: Any, tmp_path: Path) -> None:
@@ -293,8 +293,8 @@ def test_components_that_name_one_folder_share_its_weights(tiny: Any, tmp_path: 
         {"kind": "model", "model": str(tmp_path / "link"), "name": "again", "batch_size": 2},
         {"kind": "model", "model": str(tiny.reward), "name": "rounded", "dtype": "bfloat16"},
     ]
-    kept = begin(tiny, tmp_path / "run", f"reward.components={json.dumps(components)}")
-    first, again, rounded = (component.model for component in kept.models.reward_components)  # pyright: ignore
+    session = begin(tiny, tmp_path / "run", f"reward.components={json.dumps(components)}")
+    first, again, rounded = (component.model for component in session.models.reward_components)  # pyright: ignore
     assert first is again
     assert first is not rounded
     one = preflight(build_config(tree(tiny)))

@@ -138,8 +138,8 @@ def poison_record(path: Path, old: str, new: str) -> None:
 def poison_loop_state(key: str, text: str) -> Callable[[Session], None]:
     """Change a number of the loop state that the iteration starts from."""
 
-    def act(kept: Session) -> None:
-        path = (kept.run.path / artifact_path(ITERATION - 1, "ppo_update")).with_suffix(".json")
+    def act(session: Session) -> None:
+        path = (session.run.path / artifact_path(ITERATION - 1, "ppo_update")).with_suffix(".json")
         body = path.read_text()
         state = body[body.index('"state":') :]
         start = state.index(f'"{key}":')
@@ -268,33 +268,33 @@ def spoil_result(result: StageResult[Any]) -> StageResult[Any]:
     return replace(result, batch=spoil_padding(result.batch))
 
 
-def spoil_inputs(kept: Session) -> None:
+def spoil_inputs(session: Session) -> None:
     """From now on whatever is read from artifacts has spoilt padding."""
     for name in ("prompts", "rollouts", "scores", "reference_logprobs", "experience"):
-        real = getattr(kept, name)
-        setattr(kept, name, lambda *a, real=real: spoil_padding(real(*a)))
+        real = getattr(session, name)
+        setattr(session, name, lambda *a, real=real: spoil_padding(real(*a)))
 
 
-def stop_spoiling(kept: Session) -> None:
+def stop_spoiling(session: Session) -> None:
     """Read artifacts as they are again."""
     for name in ("prompts", "rollouts", "scores", "reference_logprobs", "experience"):
-        vars(kept).pop(name, None)
+        vars(session).pop(name, None)
 
 
-def model_of(kept: Session, stage: str) -> nn.Module:
+def model_of(session: Session, stage: str) -> nn.Module:
     """The model that a stage computes with."""
     if stage == "score_rewards":
-        return cast("nn.Module", cast("Any", kept.models.reward_components[0]).model)
+        return cast("nn.Module", cast("Any", session.models.reward_components[0]).model)
     if stage == "reference_logprobs":
-        return kept.models.reference.model
-    return kept.policy.trainer(ITERATION).actor_critic.policy.model
+        return session.models.reference.model
+    return session.policy.trainer(ITERATION).actor_critic.policy.model
 
 
 def set_weight(stage: str, value: float) -> Callable[[Session], None]:
     """Overwrite a weight matrix of the stage's model, in memory."""
 
-    def act(kept: Session) -> None:
-        model = model_of(kept, stage)
+    def act(session: Session) -> None:
+        model = model_of(session, stage)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("mlp.c_fc.weight"):
@@ -306,8 +306,8 @@ def set_weight(stage: str, value: float) -> Callable[[Session], None]:
 def one_bad_pass(stage: str) -> Callable[[Session], None]:
     """Let the first pass of the stage's model give NaN for two rows, and no other."""
 
-    def act(kept: Session) -> None:
-        model: Any = model_of(kept, stage)
+    def act(session: Session) -> None:
+        model: Any = model_of(session, stage)
 
         def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
             handle.remove()
@@ -315,21 +315,21 @@ def one_bad_pass(stage: str) -> Callable[[Session], None]:
             return output
 
         if stage != "generate":
-            assert trunk_of(kept, stage).packs, "it has been asked: its probe is not the pass that is spoilt"
+            assert trunk_of(session, stage).packs, "it has been asked: its probe is not the pass that is spoilt"
         handle = model.base_model.register_forward_hook(spoil)
 
     return act
 
 
-def trunk_of(kept: Session, stage: str) -> Trunk:
+def trunk_of(session: Session, stage: str) -> Trunk:
     """The trunk of a stage's frozen model."""
-    component: Any = kept.models.reward_components[0]
-    return component._trunk if stage == "score_rewards" else kept.models.reference._reads
+    component: Any = session.models.reward_components[0]
+    return component._trunk if stage == "score_rewards" else session.models.reference._reads
 
 
-def one_bad_gradient(kept: Session) -> None:
+def one_bad_gradient(session: Session) -> None:
     """Let the first gradient of one weight be NaN, and no other."""
-    parameter = kept.policy.trainer(ITERATION).actor_critic.policy_parameters()[0][1]
+    parameter = session.policy.trainer(ITERATION).actor_critic.policy_parameters()[0][1]
 
     def spoil(gradient: Tensor) -> Tensor:
         handle.remove()

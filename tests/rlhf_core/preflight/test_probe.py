@@ -199,10 +199,10 @@ def test_a_run_goes_on_with_what_the_probe_has_loaded(
 
     for module in (frozen, language_model):
         monkeypatch.setattr(module, "load_transformers_model", load)
-    kept = open_session(str(tmp_path / "run"))
-    assert kept.policy.trainer(0).iteration == 0
-    assert kept.models.reference.dtype is torch.bfloat16
-    assert len(kept.models.reward_components) == 1
+    session = open_session(str(tmp_path / "run"))
+    assert session.policy.trainer(0).iteration == 0
+    assert session.models.reference.dtype is torch.bfloat16
+    assert len(session.models.reward_components) == 1
 
 
 def test_nothing_is_written_where_the_probe_refuses(

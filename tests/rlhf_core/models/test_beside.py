@@ -1,4 +1,4 @@
-"""Works that share nothing, in a thread each."""
+"""Work that shares nothing with what is computed beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iteration import Bench
 from tolerances import F32_MODEL
 from torch.testing import assert_close
 
-from rlhf_core.models.devices import side_by_side, using_threads
+from rlhf_core.models.devices import beside, using_threads
 
 
 def seen() -> tuple[int, bool, str]:
@@ -23,32 +23,46 @@ def seen() -> tuple[int, bool, str]:
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_each_has_its_share_of_threads_and_the_callers_grad_mode(threads: int, share: int, with_grad: bool) -> None:
     with using_threads(threads), torch.set_grad_enabled(with_grad):
-        first, second = side_by_side([seen, seen])
+        with beside(seen) as other:
+            body = seen()
+        work = other()
         assert torch.get_num_threads() == threads
-    assert first[:2] == second[:2] == (share, with_grad)
-    assert first[2] != second[2]
+    assert body[:2] == work[:2] == (share, with_grad)
+    assert body[2] != work[2]
 
 
-def test_on_one_thread_they_come_one_after_the_other() -> None:
-    order: list[int] = []
+def test_they_run_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    with using_threads(2):
+        with beside(meeting.wait) as other:
+            here = meeting.wait()
+        assert {here, other()} == {0, 1}
+
+
+def test_on_one_thread_the_work_comes_after_the_body() -> None:
+    order: list[str] = []
     with using_threads(1):
-        found = side_by_side([lambda: order.append(0) or seen(), lambda: order.append(1) or seen()])
-    assert order == [0, 1]
-    assert found[0] == found[1]
+        with beside(lambda: order.append("work") or seen()) as other:
+            order.append("body")
+            body = seen()
+        assert order == ["body"]
+        assert other() == body
+    assert order == ["body", "work"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_what_the_first_that_fails_raises(threads: int) -> None:
-    def fail(word: str) -> Callable[[], Any]:
-        def work() -> None:
-            raise ValueError(word)
+def test_what_fails_is_raised(threads: int) -> None:
+    def fail() -> None:
+        raise ValueError("work")
 
-        return work
-
-    with using_threads(threads), pytest.raises(ValueError, match="first"):
-        side_by_side([fail("first"), fail("second")])
-    with using_threads(threads), pytest.raises(ValueError, match="second"):
-        side_by_side([seen, fail("second")])
+    with using_threads(threads):
+        with pytest.raises(ValueError, match="body"), beside(fail):
+            raise ValueError("body")
+        with beside(fail) as other:
+            pass
+        with pytest.raises(ValueError, match="work"):
+            other()
+        assert torch.get_num_threads() == threads
 
 
 def test_policy_and_critic_learn_the_same_beside_each_other(tiny_config: Callable[..., Any]) -> None:
