@@ -39,8 +39,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.secrets import without_secrets
 from rlhf_core.inspection import before_and_after, extension_sentence, last_of_user
 from rlhf_core.store.address import shown
-from tasks.tracked_metrics import iteration_metrics
-from tasks.tracking import Tracker
+from tasks.tracking.metrics import iteration_metrics
+from tasks.tracking.tracker import Tracker
 
 EVERY_S = 10.0
 """At least between two writings."""

@@ -25,8 +25,15 @@ from rlhf_core.contracts.trust import accept_config
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.gate import Check, Gate
 from rlhf_core.store.address import on_disk
-from tasks.chain import check_promotable, close_link, holding_chain, next_link, promote, with_registered_reward
-from tasks.lifecycle import check_resumable, start_run
+from tasks.lifecycle.chain import (
+    check_promotable,
+    close_link,
+    holding_chain,
+    next_link,
+    promote,
+    with_registered_reward,
+)
+from tasks.lifecycle.start import check_resumable, start_run
 
 
 @flow(

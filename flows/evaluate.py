@@ -19,8 +19,8 @@ from rlhf_core.evaluation.folder import EVALUATIONS, EvaluationFolder
 from rlhf_core.evaluation.request import Request, accept_of_run
 from rlhf_core.store.address import on_disk
 from rlhf_core.store.opening import adding, local
-from tasks.evaluate import draw_samples, start_evaluation, write_evaluation
-from tasks.evaluation_log import log_evaluation
+from tasks.evaluation.evaluate import draw_samples, start_evaluation, write_evaluation
+from tasks.tracking.evaluation import log_evaluation
 
 SHOWN = 5
 """Responses on Prefect's page of an evaluation."""

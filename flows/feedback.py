@@ -11,10 +11,10 @@ from flows.console import Console
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks.feedback import Feedback, feedback_of
-from tasks.outbox import Ledger, RefusalError, reason
-from tasks.tracked_traces import RUN_TAG
-from tasks.tracking import connect
+from tasks.tracking.feedback import Feedback, feedback_of
+from tasks.tracking.outbox import Ledger, RefusalError, reason
+from tasks.tracking.traces import RUN_TAG
+from tasks.tracking.tracker import connect
 
 
 def write_feedback(console: Console, path: Path, to: Path, labels: Path | None) -> None:
@@ -51,7 +51,7 @@ def read_feedback(run: RunFolder) -> Feedback:
         return feedback_of(judged_traces(run))
     except RefusalError as error:
         raise UserError(f"MLflow does not give the traces of {run.path}: {error}") from None
-    except Exception as error:  # MLflow's own, which only tasks/tracking.py knows
+    except Exception as error:  # MLflow's own, which only tasks/tracking/tracker.py knows
         raise UserError(f"MLflow does not give the traces of {run.path}: {reason(error)}") from None
 
 

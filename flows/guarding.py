@@ -20,8 +20,8 @@ from rlhf_core.contracts.errors import GuardStopError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.guards import Finding
 from rlhf_core.store.address import shown
-from tasks.guards import Guards
-from tasks.lifecycle import keep_last_good
+from tasks.lifecycle.guards import Guards
+from tasks.lifecycle.start import keep_last_good
 
 POLL_S = 10
 """Seconds between two looks at whether a paused run was resumed."""

@@ -23,20 +23,20 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.trust import accept_config
 from rlhf_core.store.opening import writing
-from tasks.extension import drop_report_of_earlier_end, extend_run
 from tasks.generate import generate
-from tasks.guards import Guards, accept_tripped, change_guards
-from tasks.lifecycle import check_resumable, consent, record_drift, save_due_checkpoint, start_run
+from tasks.lifecycle.extension import drop_report_of_earlier_end, extend_run
+from tasks.lifecycle.guards import Guards, accept_tripped, change_guards
+from tasks.lifecycle.retention import compact, compaction_is_due, drop_finished_shards, remove_run_leftovers
+from tasks.lifecycle.start import check_resumable, consent, record_drift, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
-from tasks.rank_group import ranks_end
+from tasks.ranks.group import ranks_end
 from tasks.reference_logprobs import reference_logprobs
-from tasks.report import write_report
-from tasks.retention import compact, compaction_is_due, drop_finished_shards, remove_run_leftovers
+from tasks.reports.report import write_report
 from tasks.sample_prompts import sample_prompts
 from tasks.score_rewards import score_rewards
 from tasks.shape_rewards import shape_rewards
-from tasks.tracked_metrics import iteration_metrics
-from tasks.tracking import Tracker
+from tasks.tracking.metrics import iteration_metrics
+from tasks.tracking.tracker import Tracker
 
 SIDE_BY_SIDE: Any = ThreadPoolTaskRunner(max_workers=2)
 """score_rewards and reference_logprobs run at the same time."""

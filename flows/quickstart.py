@@ -20,8 +20,8 @@ from flows.ppo import SIDE_BY_SIDE, begin, iterate, train
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.textworld import TextWorld
-from tasks.chat_world import chat_world, prepare_chat_world
-from tasks.text_world import prepare_text_world, text_world
+from tasks.worlds.chat_world import chat_world, prepare_chat_world
+from tasks.worlds.text_world import prepare_text_world, text_world
 
 if TYPE_CHECKING:
     from rlhf_core.chatworld import ChatWorld

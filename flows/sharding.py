@@ -17,10 +17,10 @@ from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.devices import usable_cores
 from rlhf_core.store.helping import fetch_parts
-from tasks.compute_shard import compute_shard
-from tasks.local_workers import LocalWorkers
-from tasks.shards import foresee_prompts, hand_out_weights
-from tasks.workers import Workers, using_workers, workers
+from tasks.shards.compute_shard import compute_shard
+from tasks.shards.local_workers import LocalWorkers
+from tasks.shards.stages import foresee_prompts, hand_out_weights
+from tasks.shards.workers import Workers, using_workers, workers
 
 
 def shard_workers(run: RunFolder) -> AbstractContextManager[None]:
@@ -31,7 +31,7 @@ def shard_workers(run: RunFolder) -> AbstractContextManager[None]:
 def _workers(run: RunFolder) -> Workers | None:
     execution = run.config.execution
     if execution.engine == "ray":
-        from tasks.ray_workers import RayWorkers
+        from tasks.ray.workers import RayWorkers
 
         return RayWorkers(run)
     count = execution.workers(int(run.identity["num_threads"]), usable_cores())

@@ -21,8 +21,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.store.address import on_disk
 from rlhf_core.sweeping.folder import SweepFolder
 from rlhf_core.sweeping.grid import MAX_RUNS, SweepRun
-from tasks.sweep import SweepRequest, is_done, start_sweep, write_sweep
-from tasks.sweep_log import SweepTracker, note
+from tasks.sweep.log import SweepTracker, note
+from tasks.sweep.runs import SweepRequest, is_done, start_sweep, write_sweep
 
 POLL_S = 0.5
 """Between two looks at the processes."""

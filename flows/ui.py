@@ -30,10 +30,10 @@ from flows.outages import api_answers
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.secrets import without_credentials, without_secrets
 from rlhf_core.contracts.trust import is_closed, tracker_at
-from tasks.outbox import RefusalError, store_lock
-from tasks.sqlite_store import state_of
-from tasks.tracker_view import view_page
-from tasks.tracking_store import DATABASE, address_problem, experiments_in, trackers_in
+from tasks.tracking.outbox import RefusalError, store_lock
+from tasks.tracking.sqlite_store import state_of
+from tasks.tracking.store import DATABASE, address_problem, experiments_in, trackers_in
+from tasks.tracking.view import view_page
 
 HOST = "127.0.0.1"
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200

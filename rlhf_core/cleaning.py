@@ -2,7 +2,7 @@
 
     Wanted(older_than_s=30 * DAY, keep=5, states=("stopped",))      runs that meet all of it, but for the newest five
 
-Nothing is removed here: :mod:`tasks.cleaning` does, and asks MLflow first.
+Nothing is removed here: :mod:`tasks.lifecycle.cleaning` does, and asks MLflow first.
 """
 
 from __future__ import annotations

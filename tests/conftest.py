@@ -89,7 +89,7 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow's with its tables: making them takes seconds. Copy it before writing."""
-    from tasks.tracking import _make_store
+    from tasks.tracking.tracker import _make_store
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     _make_store(path)

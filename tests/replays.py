@@ -21,7 +21,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.stages.shape_rewards import shape_rewards
-from tasks import report
+from tasks.reports import report
 
 ROW, POSITION = 3, 0
 """Where :func:`another_advantage` plants its change."""
@@ -91,4 +91,4 @@ def on_other_machine(monkeypatch: pytest.MonkeyPatch, real: Callable[..., dict[s
         found = real(*arguments)
         return found | {"versions": {**found["versions"], "torch": "99.0"}}
 
-    monkeypatch.setattr("tasks.replay_source.run_identity", identity)
+    monkeypatch.setattr("tasks.replay.source.run_identity", identity)

@@ -11,8 +11,8 @@ import pytest
 from made_runs import made_run
 
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks import tracking
-from tasks.outbox import Ledger
+from tasks.tracking import tracker as tracking
+from tasks.tracking.outbox import Ledger
 
 
 def trackable(path: Path, empty_store: Path | None, iterations: int = 3, **made: Any) -> RunFolder:
@@ -47,11 +47,11 @@ def send(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with monkeypatch.context() as patched:
         for logger in (
             tracking.logger,
-            logging.getLogger("tasks.sqlite_store"),
-            logging.getLogger("tasks.tracked_models"),
+            logging.getLogger("tasks.tracking.sqlite_store"),
+            logging.getLogger("tasks.tracking.models"),
         ):
             patched.setattr(logger, "warning", lambda text, *values: said.append(text % values))
-        patched.setattr("tasks.outbox.LAST_TRIES", 1)
+        patched.setattr("tasks.tracking.outbox.LAST_TRIES", 1)
         with tracking.Tracker(RunFolder.open(run.path), {}):
             pass
     return said

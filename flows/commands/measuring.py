@@ -77,7 +77,7 @@ def blend(
     """Write a policy between the reference and a checkpoint: one run gives one for each smaller KL."""
     prepare_environment()
     from rlhf_core.evaluation.request import accept_of_run
-    from tasks.blend import blend as write_blend
+    from tasks.evaluation.blend import blend as write_blend
 
     accept_of_run(str(run), trust)
     with console.status("interpolating" if kl is None else "looking for the share that has this KL"):

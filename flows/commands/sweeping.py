@@ -59,7 +59,7 @@ def sweep(
     from flows.displays.sweep import sweep_and_show
     from rlhf_core.contracts.config_io import load_config
     from rlhf_core.sweeping.grid import MAX_RUNS, parse_grid, parse_seeds
-    from tasks.sweep import SweepRequest
+    from tasks.sweep.runs import SweepRequest
 
     problems: list[str] = []
 

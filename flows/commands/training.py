@@ -158,8 +158,8 @@ def resume(
     prepare_environment()
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.store.opening import writing
-    from tasks.extension import plan_extension
-    from tasks.lifecycle import check_resumable, consent
+    from tasks.lifecycle.extension import plan_extension
+    from tasks.lifecycle.start import check_resumable, consent
 
     others, python = split_interpreter(set_)
     with writing(run, new=False) as folder:
@@ -240,7 +240,7 @@ def check_address(config: RunConfig) -> None:
     import os
 
     from rlhf_core.contracts.errors import UserError
-    from tasks.tracking_store import address_problem
+    from tasks.tracking.store import address_problem
 
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if config.tracking.enabled and uri and (problem := address_problem(uri)):
@@ -250,7 +250,7 @@ def check_address(config: RunConfig) -> None:
 def tracker_notes(config: RunConfig, runs: Path) -> list[str]:
     """What to know about the tracker of a run. Raises UserError if it would not take the run."""
     from rlhf_core.contracts.errors import UserError
-    from tasks.tracker_check import check_tracker
+    from tasks.tracking.check import check_tracker
 
     found = check_tracker(config, runs)
     if found.problems:
@@ -304,7 +304,7 @@ def watch_run(run_dir: Path, config: RunConfig, run: object) -> None:
     from flows.progress import watched_by
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.inspection import before_and_after, iteration_rows
-    from tasks.tracking_store import shown_tracking_uri
+    from tasks.tracking.store import shown_tracking_uri
 
     assert callable(run)
     done = 0

@@ -72,11 +72,11 @@ def style_of(run: int) -> str:
 def _drawing(out: Path) -> Callable[[Comparison], bytes]:
     """What draws a file of that name. Raises UserError."""
     if out.suffix == ".png":
-        from tasks.comparison_figure import draw_comparison
+        from tasks.reports.comparison_figure import draw_comparison
 
         return draw_comparison
     if out.suffix == ".html":
-        from tasks.comparison_page import comparison_page
+        from tasks.reports.comparison_page import comparison_page
 
         return comparison_page
     raise UserError(f"--out {out} ends in {out.suffix or 'nothing'}; name a FILE.png or a FILE.html")

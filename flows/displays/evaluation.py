@@ -24,7 +24,7 @@ from rlhf_core.store.opening import local
 
 if TYPE_CHECKING:
     from rlhf_core.evaluation.request import Request
-    from tasks.evaluate import PlannedEvaluation
+    from tasks.evaluation.evaluate import PlannedEvaluation
 
 ROWS = {
     "score": ("score", 3),
@@ -53,7 +53,7 @@ NEWEST = 5
 
 def evaluate_and_show(console: Console, request: Request, config: RunConfig | None, *, as_json: bool) -> None:
     """Run the evaluation flow with progress, then print its result, or its summary as JSON. Raises UserError."""
-    from tasks.evaluate import check_evaluation
+    from tasks.evaluation.evaluate import check_evaluation
 
     progress = Console(stderr=True) if as_json else console
     with progress.status("checking the models and prompts"):

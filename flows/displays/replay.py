@@ -44,7 +44,7 @@ def replay_and_show(
     vllm_python: str | None = None,
 ) -> bool:
     """Compute an iteration again and print how it compares. Returns: whether all of it came back bit for bit."""
-    from tasks.replay import replay_iteration
+    from tasks.replay.iteration import replay_iteration
 
     with _computing(console, quiet=as_json) as tell:
         replay = replay_iteration(
@@ -69,7 +69,7 @@ def what_if_and_show(
     trust: Sequence[str] = (),
 ) -> None:
     """Compute an iteration again under other knobs and print what moves."""
-    from tasks.what_if import ask_what_if
+    from tasks.replay.what_if import ask_what_if
 
     with _computing(console, quiet=as_json) as tell:
         answer = ask_what_if(str(path), iteration, overrides, sample=sample, progress=tell, trust=trust)
@@ -83,7 +83,7 @@ def bundle_and_show(
     console: Console, run: Path, out: Path, *, iteration: int, with_models: bool, as_json: bool
 ) -> None:
     """Pack an iteration and print what the bundle holds."""
-    from tasks.bundle import make_bundle
+    from tasks.replay.bundle import make_bundle
 
     with console.status("packing"):
         record = make_bundle(str(run), iteration, str(out), with_models=with_models)

@@ -16,7 +16,7 @@ from rlhf_core.cleaning import Wanted
 from rlhf_core.run_list import ListedRun, list_runs
 
 if TYPE_CHECKING:
-    from tasks.cleaning import CleaningPlan
+    from tasks.lifecycle.cleaning import CleaningPlan
 
 STYLES: Final = {"running": "yellow", "waiting": "cyan", "stopped": "red", "finished": "green", "damaged": "bold red"}
 UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -50,7 +50,7 @@ def clean_and_show(
     Returns: whether all of it is removed, or was only shown.
     Raises: UserError if there is no such folder.
     """
-    from tasks.cleaning import clean, plan_cleaning
+    from tasks.lifecycle.cleaning import clean, plan_cleaning
 
     plan = plan_cleaning(folder, what, asks_registry=asks_registry)
     if not as_json:

@@ -22,7 +22,7 @@ from rlhf_core.store.address import shown as by_address
 
 if TYPE_CHECKING:
     from rlhf_core.sweeping.folder import SweepFolder
-    from tasks.sweep import PlannedSweep, SweepRequest
+    from tasks.sweep.runs import PlannedSweep, SweepRequest
 
 NUMBERS = {"score": ("score", 3), "kl": ("KL,\nnats", 2), "gain_per_nat": ("gained\na nat", 3)}
 """Number of a point -> what it is called, and its digits. Two lines, so that 80 columns are enough."""
@@ -36,7 +36,7 @@ def sweep_and_show(console: Console, request: SweepRequest, config: RunConfig, *
     Returns: whether all of its runs are finished.
     Raises: UserError with every problem of every combination.
     """
-    from tasks.sweep import check_sweep
+    from tasks.sweep.runs import check_sweep
 
     progress = Console(stderr=True) if as_json else console
     with progress.status("checking every combination, its models and prompts"):
@@ -143,7 +143,7 @@ def print_plan(console: Console, planned: PlannedSweep) -> None:
 def print_sweep(console: Console, summary: Mapping[str, Any]) -> None:
     """A row a point, the runs that are not finished, and what it comes to."""
     from rlhf_core.sweeping.grid import value_text
-    from tasks.sweep_log import with_reach
+    from tasks.sweep.log import with_reach
 
     keys, best, criterion = list(summary["grid"]), summary["best"], summary["criterion"]
     is_priced = criterion["at_kl"] is None and criterion["price"] > 0
@@ -206,7 +206,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def print_files(console: Console, there: SweepFolder) -> None:
     """Where the results are, and what to do with them."""
-    from tasks.sweep_log import shown_tracker
+    from tasks.sweep.log import shown_tracker
 
     told: dict[str, object] = {"numbers": there.path / "summary.json"}
     if (there.path / "sweep.png").is_file():

@@ -53,7 +53,7 @@ def table_of_findings(findings: Sequence[Finding]) -> Table:
 
 def repair_and_show(console: Console, path: Path) -> None:
     """Repair a run and print what was done. Raises IntegrityError if it does not come back as it was."""
-    from tasks.repair import repair_run
+    from tasks.lifecycle.repair import repair_run
 
     with _reading(console) as tell:
         done = repair_run(str(path), progress=tell)

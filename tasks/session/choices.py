@@ -15,11 +15,11 @@ def policy_state(session: Session) -> PolicyState:
     """Where policy, critic and optimizer are: in this process, with copies for workers, or in ranks."""
     execution = session.run.config.execution
     if execution.update.is_launched:
-        from tasks.ranked_policy import RankedPolicyState
+        from tasks.ranks.policy import RankedPolicyState
 
         return RankedPolicyState(session)
     if execution.is_sharded:
-        from tasks.handed_policy import HandedPolicyState
+        from tasks.shards.handed_policy import HandedPolicyState
 
         return HandedPolicyState(session)
     return PolicyState(session)
@@ -28,7 +28,7 @@ def policy_state(session: Session) -> PolicyState:
 def stage_work(session: Session) -> WholeStages:
     """Who computes the stages that look at each response for itself: this process, or shards."""
     if session.run.config.execution.is_sharded:
-        from tasks.shards import ShardedStages
+        from tasks.shards.stages import ShardedStages
 
         return ShardedStages(session)
     return WholeStages(session)

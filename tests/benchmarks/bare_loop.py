@@ -14,7 +14,7 @@ from pathlib import Path
 from flows.commands.options import prepare_environment
 from rlhf_core.contracts.config_io import load_config
 from tasks.generate import generate
-from tasks.lifecycle import start_run
+from tasks.lifecycle.start import start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
 from tasks.sample_prompts import sample_prompts

@@ -155,7 +155,7 @@ def measure_one(spec: Spec, root: Path, threads: int, out: Path) -> None:
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.costs.reading import read_workload
     from rlhf_core.tables import open_run
-    from tasks.lifecycle import start_run
+    from tasks.lifecycle.start import start_run
 
     config, run_dir = build_config(tree(spec, root, threads), []), root / "run"
     start_run(config, str(run_dir))

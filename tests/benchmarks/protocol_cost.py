@@ -37,10 +37,10 @@ from rlhf_core.contracts.durable import Disk, using_disk
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
 from tasks import stage
-from tasks.guards import Guards
-from tasks.lifecycle import save_due_checkpoint, start_run
+from tasks.lifecycle.guards import Guards
+from tasks.lifecycle.start import save_due_checkpoint, start_run
 from tasks.session import session
-from tasks.tracking import Tracker
+from tasks.tracking.tracker import Tracker
 
 GOAL = 0.03
 

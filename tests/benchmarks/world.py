@@ -54,7 +54,7 @@ def default_world(folder: Path, *, small: bool) -> World:
     """The quickstart's text world, built once; with small sizes the tests' tiny world."""
     if small:
         return tiny_world(folder)
-    from tasks.text_world import prepare_text_world
+    from tasks.worlds.text_world import prepare_text_world
 
     root = ROOT / ".quickstart" / "world"
     prepare_text_world(root, lambda phase, done, total: None)

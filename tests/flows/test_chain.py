@@ -22,8 +22,8 @@ from rlhf_core.contracts.config_io import build_config, config_template
 from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.evaluation.gate import Gate
-from tasks import chain as tasks_chain
-from tasks.chain import Chain, holding_chain, next_link, with_registered_reward
+from tasks.lifecycle import chain as tasks_chain
+from tasks.lifecycle.chain import Chain, holding_chain, next_link, with_registered_reward
 from tasks.session.session import open_session
 
 chain = flows_chain.chain.fn
@@ -164,7 +164,7 @@ class TestNews:
 
 
 def test_a_link_whose_run_was_extended_is_judged_again(linked: Path, tmp_path: Path) -> None:
-    from tasks.extension import extend_run
+    from tasks.lifecycle.extension import extend_run
 
     runs = Path(shutil.copytree(linked / "runs", tmp_path / "runs"))
     chain(config_of(linked / "world"), str(runs), gate_of(linked / "world"))

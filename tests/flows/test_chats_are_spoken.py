@@ -28,7 +28,7 @@ from rlhf_core.inspection import SIDES, before_and_after, iteration_rows, last_o
 from rlhf_core.selection import Selection
 from rlhf_core.tables import open_run
 from rlhf_core.viewer.contents import page_contents
-from tasks.tracked_traces import _preview
+from tasks.tracking.traces import _preview
 
 ASKED = [f"why {i}" for i in range(4)]
 

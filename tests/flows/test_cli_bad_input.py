@@ -370,7 +370,7 @@ class TestRunFolder:
 class TestResume:
     @pytest.fixture
     def run(self, shell: Shell, tiny_config: MakeConfig) -> Path:
-        from tasks.lifecycle import start_run
+        from tasks.lifecycle.start import start_run
 
         prompts = shell.folder / "prompts.jsonl"
         shutil.copy(shell.tiny.prompts, prompts)

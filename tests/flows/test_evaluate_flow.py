@@ -168,7 +168,7 @@ def test_evaluating_again_draws_nothing_and_more_samples_add_to_those_there_are(
 def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
     evaluated: EvaluationFolder, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import evaluate as tasks
+    from tasks.evaluation import evaluate as tasks
 
     copied = shutil.copytree(run.parent, tmp_path / "copy") / "run"
     folder = copied / "evaluations" / evaluated.path.name
@@ -213,7 +213,7 @@ def test_metrics_picture_and_samples_reach_the_runs_own_mlflow_run_once(evaluate
 
 
 def test_a_tracker_that_is_down_is_a_warning(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     warnings: list[str] = []
     monkeypatch.setattr(tracking.logger, "warning", lambda text, *values: warnings.append(text % values))

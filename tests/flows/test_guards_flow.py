@@ -21,7 +21,7 @@ from rlhf_core.contracts.errors import GuardStopError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.stage_graph import STAGES
-from tasks.guards import GuardRecord
+from tasks.lifecycle.guards import GuardRecord
 
 NUM_ITERATIONS = 4
 THRESHOLD = 0.3
@@ -338,8 +338,8 @@ def test_a_warning_is_told_once_and_the_run_goes_on(
     copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.ppo import resume
-    from tasks.tracked_metrics import iteration_metrics
-    from tasks.tracking import Tracker
+    from tasks.tracking.metrics import iteration_metrics
+    from tasks.tracking.tracker import Tracker
 
     run_dir, told = copied("guards.kl_ceiling.action=warn"), Told()
     sent: list[float] = []

@@ -151,8 +151,8 @@ def test_what_it_wrote_to_mlflow_is_in_the_store(trained: str, bucket: str, s3: 
 def test_an_experiment_that_keeps_its_files_elsewhere_is_not_used(
     trained: str, config: dict[str, Any], bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tasks.outbox import RefusalError
-    from tasks.tracking_store import kept_experiment
+    from tasks.tracking.outbox import RefusalError
+    from tasks.tracking.store import kept_experiment
 
     class Elsewhere:
         name, artifact_location, experiment_id = "rlhf-flow", "s3://other/place/", "1"

@@ -18,13 +18,13 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
-from tasks import workers
-from tasks.repair import repair_run
-from tasks.replay import replay_iteration
+from tasks.lifecycle.repair import repair_run
+from tasks.replay.iteration import replay_iteration
+from tasks.replay.what_if import ask_what_if
 from tasks.session.policy_state import PolicyState
 from tasks.session.session import open_session
-from tasks.shards import ShardedStages
-from tasks.what_if import ask_what_if
+from tasks.shards import workers
+from tasks.shards.stages import ShardedStages
 
 
 @pytest.fixture(autouse=True)

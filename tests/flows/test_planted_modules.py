@@ -25,12 +25,12 @@ from rlhf_core.evaluation.request import Request
 from rlhf_core.models import templates
 from rlhf_core.models.vllm_engine import vllm_version
 from rlhf_core.rewards.imports import make_importable
-from tasks.evaluate import check_evaluation
-from tasks.lifecycle import check_resumable
-from tasks.local_workers import LocalWorkers
-from tasks.rank_group import RankGroup
-from tasks.replay import replay_iteration
+from tasks.evaluation.evaluate import check_evaluation
+from tasks.lifecycle.start import check_resumable
+from tasks.ranks.group import RankGroup
+from tasks.replay.iteration import replay_iteration
 from tasks.session.session import open_session
+from tasks.shards.local_workers import LocalWorkers
 
 NAMES = (
     "torch", "sitecustomize", "usercustomize", "multiprocessing", "uvicorn", "numpy", "typer", "rich", "prefect",
@@ -154,7 +154,7 @@ def test_prefects_temporary_server(run: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_workers_of_ray(run: Path, tmp_path: Path, tiny: Tiny) -> None:
     from sharded_runs import config
 
-    from tasks.ray_workers import RayWorkers
+    from tasks.ray.workers import RayWorkers
 
     tree = config(tiny, 1, num_shards=2).model_dump()
     tree["execution"] |= {"engine": "ray"}

@@ -210,7 +210,7 @@ def test_drift_is_refused_with_a_readable_difference(
 ) -> None:
     import shutil
 
-    from tasks import lifecycle
+    from tasks.lifecycle import start as lifecycle
 
     run_dir = shutil.copytree(finished, tmp_path / "moved")
     here = RunFolder.open(run_dir).identity

@@ -28,12 +28,12 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.store.address import CACHE
 from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
-from tasks import rank_group
-from tasks.lifecycle import record_drift
-from tasks.rank_group import RankGroup
-from tasks.replay import replay_iteration
+from tasks.lifecycle.start import record_drift
+from tasks.ranks import group as rank_group
+from tasks.ranks.group import RankGroup
+from tasks.replay.iteration import replay_iteration
+from tasks.replay.what_if import ask_what_if
 from tasks.session.session import Session, open_session
-from tasks.what_if import ask_what_if
 
 ROOT = Path(__file__).parents[2]
 TWO: dict[str, Any] = {"launcher": "torchrun", "nproc_per_node": 2, "deadline_s": 30.0}
@@ -298,7 +298,7 @@ def test_two_nodes_meet(tiny: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     options = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id rlhf --rdzv-endpoint {endpoint}"
-    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "tasks.update_rank"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "tasks.ranks.process"]
     start(config(tiny), tmp_path / "one")
     with (tmp_path / "log").open("wb") as log:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

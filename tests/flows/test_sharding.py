@@ -21,10 +21,11 @@ from rlhf_core.contracts.errors import NumericalError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.shards import SHARDS, Shard, part_path
 from rlhf_core.verification.run import verify_run
-from tasks import shards, workers
-from tasks.local_workers import LocalWorkers
 from tasks.session.session import open_session
-from tasks.shards import ShardedStages
+from tasks.shards import stages as shards
+from tasks.shards import workers
+from tasks.shards.local_workers import LocalWorkers
+from tasks.shards.stages import ShardedStages
 
 
 @pytest.fixture(autouse=True)

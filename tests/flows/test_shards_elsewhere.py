@@ -17,10 +17,10 @@ from rlhf_core.store.address import CACHE
 from rlhf_core.store.helping import share
 from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
-from tasks import shards
-from tasks.local_workers import LocalWorkers
 from tasks.session.session import open_session
-from tasks.workers import using_workers
+from tasks.shards import stages as shards
+from tasks.shards.local_workers import LocalWorkers
+from tasks.shards.workers import using_workers
 
 EVERYTHING: dict[str, Any] = {"execution": {"overlap": True}, "artifacts": {"keep_iterations": 1}, "num_iterations": 3}
 

@@ -27,9 +27,9 @@ from rlhf_core.contracts.config_io import config_template, load_config
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord
 from rlhf_core.sweeping.grid import SweepRun
-from tasks.outbox import Ledger
 from tasks.session.session import open_session
-from tasks.sweep_log import SweepTracker
+from tasks.sweep.log import SweepTracker
+from tasks.tracking.outbox import Ledger
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 Rlhf = Callable[..., tuple[int, str, str]]

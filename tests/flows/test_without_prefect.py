@@ -277,9 +277,11 @@ def test_nothing_is_pickled_in_a_run_or_a_failure(tiny: Any, tmp_path: Path) -> 
 
 def test_every_flow_and_task_of_the_project_keeps_its_results_as_json_or_not_at_all() -> None:
     from flows import chain, evaluate, ppo, quickstart
-    from tasks import chain as chaining
-    from tasks import chat_world, lifecycle, report, text_world
-    from tasks import evaluate as evaluating
+    from tasks.evaluation import evaluate as evaluating
+    from tasks.lifecycle import chain as chaining
+    from tasks.lifecycle import start as lifecycle
+    from tasks.reports import report
+    from tasks.worlds import chat_world, text_world
 
     flows_ = (
         ppo.train,

@@ -21,7 +21,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import run_identity
 from rlhf_core.models.clock import clock_readers
 from rlhf_core.preflight import preflight
-from tasks.lifecycle import check_resumable, start_run
+from tasks.lifecycle.start import check_resumable, start_run
 from tasks.session.session import Session
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"

@@ -21,7 +21,7 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.preflight import preflight
 from rlhf_core.rewards.foreign import check_functions
 from rlhf_core.rewards.function import load_function
-from tasks.lifecycle import check_resumable, start_run
+from tasks.lifecycle.start import check_resumable, start_run
 
 SCORE = "def score(responses):\n    return [float(len(r)) for r in responses]\n"
 

@@ -25,9 +25,9 @@ from rlhf_core.identity import model_digest, run_identity
 from rlhf_core.preflight import preflight
 from rlhf_core.prompts import hub as prompts_hub
 from rlhf_core.prompts.sources import load_prompt_set
-from tasks.lifecycle import check_resumable, start_run
+from tasks.lifecycle.start import check_resumable, start_run
 from tasks.session.session import Session
-from tasks.sweep import SweepRequest, start_sweep
+from tasks.sweep.runs import SweepRequest, start_sweep
 
 Folder = Callable[[str, str], Path]
 ID = "someone/tiny"
@@ -37,7 +37,7 @@ ID = "someone/tiny"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub; the hub itself is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("tasks.lifecycle._told", set())
+    monkeypatch.setattr("tasks.lifecycle.start._told", set())
     return tmp_path / "hub"
 
 
@@ -246,7 +246,7 @@ class TestARun:
     def test_keeps_its_commit_and_names_the_move(
         self, begun: Path, moved: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with caplog.at_level(logging.WARNING, logger="tasks.lifecycle"):
+        with caplog.at_level(logging.WARNING, logger="tasks.lifecycle.start"):
             config = check_resumable(str(begun), accept_drift=False)
             check_resumable(str(begun), accept_drift=False)
 
@@ -259,7 +259,7 @@ class TestARun:
 
     def test_says_nothing_where_nothing_moved(self, begun: Path, moved: Path, caplog: pytest.LogCaptureFixture) -> None:
         point(moved, A)
-        with caplog.at_level(logging.WARNING, logger="tasks.lifecycle"):
+        with caplog.at_level(logging.WARNING, logger="tasks.lifecycle.start"):
             check_resumable(str(begun), accept_drift=False)
 
         assert caplog.records == []

@@ -21,7 +21,7 @@ from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.preflight.pins import moved_branches
 from pathlib import Path
-from tasks.lifecycle import start_run
+from tasks.lifecycle.start import start_run
 from tasks.session.session import Session
 
 tree, folder = json.loads(sys.argv[1]), sys.argv[2]

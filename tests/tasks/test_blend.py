@@ -25,7 +25,7 @@ from rlhf_core.evaluation.blending import TOLERANCE, kl_to_reference
 from rlhf_core.evaluation.request import Request, prepare
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.models.policy import load_reference
-from tasks.blend import blend
+from tasks.evaluation.blend import blend
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 SHARED = "policy.critic.kind=shared"

@@ -20,9 +20,9 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.replay.bundles import read_bundle_record, unpack_bundle, write_bundle
 from rlhf_core.replay.opening import open_bundle, verify_bundle
-from tasks.bundle import make_bundle
-from tasks.replay import replay_iteration
-from tasks.what_if import ask_what_if
+from tasks.replay.bundle import make_bundle
+from tasks.replay.iteration import replay_iteration
+from tasks.replay.what_if import ask_what_if
 
 ALL = dict.fromkeys(STAGES, True)
 SHAPING = dict.fromkeys(STAGES) | {"shape_rewards": True}
@@ -96,7 +96,7 @@ class TestSmall:
         self, sent: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         another_advantage(monkeypatch)
-        monkeypatch.setattr("tasks.replay_source.source_digest", lambda: "another")
+        monkeypatch.setattr("tasks.replay.source.source_digest", lambda: "another")
         replay = replay_iteration(str(sent["small"]))
         assert [stage.stage for stage in replay.stages if stage.is_identical is False] == ["shape_rewards"]
         (line,) = replay.conditions

@@ -23,10 +23,10 @@ from rlhf_core.inspection import artifact_table, iteration_rows
 from rlhf_core.run_list import list_runs
 from rlhf_core.tables import RunTables
 from rlhf_core.verification.run import verify_run
-from tasks.cleaning import WHOLE, clean, plan_cleaning, registry_aliases
-from tasks.extension import extend_run
-from tasks.outbox import Ledger
+from tasks.lifecycle.cleaning import WHOLE, clean, plan_cleaning, registry_aliases
+from tasks.lifecycle.extension import extend_run
 from tasks.session.session import open_session
+from tasks.tracking.outbox import Ledger
 
 ALL = Wanted(keep=0)
 
@@ -157,7 +157,7 @@ class TestAliases:
     def tracked(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Ledger.of(runs / "a").change(runs / "a", outbox="o", run_id="r1", experiment_id="1")
         client = Registry({"champion": "2"}, {"1": {"rlhf.iteration": "1"}, "2": {"rlhf.iteration": "2"}})
-        monkeypatch.setattr("tasks.cleaning.connect", lambda _: (client, "1"))
+        monkeypatch.setattr("tasks.lifecycle.cleaning.connect", lambda _: (client, "1"))
         (runs / "mlflow.db").touch()
         return runs
 
@@ -172,7 +172,7 @@ class TestAliases:
         def down(_: object) -> None:
             raise ConnectionError("no answer")
 
-        monkeypatch.setattr("tasks.cleaning.connect", down)
+        monkeypatch.setattr("tasks.lifecycle.cleaning.connect", down)
         ((run, why),) = plan_cleaning(tracked, ALL).spared
         assert (run.name, why) == (
             "a",
@@ -241,7 +241,7 @@ class TestParts:
     def test_checkpoints_that_an_alias_names_stay(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Ledger.of(run_dir).change(run_dir, outbox="o", run_id="r1", experiment_id="1")
         client = Registry({"best": "1"}, {"1": {"rlhf.iteration": "3"}})
-        monkeypatch.setattr("tasks.cleaning.connect", lambda _: (client, "1"))
+        monkeypatch.setattr("tasks.lifecycle.cleaning.connect", lambda _: (client, "1"))
         (run_dir.parent / "mlflow.db").touch()
         clean(plan_cleaning(run_dir.parent, Wanted(keep=0, parts=("checkpoints",))))
         assert RunFolder.open(run_dir).checkpoints() == [3, 5]

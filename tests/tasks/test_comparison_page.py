@@ -11,8 +11,8 @@ from chromium import chromium_tab, find_chromium
 from made_runs import made_evaluation, made_run
 
 from rlhf_core.comparing.comparison import Comparison, compare
-from tasks.comparison_figure import draw_comparison
-from tasks.comparison_page import charts_of, comparison_page
+from tasks.reports.comparison_figure import draw_comparison
+from tasks.reports.comparison_page import charts_of, comparison_page
 
 HOSTILE = "<script>alert(1)<|script> \"'& $\\frac{"
 VOID = {"meta", "line", "path", "circle"}

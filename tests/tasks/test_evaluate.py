@@ -18,9 +18,15 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.evaluation.folder import EvaluationFolder
 from rlhf_core.evaluation.request import Request
 from rlhf_core.models.checkpoints import new_trainer
-from tasks.blend import blend
-from tasks.evaluate import PlannedEvaluation, check_evaluation, draw_samples, start_evaluation, write_evaluation
-from tasks.figures import blended_lines
+from tasks.evaluation.blend import blend
+from tasks.evaluation.evaluate import (
+    PlannedEvaluation,
+    check_evaluation,
+    draw_samples,
+    start_evaluation,
+    write_evaluation,
+)
+from tasks.reports.figures import blended_lines
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]
 SIZES: dict[str, Any] = {"num_prompts": 4, "samples": 3, "frontier_samples": 40}
@@ -82,7 +88,7 @@ def test_checkpoints_are_chosen_by_name(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = run_with_checkpoints(tmp_path / "run", tiny_config(["policy.critic.kind=shared"]), 1, 2, 3)
-    monkeypatch.setattr("tasks.retention.best_checkpoint", lambda run: 2)
+    monkeypatch.setattr("tasks.lifecycle.retention.best_checkpoint", lambda run: 2)
 
     def chosen(checkpoint: str) -> list[str]:
         planned = check_evaluation(Request(str(run.path), checkpoint=checkpoint, **SIZES), None)

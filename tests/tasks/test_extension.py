@@ -23,9 +23,9 @@ from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import Drift, Extension, RunFolder
 from rlhf_core.inspection import run_sheet, standing
 from rlhf_core.verification.run import verify_run
-from tasks.extension import extend_run, plan_extension
-from tasks.repair import repair_run
-from tasks.replay import replay_iteration
+from tasks.lifecycle.extension import extend_run, plan_extension
+from tasks.lifecycle.repair import repair_run
+from tasks.replay.iteration import replay_iteration
 from tasks.session.session import Session, open_session
 
 BEFORE, AFTER = 3, 5
@@ -136,7 +136,7 @@ def test_stopped_in_the_extension_and_resumed_it_ends_bit_identical(
     else:
         with monkeypatch.context() as patch:
             if moment == "before its report":
-                patch.setattr("tasks.report.compare_samples", _stop_after(0))
+                patch.setattr("tasks.reports.report.compare_samples", _stop_after(0))
             else:
                 patch.setattr("tasks.shape_rewards.core.shape_rewards", _stop_after("second" in moment))
             with pytest.raises(InterruptedError):

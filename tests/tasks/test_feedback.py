@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.prompts.sources import load_prompt_set
-from tasks.feedback import feedback_of, grade_of
+from tasks.tracking.feedback import feedback_of, grade_of
 
 
 def said(name: str, value: Any, *, who: str = "anna", kind: str = "HUMAN", **more: Any) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import IntegrityError, RunLockedError, UserError
 from rlhf_core.contracts.records import read_record, write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks import guards as module
-from tasks.guards import GuardRecord, Guards, accept_tripped, change_guards, guard_metrics
-from tasks.retention import expired_checkpoints
+from tasks.lifecycle import guards as module
+from tasks.lifecycle.guards import GuardRecord, Guards, accept_tripped, change_guards, guard_metrics
+from tasks.lifecycle.retention import expired_checkpoints
 
 KL = [1.0, 5.0, 20.0, 20.0, 1.0, 20.0]
 STOP = ("guards.kl_ceiling.threshold=10", "guards.kl_ceiling.action=stop")
@@ -195,9 +195,9 @@ class TestRetention:
     def test_the_alias_newest_is_not_taken_by_an_older_state_that_is_registered_late(
         self, made: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tasks.tracked_models import TrackedModels
+        from tasks.tracking.models import TrackedModels
 
-        monkeypatch.setattr("tasks.tracker_notes.version_note", lambda _run, _iteration: "")
+        monkeypatch.setattr("tasks.tracking.notes.version_note", lambda _run, _iteration: "")
         aliases: dict[str, str] = {}
 
         class Client(MagicMock):
@@ -212,7 +212,7 @@ class TestRetention:
         client.get_registered_model.return_value.aliases = {}
         sent = TrackedModels(run, client, "r", "1", "o", lambda _links: None)
         sent.versions = {4: "1"}
-        monkeypatch.setattr("tasks.tracked_models.send_model", lambda *_: None)
+        monkeypatch.setattr("tasks.tracking.models.send_model", lambda *_: None)
         for iteration, version in ((3, "2"), (5, "3")):
             (run.checkpoint_path(iteration) / "policy").mkdir()
             client.create_model_version.return_value.version = version

@@ -15,8 +15,8 @@ import pytest
 from chores import die, die_once, fail
 
 from rlhf_core.contracts.errors import NumericalError, WorkerError
-from tasks.local_workers import LocalWorkers
-from tasks.workers import using_workers, workers
+from tasks.shards.local_workers import LocalWorkers
+from tasks.shards.workers import using_workers, workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +84,7 @@ def test_a_call_that_kills_every_worker_is_an_error_that_says_so(two: LocalWorke
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_none_outlives_the_process_it_works_for(number: int, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from tasks.local_workers import LocalWorkers\n"
+        "import sys, time; from pathlib import Path; from tasks.shards.local_workers import LocalWorkers\n"
         "if __name__ == '__main__':\n"
         "    there = LocalWorkers(2)\n"
         "    there.call('generate', 'a start', int, 0)\n"

@@ -13,7 +13,7 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import run_identity
 from rlhf_core.preflight import preflight
-from tasks.replay import replay_iteration
+from tasks.replay.iteration import replay_iteration
 
 
 def test_a_run_whose_horizon_is_refused_today(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from tracked_runs import add_checkpoint, client_of, ledger_of, send, trackable
 
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks import tracked_models
-from tasks.tracked_models import TrackedModels
+from tasks.tracking import models as tracked_models
+from tasks.tracking.models import TrackedModels
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ class TestWhatOthersMade:
     def test_metrics_params_and_tables_of_others_in_our_run_stop_nothing(
         self, run: RunFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         sender = tracking._Sender(run, {})
         client, run_id = client_of(run), ledger_of(run).run_id
@@ -149,7 +149,7 @@ class TestWhatOthersMade:
         assert sorted(steps(run, "objective/kl")) == [0, 1, 2]
 
     def test_a_param_that_somebody_set_first_stays(self, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         real = tracking._Sender._describe
 
@@ -230,7 +230,7 @@ class TestWhatIsGone:
     def test_a_run_that_is_deleted_while_it_is_sent_is_named_too(
         self, run: RunFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         real = tracking.log_metrics
 
@@ -239,7 +239,7 @@ class TestWhatIsGone:
             real(client, run_id, *rest)
 
         monkeypatch.setattr(tracking, "log_metrics", delete_first)
-        monkeypatch.setattr("tasks.outbox.LAST_TRIES", 2)
+        monkeypatch.setattr("tasks.tracking.outbox.LAST_TRIES", 2)
         with monkeypatch.context() as patched:
             patched.setattr("tracked_runs.tracking.log_metrics", delete_first)
             said = send(run, monkeypatch)
@@ -364,7 +364,7 @@ class TestMoving:
     ) -> None:
         from made_runs import made_run
 
-        from tasks.tracking_store import tracking_uri
+        from tasks.tracking.store import tracking_uri
 
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rlhf_core.contracts.records import write_record
-from tasks import outbox
-from tasks.outbox import Ledger, Outbox, Patient, RefusalError, Sending, reason
+from tasks.tracking import outbox
+from tasks.tracking.outbox import Ledger, Outbox, Patient, RefusalError, Sending, reason
 
 PATIENCE_S = 20.0
 

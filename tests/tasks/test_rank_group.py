@@ -19,9 +19,9 @@ from processes import lives, until
 
 from rlhf_core.contracts.errors import NumericalError, StorageError, UserError, WorkerError
 from rlhf_core.contracts.update_config import UpdateConfig
-from tasks import rank_group
-from tasks.rank_channel import Channel
-from tasks.rank_group import RankGroup
+from tasks.ranks import group as rank_group
+from tasks.ranks.channel import Channel
+from tasks.ranks.group import RankGroup
 
 ROOT = Path(__file__).parents[2]
 REQUEST = {"do": "update", "iteration": 3, "run": {}}
@@ -203,7 +203,7 @@ def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_none_outlives_the_process_that_asks(number: int, tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from rlhf_core.contracts.update_config import UpdateConfig\nfrom tasks.rank_group import rank_group\n"
+        "from rlhf_core.contracts.update_config import UpdateConfig\nfrom tasks.ranks.group import rank_group\n"
         "group = rank_group(UpdateConfig(launcher='torchrun', nproc_per_node=2), 'cpu', 1)\n"
         "group._start()\n"
         "told = Path(sys.argv[1])\n"

@@ -19,8 +19,8 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.store.address import CACHE
 from rlhf_core.store.opening import reading, writing
 from rlhf_core.verification.run import verify_run
-from tasks import shards
 from tasks.session.session import open_session
+from tasks.shards import stages as shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets and processes
 

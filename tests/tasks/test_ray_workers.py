@@ -23,7 +23,7 @@ from s3_server import S3Server
 from sharded_runs import SECTIONS, config
 from torture.runs import fingerprint, start
 
-import tasks.workers
+import tasks.shards.workers
 from rlhf_core.contracts.config_io import config_digest
 from rlhf_core.contracts.errors import NumericalError, UserError, WorkerError
 from rlhf_core.contracts.run_folder import RunFolder
@@ -31,10 +31,10 @@ from rlhf_core.identity import machine_identity, run_identity
 from rlhf_core.preflight import preflight
 from rlhf_core.store.address import CACHE
 from rlhf_core.verification.run import verify_run
-from tasks.ray_workers import RayWorkers, _Worker
+from tasks.ray.workers import RayWorkers, _Worker
 from tasks.session.session import open_session
-from tasks.shards import SHARDED
-from tasks.workers import using_workers, workers
+from tasks.shards.stages import SHARDED
+from tasks.shards.workers import using_workers, workers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and processes to the collector
 
@@ -83,7 +83,7 @@ def shared(two: RayWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextlib.contextmanager
     def those(run: RunFolder) -> Iterator[None]:
-        monkeypatch.setattr(tasks.workers, "_current", two if run.config.execution.engine == "ray" else None)
+        monkeypatch.setattr(tasks.shards.workers, "_current", two if run.config.execution.engine == "ray" else None)
         yield
 
     monkeypatch.setattr("flows.ppo.shard_workers", those)
@@ -220,7 +220,7 @@ def test_ray_is_optional(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
 def test_a_cluster_that_is_not_there(tiny: Any, tmp_path: Path) -> None:
     """In a process that has joined none: who has joined one stays there."""
     script = (
-        "from tasks.ray_workers import _connected\n"
+        "from tasks.ray.workers import _connected\n"
         "from rlhf_core.contracts.errors import UserError\n"
         "try: _connected('127.0.0.1:9')\n"
         "except UserError as error: print(error)\n"

@@ -19,9 +19,9 @@ from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
 from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.verification.run import verify_run
-from tasks import lifecycle
-from tasks.lifecycle import check_resumable, record_drift
-from tasks.repair import repair_run
+from tasks.lifecycle import start as lifecycle
+from tasks.lifecycle.repair import repair_run
+from tasks.lifecycle.start import check_resumable, record_drift
 from tasks.session.session import Session, open_session
 
 
@@ -166,7 +166,7 @@ class TestResume:
         flip(run_dir / "iterations/000002/02_rollouts.arrow")
         flip(run_dir / "iterations/000002/03_scores.json")
         go_on(run_dir)
-        said = [record.getMessage() for record in caplog.records if record.name == "tasks.lifecycle"]
+        said = [record.getMessage() for record in caplog.records if record.name == "tasks.lifecycle.start"]
         assert said[0].startswith("iterations/000002/02_rollouts.arrow (damaged): sha256 ")
         assert said[1].startswith("iterations/000002/03_scores.json (damaged): its content is not what was sealed; ")
         assert fingerprint(run_dir) == fingerprint(finished)

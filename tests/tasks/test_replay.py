@@ -33,9 +33,9 @@ from rlhf_core.contracts.stage_graph import STAGES
 from rlhf_core.identity import run_identity
 from rlhf_core.replay.outcome import Replay, StageReplay
 from rlhf_core.stages.generate import generate
-from tasks import lifecycle
-from tasks.lifecycle import record_drift
-from tasks.replay import replay_iteration
+from tasks.lifecycle import start as lifecycle
+from tasks.lifecycle.start import record_drift
+from tasks.replay.iteration import replay_iteration
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from rlhf_core.contracts.durable import remove_folder
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import identity_digest
 from rlhf_core.inspection import artifact_rows, iteration_rows, stage_rows
-from tasks.retention import compact, compaction_is_due, remove_run_leftovers
+from tasks.lifecycle.retention import compact, compaction_is_due, remove_run_leftovers
 from tasks.session.session import open_session
 
 IDENTITY = {"num_threads": 1}

@@ -27,7 +27,7 @@ from rlhf_core.identity import model_digest
 from rlhf_core.models.language_model import LanguageModel
 from rlhf_core.preflight import preflight
 from tasks.generate import generate
-from tasks.lifecycle import check_resumable, save_due_checkpoint, start_run
+from tasks.lifecycle.start import check_resumable, save_due_checkpoint, start_run
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
 from tasks.sample_prompts import sample_prompts

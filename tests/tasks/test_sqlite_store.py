@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tasks import sqlite_store
-from tasks.outbox import RefusalError
-from tasks.sqlite_store import experiment_in, follow_move, make_ready, state_of
+from tasks.tracking import sqlite_store
+from tasks.tracking.outbox import RefusalError
+from tasks.tracking.sqlite_store import experiment_in, follow_move, make_ready, state_of
 
 STEPS = (
     "create table experiments (experiment_id integer, name text, lifecycle_stage text, artifact_location text)",
@@ -227,9 +227,9 @@ import sys
 from pathlib import Path
 import mlflow
 from mlflow.store.tracking import sqlalchemy_store
-from tasks.outbox import store_lock
-from tasks.sqlite_store import make_ready
-from tasks.tracking import _make_store
+from tasks.tracking.outbox import store_lock
+from tasks.tracking.sqlite_store import make_ready
+from tasks.tracking.tracker import _make_store
 print("ready", flush=True)
 with store_lock(f"sqlite:///{sys.argv[1]}"):
     make_ready(Path(sys.argv[1]), _make_store)

@@ -19,14 +19,14 @@ from rlhf_core.contracts.errors import RlhfError, UserError
 from rlhf_core.contracts.records import read_record
 from rlhf_core.evaluation.request import Request, request_config
 from rlhf_core.verification.run import verify_run
-from tasks.blend import blend
-from tasks.bundle import make_bundle
-from tasks.evaluate import check_evaluation
-from tasks.lifecycle import check_resumable, consent, record_drift
-from tasks.repair import repair_run
-from tasks.replay import replay_iteration
+from tasks.evaluation.blend import blend
+from tasks.evaluation.evaluate import check_evaluation
+from tasks.lifecycle.repair import repair_run
+from tasks.lifecycle.start import check_resumable, consent, record_drift
+from tasks.replay.bundle import make_bundle
+from tasks.replay.iteration import replay_iteration
 from tasks.session.session import Session, open_session
-from tasks.tracking import connect
+from tasks.tracking.tracker import connect
 
 Make = Callable[[Marks, Path], dict[str, dict[str, Any]]]
 """Sections of the config of a run that lies in this folder."""
@@ -139,8 +139,8 @@ def test_each_door_is_closed_whoever_knocks(
     from rlhf_core.contracts.run_folder import RunFolder
     from rlhf_core.models.vllm_engine import VllmProcess
     from rlhf_core.rewards.loading import load_component
-    from tasks.rank_group import RankGroup
-    from tasks.ray_workers import RayWorkers
+    from tasks.ranks.group import RankGroup
+    from tasks.ray.workers import RayWorkers
 
     run = RunFolder.open(stranger(honest, there, name, monkeypatch))
     knock: dict[str, Callable[[], object]] = {

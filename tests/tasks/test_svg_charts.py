@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tasks.svg_charts import BOTTOM, HEIGHT, LEFT, MOST_HOVERS, RIGHT, TOP, WIDTH, Chart, Curve, svg, ticks
+from tasks.reports.svg_charts import BOTTOM, HEIGHT, LEFT, MOST_HOVERS, RIGHT, TOP, WIDTH, Chart, Curve, svg, ticks
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tasks.sweep_figure import draw_sweep
+from tasks.sweep.figure import draw_sweep
 
 
 def point(index: int, score: float, kl: float, *, reach: float | None = 0.1, finished: int = 3) -> dict[str, Any]:

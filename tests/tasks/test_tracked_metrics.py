@@ -8,7 +8,7 @@ import pytest
 from made_runs import made_run
 
 from rlhf_core.contracts.records import read_record, write_record
-from tasks.tracked_metrics import batch_of_metrics, iteration_metrics, result_metrics
+from tasks.tracking.metrics import batch_of_metrics, iteration_metrics, result_metrics
 
 
 def test_what_the_process_took_is_a_mean_over_the_stages_and_its_peak(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_results_stand_at_one_step_that_is_drawn_as_bars(tmp_path: Path) -> None
 
 def test_a_batch_holds_no_more_than_the_tracker_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made_run(tmp_path / "run", [1.0, 2.0, 3.0])
-    monkeypatch.setattr("tasks.tracked_metrics.MAX_METRICS", 2 * len(batch_of_metrics(run, 0, 1)[0]))
+    monkeypatch.setattr("tasks.tracking.metrics.MAX_METRICS", 2 * len(batch_of_metrics(run, 0, 1)[0]))
     assert list(batch_of_metrics(run, 0, 3)) == [0, 1]
     assert list(batch_of_metrics(run, 2, 3)) == [2]
 

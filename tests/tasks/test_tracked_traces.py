@@ -18,9 +18,10 @@ from flows.cli import main
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import artifact_table
-from tasks import tracked_traces, tracking
-from tasks.outbox import Ledger
-from tasks.tracked_traces import TrackedTraces, extreme_responses, trace_id
+from tasks.tracking import traces as tracked_traces
+from tasks.tracking import tracker as tracking
+from tasks.tracking.outbox import Ledger
+from tasks.tracking.traces import TrackedTraces, extreme_responses, trace_id
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from flows import ui
 from flows.commands.training import check_address, tracker_notes
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
-from tasks import tracker_check
-from tasks.tracker_check import Findings, check_tracker
+from tasks.tracking import check as tracker_check
+from tasks.tracking.check import Findings, check_tracker
 
 NO_EXPERIMENT = (404, json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Could not find experiment"}))
 DENIED = "You are not authenticated. Please see https://www.mlflow.org/docs/latest/auth/index.html"

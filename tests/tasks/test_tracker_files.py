@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tasks.tracker_files import NotArrivedError, send_file, send_model, send_table, send_text
+from tasks.tracking.files import NotArrivedError, send_file, send_model, send_table, send_text
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from made_runs import made_run
 
 from rlhf_core.contracts.config import PromptsConfig
 from rlhf_core.contracts.records import write_record
-from tasks.tracker_notes import (
+from tasks.tracking.notes import (
     EXPERIMENT_NOTE,
     NOTE,
     created_tags,
@@ -22,7 +22,7 @@ from tasks.tracker_notes import (
     run_note,
     version_note,
 )
-from tasks.tracker_view import VIEW_TAG
+from tasks.tracking.view import VIEW_TAG
 
 UP = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 

@@ -98,7 +98,7 @@ def test_the_pages_say_what_it_is_and_what_came_out(tracked: Path) -> None:
 
 
 def test_a_persons_description_stays(tracked: Path, tmp_path: Path) -> None:
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     folder = shutil.copytree(tracked.parent, tmp_path / "copy")
     client, run = client_of(folder / "run-a")
@@ -145,7 +145,7 @@ def test_a_tracker_that_is_down_never_stops_training_and_gets_the_rest_later(
     tiny: Any, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.ppo import resume, train
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     warnings: list[str] = []
     monkeypatch.setattr(tracking.logger, "warning", lambda text, *values: warnings.append(text % values))
@@ -164,8 +164,8 @@ def test_a_tracker_that_is_down_never_stops_training_and_gets_the_rest_later(
 def test_numbers_that_are_not_finite_are_dropped_and_counted(
     tracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import tracking
-    from tasks.outbox import Ledger
+    from tasks.tracking import tracker as tracking
+    from tasks.tracking.outbox import Ledger
 
     sent: dict[str, float] = {}
 
@@ -180,7 +180,7 @@ def test_numbers_that_are_not_finite_are_dropped_and_counted(
     monkeypatch.setattr(sender, "models", no_models, raising=False)
     monkeypatch.setattr(sender, "traces", SimpleNamespace(send_due=lambda *_: None), raising=False)
     monkeypatch.setattr(
-        "tasks.tracked_metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
+        "tasks.tracking.metrics.iteration_metrics", lambda run, i: {"a": 1.0, "b": float("inf"), "c": float("nan")}
     )
     sender.send_up_to(1)
     assert sent == {"a": 1.0, "guard/dropped_metrics": 2.0}
@@ -222,7 +222,8 @@ class TestAnAnswerThatIsLost:
     def test_is_asked_for_again_and_nothing_is_there_twice(self, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from mlflow.tracking import MlflowClient
 
-        from tasks import outbox, tracking
+        from tasks.tracking import outbox
+        from tasks.tracking import tracker as tracking
 
         calls = (
             "create_experiment", "create_run", "log_batch", "log_inputs", "create_logged_model",
@@ -255,7 +256,7 @@ class TestAnAnswerThatIsLost:
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         real, late = MlflowClient.log_batch, []
 
@@ -277,7 +278,7 @@ class TestAnAnswerThatIsLost:
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         for name in ("create_run", "create_logged_model", "create_model_version"):
             real = getattr(MlflowClient, name)
@@ -296,7 +297,7 @@ class TestAnAnswerThatIsLost:
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        from tasks import tracking
+        from tasks.tracking import tracker as tracking
 
         run, real = RunFolder.open(fresh), MlflowClient.create_model_version
         older, _ = run.checkpoints()
@@ -317,8 +318,8 @@ class TestAnAnswerThatIsLost:
     def test_a_sender_that_died_in_between_leaves_what_the_next_needs(
         self, fresh: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tasks import tracking
-        from tasks.outbox import Ledger
+        from tasks.tracking import tracker as tracking
+        from tasks.tracking.outbox import Ledger
 
         run = RunFolder.open(fresh)
         real = tracking.log_metrics
@@ -341,7 +342,7 @@ def test_a_table_that_is_sent_again_does_not_grow(tracked: Path) -> None:
     import mlflow
 
     from rlhf_core.inspection import before_and_after
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     run = RunFolder.open(tracked)
     with tracking.Tracker(run, {}):
@@ -355,7 +356,7 @@ def test_a_table_that_is_sent_again_does_not_grow(tracked: Path) -> None:
 
 
 def test_what_the_user_has_set_for_mlflow_stays(monkeypatch: pytest.MonkeyPatch, tracked: Path) -> None:
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
@@ -367,7 +368,7 @@ def test_what_the_user_has_set_for_mlflow_stays(monkeypatch: pytest.MonkeyPatch,
 def test_the_address_of_the_tracker_is_shown_without_the_password(
     tracked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@h:5000")
     run = RunFolder.open(tracked)
@@ -400,7 +401,7 @@ def test_a_run_that_is_extended_goes_on_in_its_tracker_run(tracked: Path, tmp_pa
 
 def test_what_an_alias_of_the_registry_names_is_not_cleaned(tracked: Path, tmp_path: Path) -> None:
     from rlhf_core.cleaning import Wanted
-    from tasks.cleaning import clean, plan_cleaning
+    from tasks.lifecycle.cleaning import clean, plan_cleaning
 
     folder = Path(shutil.copytree(tracked.parent, tmp_path / "copy"))
     client, _ = client_of(folder / "run-a")

@@ -16,7 +16,7 @@ from rlhf_core.contracts.artifacts import read_artifact
 from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.replay.what_if import WhatIf
-from tasks.what_if import ask_what_if
+from tasks.replay.what_if import ask_what_if
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ class TestRewards:
 
 
 def test_what_cannot_be_asked_is_told_before_anything_is_loaded(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.replay_source.load_plan", refuse)
+    monkeypatch.setattr("tasks.replay.source.load_plan", refuse)
     with pytest.raises(UserError, match="would need new responses"):
         ask(run_dir, "generation.top_k=5")
     with pytest.raises(UserError, match="is not in iteration 1"):

@@ -19,8 +19,8 @@ from rlhf_core.contracts.errors import UserError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import new_trainer
 from rlhf_core.replay.what_if import WhatIf, with_optimizer_of
-from tasks.bundle import make_bundle
-from tasks.what_if import ask_what_if
+from tasks.replay.bundle import make_bundle
+from tasks.replay.what_if import ask_what_if
 
 Numbers = npt.NDArray[np.float64]
 LENGTH: dict[str, Any] = {"kind": "function", "name": "len", "function": "length", "weight": 0.25}

@@ -23,7 +23,7 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.errors import RlhfError
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import artifact_rows
-from tasks.repair import repair_run
+from tasks.lifecycle.repair import repair_run
 
 LONGEST_S = 90
 """Seconds after which a run hangs."""

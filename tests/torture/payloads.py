@@ -37,8 +37,8 @@ from rlhf_core.preflight import preflight
 from rlhf_core.prompts.sources import load_prompt_set
 from rlhf_core.rewards.loading import load_component
 from rlhf_core.verification.run import verify_run
-from tasks.evaluate import check_evaluation
-from tasks.lifecycle import check_resumable, record_drift
+from tasks.evaluation.evaluate import check_evaluation
+from tasks.lifecycle.start import check_resumable, record_drift
 
 CPU = torch.device("cpu")
 Door = Callable[[], object]

@@ -29,7 +29,8 @@ from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models import checkpoints
 from rlhf_core.ops import randomness
-from tasks import lifecycle, outbox
+from tasks.lifecycle import start as lifecycle
+from tasks.tracking import outbox
 
 disk: Any = durable
 """Its private functions are what most bugs are about."""
@@ -263,7 +264,7 @@ def lock_not_taken() -> None:
 
 def metrics_sent_twice() -> None:
     """What has arrived is neither written down nor asked for: a resume sends it again."""
-    from tasks import tracking
+    from tasks.tracking import tracker as tracking
 
     real = outbox.Ledger.change
     forgetful: Any = tracking

@@ -29,8 +29,8 @@ from rlhf_core.contracts.config_io import build_config, digest_json
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.identity import source_digest
-from tasks import report
-from tasks.lifecycle import check_resumable, start_run
+from tasks.lifecycle.start import check_resumable, start_run
+from tasks.reports import report
 from tasks.session.session import open_session
 
 A_PICTURE = base64.b64decode(

@@ -135,7 +135,7 @@ def test_a_run_is_refused_on_a_machine_that_computes_otherwise(
 ) -> None:
     from rlhf_core.contracts.errors import DriftError
     from rlhf_core.contracts.run_folder import RunFolder
-    from tasks.lifecycle import check_resumable
+    from tasks.lifecycle.start import check_resumable
 
     config = tiny_config([])
     identity = run_identity(config, preflight(config).prompt_set)

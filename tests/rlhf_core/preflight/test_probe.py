@@ -188,7 +188,7 @@ def test_a_run_goes_on_with_what_the_probe_has_loaded(
     tiny_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_core.models import frozen, language_model
-    from tasks.lifecycle import start_run
+    from tasks.lifecycle.start import start_run
     from tasks.session.session import open_session
 
     run = tiny_config(["reference.dtype=bfloat16"])
@@ -208,7 +208,7 @@ def test_a_run_goes_on_with_what_the_probe_has_loaded(
 def test_nothing_is_written_where_the_probe_refuses(
     made: Callable[[str], Path], tiny_config: Configure, tmp_path: Path
 ) -> None:
-    from tasks.lifecycle import start_run
+    from tasks.lifecycle.start import start_run
 
     run = tiny_config([f"policy.model={made('mamba')}", "prompts.max_len=20"])
     with pytest.raises(UserError, match="decoding from a cache"):

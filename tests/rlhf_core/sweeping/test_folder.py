@@ -18,7 +18,7 @@ from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.sweeping.folder import SweepFolder, SweepRecord, check_folder
 from rlhf_core.sweeping.summary import run_numbers
-from tasks.extension import extend_run
+from tasks.lifecycle.extension import extend_run
 from tasks.session.session import open_session
 
 MakeConfig = Callable[[Sequence[str]], RunConfig]

@@ -41,7 +41,7 @@ from rlhf_core.contracts.stage_graph import SCHEMAS, STAGES
 from rlhf_core.evaluation.folder import EvaluationFolder, new_record
 from rlhf_core.models.checkpoints import load_checkpoint
 from rlhf_core.prompts.sources import load_prompt_set
-from tasks.guards import GuardRecord
+from tasks.lifecycle.guards import GuardRecord
 
 NAME = "fuzz"
 GOAL = ">= 100,000 mutants: 0 crashes, 0 raw tracebacks, 0 silent"

@@ -17,7 +17,7 @@ from rlhf_core.contracts.archive import segment_paths
 from rlhf_core.contracts.compaction import check_segment, loose_iterations
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.durable import is_leftover, using_disk
-from tasks import retention
+from tasks.lifecycle import retention
 
 NAME = "kill -9 in a compaction"
 GOAL = "at each of its operations, before and after: 100 % bit-identical to a run that compacts nothing, 0 lost"

@@ -15,8 +15,8 @@ from flows.ppo import iterate
 from rlhf_core.contracts.durable import using_disk
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.verification.run import verify_run
-from tasks.extension import extend_run
-from tasks.lifecycle import check_resumable
+from tasks.lifecycle.extension import extend_run
+from tasks.lifecycle.start import check_resumable
 from tasks.session.session import open_session
 
 NAME = "kill -9 in an extension"

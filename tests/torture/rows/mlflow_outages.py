@@ -30,9 +30,9 @@ from torture.runs import battery_config, fingerprint, fork, in_child, start, sta
 from rlhf_core.contracts.config_io import flat_params
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.inspection import before_and_after
-from tasks.outbox import Ledger
-from tasks.tracked_metrics import iteration_metrics, result_metrics
-from tasks.tracked_traces import due_iterations, extreme_responses
+from tasks.tracking.metrics import iteration_metrics, result_metrics
+from tasks.tracking.outbox import Ledger
+from tasks.tracking.traces import due_iterations, extreme_responses
 
 NAME = "MLflow down, slow, 500s, hangs, lost and late answers"
 GOAL = "same hash, every metric exactly once"

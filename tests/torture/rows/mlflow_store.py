@@ -66,9 +66,9 @@ def _wait_for(folder: Path, size: float, then_s: float) -> None:
 
 
 def _by_us(folder: Path) -> None:
-    from tasks import sqlite_store
-    from tasks.outbox import store_lock
-    from tasks.tracking import _make_store
+    from tasks.tracking import sqlite_store
+    from tasks.tracking.outbox import store_lock
+    from tasks.tracking.tracker import _make_store
 
     folder.mkdir(exist_ok=True)
     sqlite_store.QUIET_S = 0.5

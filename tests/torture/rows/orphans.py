@@ -65,7 +65,7 @@ def measure(effort: Effort) -> Outcome:
 
 
 def _cases(effort: Effort) -> list[Case]:
-    ranks = Case("when both ranks are there", seen=("uvicorn", "torch.distributed.run", "tasks.update_rank", "spawn"))
+    ranks = Case("when both ranks are there", seen=("uvicorn", "torch.distributed.run", "tasks.ranks.process", "spawn"))
     if not effort.full:
         return [ranks]
     vllm = ("generation.engine=vllm", f"generation.vllm.python={vllm_python(effort.folder / 'vllm')}")

@@ -29,8 +29,8 @@ from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.stage_graph import FILE_STEMS
-from tasks import outbox
-from tasks.guards import accept_tripped
+from tasks.lifecycle.guards import accept_tripped
+from tasks.tracking import outbox
 
 NAME = "SIGTERM, SIGINT, and kill -9 as Prefect sees it"
 GOAL = "200/200 exit <= 5 s, state right, same hash after"

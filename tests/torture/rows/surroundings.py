@@ -29,7 +29,7 @@ from rlhf_core.contracts import errors, locking
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.durable import Disk, using_disk
 from rlhf_core.contracts.run_folder import RunFolder
-from tasks.lifecycle import record_drift
+from tasks.lifecycle.start import record_drift
 
 NAME = "hosts, clocks, files, libraries, memory, names"
 GOAL = "same hash, or one sentence and then the same hash"

@@ -1,0 +1,1 @@
+"""A policy against its reference."""

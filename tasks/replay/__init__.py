@@ -1,0 +1,1 @@
+"""An iteration computed again beside its run."""

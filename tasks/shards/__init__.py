@@ -1,0 +1,1 @@
+"""Stages computed in parts, by workers beside the process of a run."""
