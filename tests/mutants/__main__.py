@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from typing import Final
 from mutants.bugs import BUGS, ROOT, Bug
 from mutants.coverage import coverage
 from mutants.report import page
-from mutants.trying import Result, copy_tree, is_current, try_bug, warm
+from mutants.trying import DEADLINE_S, Result, copy_tree, failing, is_current, try_bug, warm
 
 HERE: Final = Path(__file__).parent
 RESULT: Final = HERE / "result.json"
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     failed = [child for child in children if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
     for number in range(options.jobs):
         valid |= {name: Result(**values) for name, values in _part(number).items()}
+    unsound = _fail_without_a_bug(valid.values()) if chosen else set[str]()
+    valid = {name: result for name, result in valid.items() if result.caught_by not in unsound}
     RESULT.write_text(json.dumps({b.name: asdict(valid[b.name]) for b in BUGS if b.name in valid}, indent=1) + "\n")
     text, is_met = page(BUGS, valid)
     (HERE / "result.md").write_text(text, encoding="utf-8")
@@ -80,6 +82,15 @@ def _child(number: int, bugs: Sequence[Bug], fast_only: bool) -> int:
         sys.stderr.write(f"error: {error}\n")
     finally:
         os._exit(code)
+
+
+def _fail_without_a_bug(results: Iterable[Result]) -> set[str]:
+    """Tests that are said to have caught a bug, and fail in the clean copy as well: they prove nothing."""
+    tests = sorted({r.caught_by for r in results if r.caught_by and not r.caught_by.endswith(")")})
+    found = set(failing(ROOT / ".mutants/tree0", ["-m", "", *tests], DEADLINE_S, until_first=False)) if tests else set()
+    for test in sorted(found):
+        sys.stderr.write(f"warning: {test} fails without a bug, too; what it caught is tried again\n")
+    return found
 
 
 def _kept() -> dict[str, dict[str, object]]:

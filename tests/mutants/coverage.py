@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,19 +38,27 @@ class Coverage:
     """Tests that fail without any bug: they are deselected."""
 
     def tests_of(self, bug: Bug) -> list[str]:
-        """Test files that run the bug: the module's own first, then the cheapest first."""
-        functions = _functions_of(bug)
-        found = {test for name in functions for test in self.callers.get(f"{bug.file}:{name}", ())}
-        stem = Path(bug.file).stem
-        mirror = str(Path("tests") / Path(bug.file).parent)
+        """Test files that run the bug or name its module: the module's own, those that name it, then the cheapest."""
+        recorded = {test for name in _functions_of(bug) for test in self.callers.get(f"{bug.file}:{name}", ())}
+        naming, own = tests_that_name(bug.file), f"test_{Path(bug.file).stem}"
         return sorted(
-            found,
-            key=lambda test: (
-                Path(test).stem != f"test_{stem}",
-                not test.startswith(mirror + os.sep),
-                self.cpu_s.get(test, 0.0),
-            ),
+            {*recorded, *naming},
+            key=lambda test: (Path(test).stem != own, test not in naming, self.cpu_s.get(test, 0.0), test),
         )
+
+
+@functools.cache
+def tests_that_name(file: str) -> frozenset[str]:
+    """Test files that import a source file, or replace something in it by its dotted name."""
+    package, _, stem = file.removesuffix(".py").replace("/", ".").rpartition(".")
+    named = re.compile(
+        rf"\b{re.escape(package)}\.{stem}\b|^from {re.escape(package)} import .*\b{stem}\b", re.MULTILINE
+    )
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "mutants" not in path.parts]
+    found = {str(path.relative_to(ROOT)) for path in tests if named.search(path.read_text(encoding="utf-8"))}
+    return frozenset(
+        found | {name for name in [f"tests/{package.replace('.', '/')}/test_{stem}.py"] if (ROOT / name).is_file()}
+    )
 
 
 def digest_of_sources() -> str:

@@ -6,30 +6,31 @@ import contextlib
 import hashlib
 import importlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mutants.bugs import ROOT, Bug
-from mutants.coverage import KEPT, Coverage
+from mutants.coverage import KEPT, Coverage, tests_that_name
 
 LIBRARIES: Final = (
     "torch", "numpy", "pyarrow", "pyarrow.compute", "pydantic", "ruamel.yaml", "httpx", "safetensors.torch", "pytest",
     "hypothesis", "transformers", "transformers.models.gpt2.modeling_gpt2", "rich.console", "typer",
 )  # fmt: skip
 """Imported before the forks. None of them starts a thread, which a child would lack."""
+QUIETLY: Final = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""Does not mind that a library with a plugin was imported before pytest began."""
 DEADLINE_S: Final = 900.0
 """A bug that makes tests hang is caught."""
 REST: Final = "(exhaustive or slow or browser) and not gpu and not torture"
 REST_DEADLINE_S: Final = 5400.0
-FAILED: Final = re.compile(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,15 @@ def try_bug(bug: Bug, covering: Coverage, place: Path, *, with_rest: bool) -> Re
     caught_by, tier = "", "unsure"
     path.write_text(bug.planted(source), encoding="utf-8")
     try:
-        own = [test for test in tests if Path(test).stem == f"test_{path.stem}"]
-        rest = [test for test in tests if test not in own]
+        naming = tests_that_name(bug.file)
+        own, rest = [test for test in tests if test in naming], [test for test in tests if test not in naming]
         for files in (own, rest):
             if files and not caught_by:
-                caught_by = _run(place, [*files, *_deselected(covering)], DEADLINE_S)
+                caught_by = next(iter(failing(place, [*files, *_deselected(covering)], DEADLINE_S)), "")
         if caught_by:
             tier = "fast"
         elif with_rest:
-            caught_by = _run(place, ["tests", "-m", REST], REST_DEADLINE_S)
+            caught_by = next(iter(failing(place, ["tests", "-m", REST], REST_DEADLINE_S)), "")
             tier = "all" if caught_by else "escaped"
     finally:
         path.write_text(source, encoding="utf-8")
@@ -107,13 +108,29 @@ def _file(test: str) -> str:
     return test.partition("::")[0]
 
 
-def _run(place: Path, arguments: Sequence[str], deadline_s: float) -> str:
-    """Run pytest until the first failure; returns its name, or "" if all passed."""
-    log = place.parent / f"{place.name}.log"
+class _Failures:
+    """A pytest plugin that writes down the tests and files that fail."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.write_text("")
+
+    def _note(self, report: Any) -> None:
+        if report.failed:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{report.nodeid}\n")
+
+    pytest_runtest_logreport = _note
+    pytest_collectreport = _note
+
+
+def failing(place: Path, arguments: Sequence[str], deadline_s: float, *, until_first: bool = True) -> list[str]:
+    """Run pytest in a forked child; returns the tests that fail: the first one, or all."""
+    log, failed = place.parent / f"{place.name}.log", place.parent / f"{place.name}.failed"
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        _become_pytest(place, arguments, log)
+        _become_pytest(place, [*QUIETLY, *["-x"] * until_first, *arguments], log, failed)
     until = time.monotonic() + deadline_s
     ended, status = 0, 0
     while not ended and time.monotonic() < until:
@@ -123,17 +140,17 @@ def _run(place: Path, arguments: Sequence[str], deadline_s: float) -> str:
         os.killpg(child, signal.SIGKILL)  # also servers and workers that a failed test has left
     if not ended:
         os.waitpid(child, 0)
-        return f"{arguments[0]}::(hangs)"
+        return [f"{arguments[0]}::(hangs)"]
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
-        return ""
-    failed = FAILED.findall(log.read_text(errors="replace"))
-    if not failed and code not in (1, 2):
+        return []
+    names = failed.read_text().splitlines()
+    if not names and code not in (1, 2):
         raise RuntimeError(f"pytest ended with {code} without a failed test; see {log}")
-    return failed[0] if failed else f"{arguments[0]}::(exit code {code})"
+    return names or [f"{arguments[0]}::(exit code {code})"]
 
 
-def _become_pytest(place: Path, arguments: Sequence[str], log: Path) -> None:
+def _become_pytest(place: Path, arguments: Sequence[str], log: Path, failed: Path) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
@@ -148,7 +165,9 @@ def _become_pytest(place: Path, arguments: Sequence[str], log: Path) -> None:
         sys.path[:] = [*paths, *(path for path in sys.path if not path.startswith(str(ROOT)) or ".venv" in path)]
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+        code = int(pytest.main([*arguments], plugins=[_Failures(failed)]))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
