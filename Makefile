@@ -1,4 +1,4 @@
-# Four commands: `make quickstart`, `make test`, `make torture`, `make bench`. Each sets up .venv by itself.
+# `make quickstart`, `make test`, `make test-all`, `make torture`, `make bench`: each sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 # rows of the battery at a time: at most one a core
@@ -28,13 +28,28 @@ REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDES
 	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test torture bench families lint format clean refused
+.PHONY: quickstart test test-all torture bench families lint lint-quick types types-of-tests unit mutants format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
 
-test: $(VENV)/.installed-dev lint  ## linters, types, layers, then all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers, a file at a time in each, in the order of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# everything but what needs an accelerator and the full battery
+ALL = not gpu and not torture
+
+test: $(VENV)/.installed-dev lint-quick  ## linters, layers, types and the fast tier of the tests: under five minutes on two cores
+	@$(MAKE) --no-print-directory -j2 types unit
+
+test-all: $(VENV)/.installed-dev lint-quick  ## every test: exhaustive, browser, slow; and the types of the tests
+	@$(MAKE) --no-print-directory -j2 types types-of-tests
+	$(PYTEST) -m '$(ALL)'
+
+unit: $(VENV)/.installed-dev
+	$(PYTEST)
+
+mutants: $(VENV)/.installed-dev  ## a hundred planted bugs against the fast tier: under an hour; writes tests/mutants/result.md
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mutants --jobs $(JOBS)
 
 torture: $(VENV)/.installed-dev  ## kills, power cuts, bad disks, outages, damage, attacks: hours; writes torture.json
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m torture --json torture.json --jobs $(JOBS)
@@ -45,12 +60,19 @@ bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an 
 families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
 
-lint: $(VENV)/.installed-dev
+lint: lint-quick types types-of-tests
+
+lint-quick: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/pyright
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright flows tasks rlhf_core
+
+types-of-tests: $(VENV)/.installed-dev
+	$(BIN)/pyright tests
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

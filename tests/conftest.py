@@ -17,6 +17,7 @@ import pytest
 import torch
 from iteration import tiny_tree
 from s3_server import S3Server, s3_server
+from tiers import is_exhaustive
 from tiny_world import Tiny, make_tiny
 
 from rlhf_core.contracts.config import RunConfig
@@ -44,9 +45,16 @@ LONGEST = (
 """Files that take the better part of a minute or more, the longest first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no core waits for the last file of another."""
-    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    """Mark what leaves the fast tier; begin with what takes longest, so that no core waits for the last file."""
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(root):
+            file, name = item.path.relative_to(root).as_posix(), item.nodeid.partition("::")[2]
+            if is_exhaustive(file, name):
+                item.add_marker("exhaustive")
+    rank = {root / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 

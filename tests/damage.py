@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tiny_world import Tiny
 from torture.runs import battery_config, start
+from zoo import copy_of_run
 
 from rlhf_core.contracts.records import read_record, write_record
 
@@ -25,8 +26,7 @@ class Damage:
 
 def finished_run(tiny: Tiny, run_dir: Path) -> Path:
     """A finished run of three iterations with checkpoints 2 and 3."""
-    start(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}}), run_dir)
-    return run_dir
+    return copy_of_run(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}}), run_dir, start)
 
 
 def flip(path: Path) -> None:

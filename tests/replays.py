@@ -14,8 +14,10 @@ import pytest
 import torch
 from tiny_world import Tiny
 from torture.runs import A_PICTURE, battery_config, start
+from zoo import copy_of_run
 
 from rlhf_core.contracts.batches import Experience, StageResult
+from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.durable import hash_file, write_file
 from rlhf_core.contracts.run_folder import RunFolder
 from rlhf_core.models.checkpoints import Trainer
@@ -23,15 +25,22 @@ from rlhf_core.stages.ppo_update import ppo_update
 from rlhf_core.stages.shape_rewards import shape_rewards
 from tasks.reports import report
 
+CHECKPOINTS: Mapping[str, Any] = {"checkpoint": {"every": 2, "keep_last": 2}}
 ROW, POSITION = 3, 0
 """Where :func:`another_advantage` plants its change."""
 
 
 def run_of(tiny: Tiny, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A finished run of three iterations, with checkpoints 2 and 3."""
-    with without_drawing():
-        start(battery_config(tiny, {"checkpoint": {"every": 2, "keep_last": 2}} | dict(changes or {})), path)
+    if changes is None:
+        return copy_of_run(battery_config(tiny, CHECKPOINTS), path, _start_without_drawing)
+    _start_without_drawing(battery_config(tiny, {**CHECKPOINTS, **changes}), path)
     return path
+
+
+def _start_without_drawing(config: RunConfig, path: Path) -> None:
+    with without_drawing():
+        start(config, path)
 
 
 def without_drawing() -> AbstractContextManager[object]:

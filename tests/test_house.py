@@ -27,9 +27,9 @@ OPS = sorted((ROOT / "rlhf_core" / "ops").glob("*.py"))
 README = ROOT / "README.md"
 MAX_LINES = 400
 MAX_FLOW_LINES = 40
-ROOMS_OF_TESTS = {"golden", "torture", "benchmarks", "inputs", "families"}
+ROOMS_OF_TESTS = {"golden", "torture", "benchmarks", "inputs", "families", "mutants"}
 """Folders of tests/ that mirror no package: numbers from outside with the scripts that made them, the battery,
-programs that measure time, files and folders that people bring, and every model family."""
+programs that measure time, files and folders that people bring, every model family, and planted bugs."""
 SELF_EVIDENT = {
     "reward.components.dtype",
     "ppo.adam_beta1",

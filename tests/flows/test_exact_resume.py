@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from torture.configs import CASES
+from torture.configs import CASES, COMBINED
 from torture.exactness import moments
 
 from rlhf_core.contracts.stage_graph import FILE_STEMS
@@ -37,11 +37,17 @@ def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*COMBINED, *(pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES)])
 def test_killed_and_resumed_again_and_again_it_is_the_undisturbed_run(
     case: str, problems: dict[str, list[str]]
 ) -> None:
     assert problems[case] == []
+
+
+def test_a_few_cases_hold_the_state_of_all() -> None:
+    combined = {change for changes in COMBINED.values() for change in changes}
+    states = {change.partition("=")[0] for changes in CASES.values() for change in changes}
+    assert states - {change.partition("=")[0] for change in combined} == set()
 
 
 def test_together_the_cases_die_at_every_stage_of_every_iteration_before_and_after() -> None:

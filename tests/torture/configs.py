@@ -44,7 +44,39 @@ CASES: Final[dict[str, Sequence[str]]] = {
 }
 """Name -> changes of the battery's config. β is adaptive and every second iteration has a checkpoint, as there."""
 
+COMBINED: Final[dict[str, Sequence[str]]] = {
+    "gae, the reward model's critic in warm-up, running scores, a schedule, archive": (
+        *CASES["a critic of its own, from the reward model, with a warm-up"],
+        *CASES["running normalisation of scores"],
+        *CASES["gradients accumulated, a schedule with a warm-up, and weight decay"],
+        *CASES["iterations go into the archive"],
+    ),
+    "LoRA merged, value on the trunk, first batch's scores, shards ahead": (
+        *CASES["LoRA, merged"],
+        *CASES["LoRA, critic on the trunk"],
+        "shaping.estimator=value",
+        *CASES["normalisation by the first batch, whitened rewards"],
+        *CASES["by shards, which answer ahead"],
+    ),
+    "rloo, LoRA adapter, running scores, prompts begin again, shards, archive": (
+        *CASES["rloo"],
+        *CASES["LoRA, adapter saved"],
+        *CASES["running normalisation of scores"],
+        *CASES["prompts run out and begin again, frozen models are read again"],
+        *CASES["by shards"],
+        *CASES["iterations go into the archive"],
+    ),
+    "reinforce++ with β by log_pi, a schedule, shards, frozen models from disk": (
+        *CASES["reinforce++, with β by log_pi"],
+        *CASES["gradients accumulated, a schedule with a warm-up, and weight decay"],
+        "frozen_models=disk",
+        "execution.num_shards=2",
+        "execution.num_workers=0",
+    ),
+}
+"""A few configurations that together hold the kinds of state of all the cases, several in each: the fast tier's."""
+
 
 def config_of(tiny: Tiny, case: str) -> RunConfig:
     """The config of a case."""
-    return build_config(battery_config(tiny).model_dump(), list(CASES[case]))
+    return build_config(battery_config(tiny).model_dump(), list((CASES | COMBINED)[case]))

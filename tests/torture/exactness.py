@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from tiny_world import Tiny, make_tiny, tiny_in
-from torture.configs import CASES, config_of
+from torture.configs import CASES, COMBINED, config_of
 from torture.deaths import KILLED, done_again, inodes, last_words, live, lost, promises, torn
 from torture.runs import fingerprint, in_child, warm
 
@@ -32,7 +32,7 @@ def moments(case: str) -> list[tuple[str, bool]]:
 
     In each iteration once, at another stage for each case; in some cases at the commit of a checkpoint instead.
     """
-    number, stems = list(CASES).index(case), list(FILE_STEMS.values())
+    number, stems = [*CASES, *COMBINED].index(case), list(FILE_STEMS.values())
     places = [f"{i:06d}/{stems[(number + 2 * i) % len(stems)]}.json" for i in range(3)]
     if number % 4 == 3:
         places[2] = "checkpoints/000002"

@@ -49,6 +49,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return {row["name"]: row for row in report["rows"]}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_met(name: str, rows: dict[str, Any]) -> None:
     row = rows[name]
