@@ -80,7 +80,9 @@ def test_a_change_of_what_runs_write_needs_every_test(repository: Repository, na
     assert repository.plan() == ALL
 
 
-@pytest.mark.parametrize("name", ["README.md", "flows/displays/plan.py", "tasks/figures.py", "tests/test_house.py"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "flows/displays/plan.py", "tasks/reports/figures.py", "tests/test_house.py"]
+)
 def test_another_change_does_not(repository: Repository, name: str) -> None:
     repository.commit(name)
     assert repository.plan() == FAST
