@@ -2,13 +2,14 @@
 
 What is on disk can be resumed at any moment, so an orderly end is a courtesy, and its time is bounded:
 
-    the signal      raises in the main thread; the stage at work is abandoned, the flow run is told to Prefect
-    after REPORT_S  Prefect is told by this module, unless the flow has ended by itself
+    the signal      raises in the main thread; the stage at work is abandoned, Prefect is told in a thread
+    after REPORT_S  that thread begins at the latest, and asks until Prefect says that the flow run has ended
     after GRACE_S   whatever still runs (a stage in a thread, a tracker that hangs) is left: the process exits
     a second Ctrl-C exits at once
     the very end    is ours too: exit handlers run, the interpreter's threads are not torn down (:func:`ends_here`)
 
-A flow run ends Cancelled by Ctrl-C and Crashed by SIGTERM, unless Prefect itself sent the signal to cancel it.
+A flow run ends Cancelled by Ctrl-C and Crashed by SIGTERM, unless Prefect itself sent the signal to cancel it, or the
+flow had come to its end. Where Prefect does not answer in time, a person reads that it may show the run as running.
 The thread that keeps the time is woken by the kernel's signal itself (``signal.set_wakeup_fd``), so it works while
 the main thread is busy in a library, and whoever has put a handler of his own in place.
 """
@@ -31,7 +32,10 @@ REPORT_S = 0.8
 GRACE_S = 3.5
 """Until the process exits."""
 TELLING_S = 2.5
-"""How long an interrupted flow may spend on telling Prefect that it is cancelled."""
+"""How long an interrupted flow waits until Prefect knows."""
+AGAIN_S = 0.1
+"""Pause before Prefect is told again. Its own client pauses for two seconds and more when the server is busy (503)."""
+NOT_TOLD = "\nPrefect did not answer in time, and may show this flow run as running"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_S = 15.0
 """For Prefect to send its last words after an ordinary end."""
@@ -47,6 +51,9 @@ class _Stop:
         self.time_runs = False
         self.told = False
         self.flow_run_id: str | None = None
+        self.is_complete = False
+        self.reporter: threading.Thread | None = None
+        self.prefect_knows = False
         self.api: str | None = None
         self.is_at_work = False
         self.sentence: Callable[[], str] = lambda: "stopped before it began; the same command begins again"
@@ -78,9 +85,18 @@ def is_at_work() -> bool:
 
 
 def last_words() -> str:
-    """That sentence, to be printed by the caller; empty if it was printed already."""
+    """That sentence, to be printed by the caller; empty if it was printed already. Waits until Prefect knows."""
+    if _stop.received is not None and _stop.reporter is not None:
+        _stop.reporter.join(TELLING_S)  # the time of the process may end meanwhile, which prints it too
+    return _words()
+
+
+def _words() -> str:
     told, _stop.told = _stop.told, True
-    return "" if told else _stop.sentence()
+    if told:
+        return ""
+    untold = _stop.reporter is not None and not _stop.prefect_knows
+    return _stop.sentence() + (NOT_TOLD if untold else "")
 
 
 @contextlib.contextmanager
@@ -116,19 +132,22 @@ def stoppable() -> Iterator[None]:
     if not flow_run.id or threading.current_thread() is not threading.main_thread():
         yield
         return
-    try:
-        with _timekeeper():
-            _stop.flow_run_id, _stop.api = str(flow_run.id), PREFECT_API_URL.value()
+    with _timekeeper():
+        around = _stop.flow_run_id, _stop.is_complete
+        _stop.flow_run_id, _stop.api, _stop.is_complete = str(flow_run.id), PREFECT_API_URL.value(), False
+        try:
             yield
-    except KeyboardInterrupt:
-        _stop.received = _stop.received or signal.SIGINT
-        _cancel_this_run()
-        raise
-    except Exception:
-        _stop.flow_run_id = None
-        raise
-    else:
-        _stop.flow_run_id = None
+        except KeyboardInterrupt:
+            _stop.received = _stop.received or signal.SIGINT
+            _cancel_this_run()
+            raise
+        except Exception as error:
+            if _was_interrupted():  # what was at work failed on its way out, as calls of a closed pool do
+                _cancel_this_run()
+                raise KeyboardInterrupt from error
+            _stop.flow_run_id, _stop.is_complete = around
+            raise
+        _stop.is_complete = True  # Prefect has still to be told, by its engine
 
 
 def ends_here() -> None:
@@ -165,6 +184,11 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     """Any signal is a KeyboardInterrupt; which one it was stands in ``received``."""
     _stop.received, _stop.time_runs = _stop.received or number, True
     raise KeyboardInterrupt
+
+
+def _was_interrupted() -> bool:
+    """Whether a signal was received, and is a KeyboardInterrupt: in a worker of Prefect it may be Prefect's own."""
+    return _stop.received is not None and signal.getsignal(_stop.received) is _interrupt
 
 
 @contextlib.contextmanager
@@ -212,7 +236,7 @@ def _end_in_time() -> None:
 
 def _exit(code: int) -> None:
     """End the process now, with its last words and without the temporary server it may have started."""
-    if _stop.received is not None and (words := last_words()):
+    if _stop.received is not None and (words := _words()):
         show_cursor = b"\x1b[?25h" if os.isatty(1) else b""
         with contextlib.suppress(OSError):
             os.write(1, show_cursor + b"\n" + words.encode() + b"\n")
@@ -226,45 +250,74 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-def _begin_report() -> threading.Thread:
-    """Tell Prefect from a thread, which may hang."""
-    reporter = threading.Thread(target=_report, name="last report", daemon=True)
-    reporter.start()
-    return reporter
+def _begin_report() -> threading.Thread | None:
+    """Tell Prefect from a thread, which may hang; one for all who ask. None where no flow run has begun."""
+    if _stop.flow_run_id is not None and _stop.reporter is None:
+        _stop.reporter = threading.Thread(target=_report, args=(_stop,), name="last report", daemon=True)
+        _stop.reporter.start()
+    return _stop.reporter
 
 
-def _report() -> None:
-    """Tell Prefect how the flow run ended, unless it knows."""
-    if _stop.flow_run_id is None:
-        return
+def _report(stop: _Stop) -> None:
+    """Tell Prefect how the flow run ended, until it knows; the process ends meanwhile if this takes too long."""
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_MAX_RETRIES,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+        temporary_settings,
+    )
+
+    known: dict[Any, Any] = {PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False, PREFECT_CLIENT_MAX_RETRIES: 0}
+    if stop.api:
+        known[PREFECT_API_URL] = stop.api
+    until = time.monotonic() + EXIT_S  # of a process that was not told to end, and so goes on
+    with temporary_settings(known):
+        while not stop.prefect_knows and time.monotonic() < until:
+            with contextlib.suppress(Exception):
+                stop.prefect_knows = _tell(stop)
+            time.sleep(0 if stop.prefect_knows else AGAIN_S)
+
+
+def _tell(stop: _Stop) -> bool:
+    """Ask Prefect to end the flow run unless it has ended. Returns whether it has, by Prefect's own answer."""
     from uuid import UUID
 
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, temporary_settings
 
-    known: dict[Any, Any] = {PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False}
-    if _stop.api:
-        known[PREFECT_API_URL] = _stop.api
-    with contextlib.suppress(Exception), temporary_settings(known), get_client(sync_client=True) as client:
-        flow_run_id = UUID(_stop.flow_run_id)
-        state = client.read_flow_run(flow_run_id).state
-        if state is None or not (state.is_final() or state.is_cancelling()):
-            client.set_flow_run_state(flow_run_id, _end_state(_stop.received or signal.SIGINT))
+    def is_busy(response: Any) -> None:
+        response.headers["Retry-After"] = "0"  # the pauses are this module's
+
+    flow_run_id = UUID(stop.flow_run_id or "")
+    with get_client(sync_client=True, httpx_settings={"event_hooks": {"response": [is_busy]}}) as client:
+        for has_asked in (False, True):
+            state = client.read_flow_run(flow_run_id).state
+            if state is not None and (state.is_final() or state.is_cancelling()):
+                return True
+            if not has_asked:
+                client.set_flow_run_state(flow_run_id, _end_state(stop))
+    return False
 
 
 def _cancel_this_run() -> None:
-    """Tell Prefect, in bounded time, that this flow run was interrupted; the engine takes it from here."""
+    """Tell Prefect, in bounded time, that this flow run was interrupted.
+
+    The engine calls a run whose state is final its own affair no more, so it is given one only once Prefect knows:
+    otherwise it tells Prefect of a crash itself, for as long as the process lasts.
+    """
     from prefect.context import FlowRunContext
 
-    _begin_report().join(TELLING_S)
+    if (reporter := _begin_report()) is not None:
+        reporter.join(TELLING_S)
     context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        context.flow_run.state = _end_state(_stop.received or signal.SIGINT)
+    if _stop.prefect_knows and context is not None and context.flow_run is not None:
+        context.flow_run.state = _end_state(_stop)
 
 
-def _end_state(number: int):  # noqa: ANN202 - prefect's State, which is not imported at start-up
-    from prefect.states import Cancelled, Crashed
+def _end_state(stop: _Stop):  # noqa: ANN202 - prefect's State, which is not imported at start-up
+    from prefect.states import Cancelled, Completed, Crashed
 
-    if number == signal.SIGINT:
+    if stop.is_complete:
+        return Completed(message="Complete; the process was told to end before it had told so.")
+    if (stop.received or signal.SIGINT) == signal.SIGINT:
         return Cancelled(message="Interrupted by a person (SIGINT). The run folder can be resumed.")
     return Crashed(message="Told to end (SIGTERM). The run folder can be resumed.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -178,7 +177,7 @@ def test_ctrl_c_ends_a_flow_run_as_cancelled(prefect_server: None) -> None:
         while (state := client.read_flow_run(UUID(ids[0])).state) and state.is_running() and time.monotonic() < until:
             time.sleep(0.1)
     assert state is not None
-    assert (state.name, state.message) == ("Cancelled", stopping._end_state(signal.SIGINT).message)
+    assert (state.name, state.message) == ("Cancelled", stopping._end_state(stopping._Stop()).message)
 
 
 def test_a_resume_marks_the_dead_flow_run_before_it_as_crashed(

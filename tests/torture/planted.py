@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from tiny_world import Tiny
 from torture import runs
 from torture.power import everywhere
 
-from rlhf_core.contracts import artifacts, durable, records, run_folder
+from rlhf_core import identity
+from rlhf_core.contracts import artifacts, durable, locking, records, run_folder
 from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.loop_state import Cursor, LoopState, ScoreMoments
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.models import checkpoints
+from rlhf_core.models import checkpoints, pattern_cost, untrusted
 from rlhf_core.ops import randomness
+from rlhf_core.rewards import foreign
+from rlhf_core.sweeping import grid
 from tasks.lifecycle import start as lifecycle
 from tasks.tracking import outbox
 
@@ -262,6 +266,45 @@ def lock_not_taken() -> None:
     changed.locked = locked
 
 
+def patterns_not_estimated() -> None:
+    everywhere(pattern_cost.searches_long, lambda pattern: False)
+
+
+def headers_taken_at_their_word() -> None:
+    """Names and shapes are read without a look at where the tensors are said to lie."""
+
+    def read_header(file: Path, named: str) -> dict[str, tuple[int, ...]]:
+        with file.open("rb") as opened:
+            told: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        return {key: tuple(tensor["shape"]) for key, tensor in told.items() if key != "__metadata__"}
+
+    everywhere(untrusted.read_header, read_header)
+
+
+def headers_of_any_length() -> None:
+    everywhere(vars(untrusted)["_check_header_size"], lambda file: None)
+
+
+def names_compared_by_case() -> None:
+    def names(points: Any, seeds: Any) -> dict[tuple[int, int], str]:
+        fit = vars(grid)["_fit"]
+        heads = ["_".join(f"{key}={fit(grid.value_text(value))}" for key, value in point.items()) for point in points]
+        if len(set(heads)) < len(heads):
+            heads = [f"point={i:03d}" for i in range(len(points))]
+        return {(i, seed): f"{head}_seed={seed}" for i, head in enumerate(heads) for seed in seeds}
+
+    everywhere(vars(grid)["_names"], names)
+
+
+def functions_not_compared() -> None:
+    everywhere(foreign.changed_functions, lambda config, identity, path: [])
+    everywhere(identity.identity_drift, lambda *arguments, **named: [])
+
+
+def fence_not_looked_at() -> None:
+    everywhere(locking.fenced, lambda folder, check: contextlib.nullcontext())
+
+
 def metrics_sent_twice() -> None:
     """What has arrived is neither written down nor asked for: a resume sends it again."""
     from tasks.tracking import tracker as tracking
@@ -278,7 +321,7 @@ def metrics_sent_twice() -> None:
     changed.change = change
 
 
-POWER, FAULTS, KILLS, ROT = "power_loss", "disk_faults", "kill_every_operation", "bit_rot"
+POWER, FAULTS, KILLS, ROT, AROUND = "power_loss", "disk_faults", "kill_every_operation", "bit_rot", "surroundings"
 MUTANTS = (
     Mutant("no fsync of a file", POWER, no_fsync_of_files),
     Mutant("no fsync of a folder", POWER, no_fsync_of_folders),
@@ -300,5 +343,11 @@ MUTANTS = (
     Mutant("a short write is taken for whole", FAULTS, short_write_taken_for_whole),
     Mutant("errors of the disk are not told", FAULTS, errors_of_the_disk_untold),
     Mutant("the lock is not taken", "races", lock_not_taken),
+    Mutant("the name beside the lock is not looked at", AROUND, fence_not_looked_at),
+    Mutant("what a tokenizer's pattern may cost is not estimated", AROUND, patterns_not_estimated),
+    Mutant("headers of weights are taken at their word", AROUND, headers_taken_at_their_word),
+    Mutant("headers of weights may have any length", AROUND, headers_of_any_length),
+    Mutant("names of a sweep are compared by case", AROUND, names_compared_by_case),
+    Mutant("a reward function's file is not compared on resume", AROUND, functions_not_compared),
     Mutant("what was sent to the tracker is neither written down nor asked for", "mlflow_outages", metrics_sent_twice),
 )

@@ -6,6 +6,7 @@ Each request meets the fault with a seeded chance, so that any sequence of good 
 
     none      the answer of the server
     errors    HTTP 500, and nothing was done
+    busy      HTTP 503, as of a server whose sqlite is locked; nothing was done
     lost      done, and the connection breaks before the answer
     late      given to the server only when the client has given up: a commit after the client's next try, perhaps
     hang      accepted, and never answered; nothing was done
@@ -75,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(HANG_S)
         elif fault == "errors":
             self._answer(500, {"Content-Type": "text/plain"}, b"on purpose")
+        elif fault == "busy":
+            self._answer(503, {"Content-Type": "application/json"}, b'{"exception_message": "Service Unavailable"}')
         elif fault == "garbage":
             self._answer(200, {"Content-Type": "text/html"}, b"<html>please log in</html>")
         elif fault == "late":

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torture import proxy
 from torture.battery import Effort, Outcome
 from torture.prefect_server import PrefectServer, free_port, prefect_server, rlhf
 from torture.runs import battery_config, fingerprint, in_child, start, start_or_go_on, warm
@@ -82,7 +83,8 @@ class Case:
 
     number: signal.Signals
     kind: str = "plain"
-    """plain, process (an own interpreter), workers, reward, mlflow, paused, api (these hang), temporary, bare."""
+    """plain, process (an own interpreter), workers, busy (a server that refuses three requests of ten for the moment),
+    reward, mlflow, paused, api (these hang), temporary, bare."""
     at: float = 0.5
     """As a share of a run's files, and as a share of the time to the next one; where something hangs: seconds of it."""
 
@@ -95,8 +97,8 @@ class Case:
 class Bench:
     """What all cases share: a server, a reward service, something that never answers, and the wanted hashes."""
 
-    def __init__(self, effort: Effort, server: PrefectServer, service: int, silent: int) -> None:
-        self.folder, self.server, self.silent = effort.folder, server, silent
+    def __init__(self, effort: Effort, server: PrefectServer, service: int, silent: int, busy: int) -> None:
+        self.folder, self.server, self.silent, self.busy = effort.folder, server, silent, busy
         (self.folder / "warm").mkdir()
         plain = battery_config(effort.tiny)
         warm(plain, self.folder / "warm")
@@ -132,7 +134,8 @@ class Bench:
         config = self.config(case.kind)
         (self.folder / f"{case.name}.yaml").write_bytes(canonical_json(config.model_dump()))
         arguments = ["train", "--config", str(self.folder / f"{case.name}.yaml"), "--run-dir", str(run_dir)]
-        api = {"temporary": None, "bare": f"http://127.0.0.1:{self.silent}/api"}.get(case.kind, self.server.url)
+        others = {"temporary": None, "bare": _api(self.silent), "busy": _api(self.busy)}
+        api = others.get(case.kind, self.server.url)
         if case.kind == "reward":
             hang.touch()
         begin = _process if case.kind == "process" else rlhf
@@ -213,8 +216,13 @@ def measure(effort: Effort) -> Outcome:
     """Every case, each a run of its own."""
     cases = _cases(full=effort.full)
     failures: list[str] = []
-    with prefect_server(effort.folder / "prefect") as server, _service(effort.folder) as service, _silence() as silent:
-        bench = Bench(effort, server, service, silent)
+    with (
+        prefect_server(effort.folder / "prefect") as server,
+        _service(effort.folder) as service,
+        _silence() as silent,
+        _busy(server.port) as busy,
+    ):
+        bench = Bench(effort, server, service, silent, busy)
         for done, case in enumerate(cases):
             if problem := bench.try_case(case):
                 failures.append(f"{case.name}: {problem}")
@@ -245,6 +253,7 @@ def _cases(*, full: bool) -> list[Case]:
         *(Case(number, "temporary", pick.random()) for number in polite for _ in range(2)),
         *(Case(signal.SIGKILL, "plain", pick.random()) for _ in range(10)),
         *(Case(number, "workers", pick.random()) for number in (*polite, signal.SIGKILL) for _ in range(4)),
+        *(Case(number, "busy", pick.random()) for number in polite for _ in range(4)),
     ]
 
 
@@ -302,6 +311,22 @@ def _service(folder: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def _busy(upstream: int) -> Iterator[int]:
+    """A port at which the Prefect server refuses requests for the moment, by chance."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, str(Path(proxy.__file__)), str(port), str(upstream), "busy"])
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _api(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,11 @@ from torture.runs import battery_config, fingerprint, fork, go_on, in_child, sta
 from flows import calling, cli
 from rlhf_core.contracts import errors, locking
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.config_io import build_config, canonical_json
 from rlhf_core.contracts.durable import Disk, using_disk
 from rlhf_core.contracts.run_folder import RunFolder
+from rlhf_core.models import untrusted
+from rlhf_core.sweeping.grid import plan_runs
 from tasks.lifecycle.start import record_drift
 
 NAME = "hosts, clocks, files, libraries, memory, names"
@@ -57,6 +61,13 @@ class MeddlingDisk(Disk):
         if str(target).endswith(self.at):
             self.act()
         super().rename(source, target)
+
+
+FUNCTION = "def scored(responses):\n    return [len(text) / {divisor} for text in responses]\n"
+"""A reward function's file."""
+BETWEEN_UPDATES = "000002/04_ref_logprobs.json"
+"""Renamed in the iteration after the first checkpoint."""
+SLOW_PATTERN = r"(?:a+)+$"
 
 
 class Bench:
@@ -114,7 +125,11 @@ def measure(effort: Effort) -> Outcome:
     failures: list[str] = []
     tried: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for kind in (two_hosts, clock_jumps, swapped_files, libraries, memory_limits, names_in_other_case):
+    kinds = (
+        two_hosts, clock_jumps, swapped_files, swapped_inputs, files_that_lie, libraries, memory_limits,
+        names_in_other_case,
+    )  # fmt: skip
+    for kind in kinds:
         began = time.monotonic()
         for name, wrong in kind(bench, effort):
             tried[kind.__name__] = tried.get(kind.__name__, 0) + 1
@@ -309,6 +324,155 @@ def _flipped(file: Path) -> None:
     _replace(file, bytes(data))
 
 
+def swapped_inputs(bench: Bench, _effort: Effort) -> Iterator[tuple[str, str]]:
+    """The config file, a checkpoint's folder or a reward function's file is another one between two stages."""
+    yield from _config_swapped(bench)
+    yield from _checkpoint_swapped(bench)
+    yield from _function_swapped(bench)
+
+
+def _config_swapped(bench: Bench) -> Iterator[tuple[str, str]]:
+    """A config is read once, and its copy in the run folder counts from there."""
+    bench.begin()
+    file = bench.folder / "config.yaml"
+    file.write_bytes(canonical_json(bench.config.model_dump()))
+    other = canonical_json(build_config(bench.config.model_dump(), ["seed=8", "kl.coef=0.9"]).model_dump())
+
+    def work() -> None:
+        everywhere(calling.run_flow, lambda flow, *arguments, **named: flow.fn(*arguments, **named))
+        disk = MeddlingDisk(lambda: _replace(file, other))
+        quietly = contextlib.redirect_stdout(io.StringIO())
+        with calling.without_prefect(), using_disk(disk), quietly, contextlib.suppress(SystemExit):
+            cli.main(["train", "--config", str(file), "--run-dir", str(bench.run)])
+
+    said = bench.ends(work)
+    swapped = file.read_bytes() == other
+    if not said:
+        said = "" if fingerprint(bench.run) == bench.expected else "it came to other numbers"
+    yield "the config file, running", said or ("" if swapped else "it was not swapped")
+    bench.begin(half=True)
+    yield "the config file, stopped", bench.heals()
+
+
+def _checkpoint_swapped(bench: Bench) -> Iterator[tuple[str, str]]:
+    """A checkpoint that is another one's: the run at work needs it no more, whoever reads it is told."""
+    last = RunFolder.open(bench.whole).checkpoints()[-1]
+
+    def swap() -> None:
+        (newest,) = RunFolder.open(bench.run).checkpoints()
+        there, held = RunFolder.open(bench.run).checkpoint_path(newest), bench.folder / "held_checkpoint"
+        there.rename(held)
+        shutil.copytree(RunFolder.open(bench.whole).checkpoint_path(last), there)
+
+    for name, dies in (("running", False), ("stopped", True)):
+        bench.begin()
+        shutil.rmtree(bench.folder / "held_checkpoint", ignore_errors=True)
+
+        def work(dies: bool = dies) -> None:
+            with using_disk(MeddlingDisk((lambda: (swap(), os._exit(9))) if dies else swap, BETWEEN_UPDATES)):
+                start(bench.config, bench.run)
+
+        said = bench.ends(work)
+        if not (bench.folder / "held_checkpoint").is_dir():
+            yield f"a checkpoint folder, {name}", f"it was not swapped: {said}"
+            continue
+        if dies:
+            said = bench.ends(lambda: go_on(bench.run))
+            yield "a checkpoint folder, resumed", "" if "IntegrityError" in said else f"it says {said!r}"
+            (swapped,) = RunFolder.open(bench.run).checkpoints()
+            there = RunFolder.open(bench.run).checkpoint_path(swapped)
+            shutil.rmtree(there)
+            (bench.folder / "held_checkpoint").rename(there)
+        elif said:
+            yield "a checkpoint folder, running", "" if _is_ours(said) else f"it says {said!r}"
+        yield f"a checkpoint folder, {name}, afterwards", bench.heals()
+
+
+def _function_swapped(bench: Bench) -> Iterator[tuple[str, str]]:
+    """A function that a process has loaded stays; whoever loads it later compares its file."""
+    home = bench.folder / "rewards"
+    home.mkdir()
+    file = home / "row_rewards.py"
+    first, other = FUNCTION.format(divisor=10), FUNCTION.format(divisor=20)
+    component = {"kind": "function", "name": "scored", "function": "row_rewards:scored", "folder": str(home)}
+    tree = bench.config.model_dump() | {"reward": {"components": [component]}}
+    config = build_config(tree)
+    bench.begin()
+    file.write_text(first)
+    if said := bench.ends(lambda: start(config, bench.run)):
+        yield "a reward function", said
+        return
+    expected = fingerprint(bench.run)
+    bench.begin()
+
+    def work() -> None:
+        with using_disk(MeddlingDisk(lambda: _replace(file, other.encode()))):
+            start(config, bench.run)
+
+    said = bench.ends(work)
+    same = not said and fingerprint(bench.run) == expected
+    yield "a reward function, running", "" if same or (said and _is_ours(said)) else said or "it came to other numbers"
+    bench.begin()
+    _replace(file, first.encode())
+
+    def dies() -> None:
+        with using_disk(MeddlingDisk(lambda: os._exit(9))):
+            start(config, bench.run)
+
+    bench.ends(dies)
+    _replace(file, other.encode())
+    said = bench.ends(lambda: go_on(bench.run))
+    yield "a reward function, stopped", "" if "DriftError" in said else f"it says {said!r}"
+    _replace(file, first.encode())
+    yield "a reward function, afterwards", bench.heals(config, expected)
+
+
+def files_that_lie(bench: Bench, effort: Effort) -> Iterator[tuple[str, str]]:
+    """A tokenizer whose pattern may search for ever, and weights whose header says what is not so: refused at once."""
+    for name, spoil in (
+        ("a slow pattern", _slow_pattern),
+        ("a header of tensors beyond the end", _header_beyond_the_end),
+        ("a header longer than any model's", _long_header),
+    ):
+        reward = bench.folder / "lying"
+        shutil.rmtree(reward, ignore_errors=True)
+        shutil.copytree(effort.tiny.root / "reward", reward)
+        spoil(reward)
+        config = battery_config(effort.tiny, {"reward": {"components": [{"kind": "model", "model": str(reward)}]}})
+        bench.begin()
+        said = bench.ends(lambda config=config: start(config, bench.run))
+        refused = "UserError" in said and not bench.run.exists()
+        yield name, "" if refused else f"it says {said!r}" if said else "it was taken for what it says"
+
+
+def _slow_pattern(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["normalizer"] = {"type": "Replace", "pattern": {"Regex": SLOW_PATTERN}, "content": "a"}
+    _replace(file, json.dumps(tree).encode())
+
+
+def _header_beyond_the_end(folder: Path) -> None:
+    """Every tensor is said to lie a GiB further on."""
+    file = folder / "model.safetensors"
+    size, data = struct.unpack("<Q", file.read_bytes()[:8])[0], file.read_bytes()
+    header = json.loads(data[8 : 8 + size])
+    for key, tensor in header.items():
+        if key != "__metadata__":
+            tensor["data_offsets"] = [at + 2**30 for at in tensor["data_offsets"]]
+    told = json.dumps(header).encode()
+    _replace(file, struct.pack("<Q", len(told)) + told + data[8 + size :])
+
+
+def _long_header(folder: Path) -> None:
+    """The same header behind so many spaces that it is longer than is read."""
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    told = data[8 : 8 + size] + b" " * (untrusted.MAX_HEADER_BYTES + 8 - size)
+    _replace(file, struct.pack("<Q", len(told)) + told + data[8 + size :])
+
+
 # ---------------------------------------------------------------------------------------------- libraries
 
 
@@ -394,3 +558,7 @@ def names_in_other_case(bench: Bench, _effort: Effort) -> Iterator[tuple[str, st
         if len(folded) != len(names):
             yield str(folder.relative_to(bench.whole)), f"{sorted(names)}"
     yield "names of a run", ""
+    sources = ["News.jsonl", "news.jsonl", "NEWS.jsonl"]
+    planned = [run.name for run in plan_runs(bench.config, {"prompts.source": sources}, [0, 1])]
+    is_clear = len({name.casefold() for name in planned}) == len(planned) == len(sources) * 2
+    yield "names of a sweep", "" if is_clear else f"two of these are one folder on such a disk: {planned}"
