@@ -28,7 +28,7 @@ REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDES
 	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test torture bench families lint format clean refused
+.PHONY: quickstart test torture bench families docs lint format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -45,7 +45,11 @@ bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an 
 families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
 
-lint: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev  ## the documentation as a site: strict, without a network, some seconds; site/index.html
+	PYTHONPATH=$(CURDIR) $(BIN)/python docs/prepare.py build/docs
+	PYTHONPATH=$(CURDIR) $(BIN)/zensical build --strict --clean --config-file mkdocs.yml
+
+lint: $(VENV)/.installed-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
