@@ -18,11 +18,13 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+import typer
 from damage import finished_run
 from documentation import DOCS, ROOT, prepare
 from ruamel.yaml import YAML
 from tiny_world import Tiny
 
+from flows.cli import app
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.config_io import build_config
 from rlhf_core.contracts.errors import UserError
@@ -82,6 +84,31 @@ def test_an_example_of_a_config_is_one(page: str, number: int) -> None:
     for section, values in tree.items():
         whole[section] = {**whole.get(section, {}), **values} if isinstance(values, dict) else values
     build_config(whole, [])
+
+
+COMMAND = re.compile(r"(?:^|[\s/])rlhf ((?:[a-z]+)\b[^#\n|>&]*)")
+
+
+def test_the_commands_of_the_pages_exist_with_their_options() -> None:
+    commands: Any = typer.main.get_command(app)
+    known = {
+        name: {o for p in command.params for o in p.opts + p.secondary_opts}
+        for name, command in commands.commands.items()
+    }
+    texts = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), **PAGES}
+    shown = [
+        (page, line)
+        for page, text in texts.items()
+        for kind, _, block in FENCE.findall(text)
+        if kind in ("bash", "sh")
+        for line in COMMAND.findall(block.replace("\\\n", " "))
+    ]
+    assert len(shown) >= 60
+    used = [(page, line, line.split()[0], re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)) for page, line in shown]
+    assert [(page, line) for page, line, name, _ in used if name not in known] == []
+    assert [(page, line, o) for page, line, name, options in used for o in options if o not in known[name]] == []
+    unshown = set(known) - {name for _, _, name, _ in used}
+    assert unshown <= {"feedback"}, "a command without an example"
 
 
 def test_a_reward_is_written_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
