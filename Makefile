@@ -28,7 +28,7 @@ REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDES
 	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test test-all torture bench families lint lint-quick types types-of-tests unit mutants format clean refused
+.PHONY: quickstart test test-all torture bench families docs lint lint-quick types types-of-tests unit mutants format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -38,7 +38,7 @@ PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # everything but what needs an accelerator and the full battery
 ALL = not gpu and not torture
 
-test: $(VENV)/.installed-dev lint-quick  ## linters, layers, types and the fast tier of the tests: under five minutes on two cores
+test: $(VENV)/.installed-dev lint-quick docs  ## linters, layers, types and the fast tier of the tests: under five minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types unit
 
 test-all: $(VENV)/.installed-dev lint-quick  ## every test: exhaustive, browser, slow; and the types of the tests
@@ -60,7 +60,11 @@ bench: $(VENV)/.installed-bench  ## seven tables of speed, TRL beside us, on an 
 families: $(VENV)/.installed-dev  ## every model family at tiny size against transformers: minutes; writes docs/models.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m families --page docs/models.md --jobs $(JOBS)
 
-lint: lint-quick types types-of-tests
+docs: $(VENV)/.installed-dev  ## the documentation as a site: strict, without a network, some seconds; site/index.html
+	PYTHONPATH=$(CURDIR) $(BIN)/python docs/prepare.py build/docs
+	PYTHONPATH=$(CURDIR) $(BIN)/zensical build --strict --clean --config-file mkdocs.yml
+
+lint: lint-quick docs types types-of-tests
 
 lint-quick: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

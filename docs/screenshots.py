@@ -1,4 +1,4 @@
-"""Draws the README's screenshots from real runs, servers and pages.
+"""Draws the screenshots of the documentation from real runs, servers and pages.
 
     PYTHONPATH=.:tests python docs/screenshots.py [--folder DIR]       some ten minutes on two cores; needs chromium
 
@@ -32,7 +32,7 @@ from ruamel.yaml import YAML
 from rlhf_core.contracts.records import read_record
 from rlhf_core.contracts.run_folder import RunFolder
 
-DOCS = Path(__file__).parent
+IMAGES = Path(__file__).parent / "images"
 COLUMNS = 118
 TARGETS = (2, 8)
 """Nats that the two further runs are held at."""
@@ -82,9 +82,9 @@ def trained(folder: Path) -> list[Path]:
 
 def draw_terminals(runs: Sequence[Path]) -> None:
     """Commands with what they print, as pictures of a terminal."""
-    draw_terminal(DOCS / "inspect.svg", "inspect", runs[0], "--by", "kl", "--iteration", 39, "--limit", 4)
-    draw_terminal(DOCS / "compare.svg", "compare", *runs)
-    draw_terminal(DOCS / "replay.svg", "replay", runs[0], "--iteration", 30)
+    draw_terminal(IMAGES / "inspect.svg", "inspect", runs[0], "--by", "kl", "--iteration", 39, "--limit", 4)
+    draw_terminal(IMAGES / "compare.svg", "compare", *runs)
+    draw_terminal(IMAGES / "replay.svg", "replay", runs[0], "--iteration", 30)
 
 
 def draw_view(tab: Tab, run: Path) -> None:
@@ -94,7 +94,7 @@ def draw_view(tab: Tab, run: Path) -> None:
         tab.look(width=1440, height=1000, scheme=scheme)
         tab.open(run / "view.html")
         time.sleep(0.5)
-        tab.screenshot(DOCS / f"view-{scheme}.png")
+        tab.screenshot(IMAGES / f"view-{scheme}.png")
 
 
 def draw_prefect(tab: Tab, run: Path, server: str) -> None:
@@ -104,7 +104,7 @@ def draw_prefect(tab: Tab, run: Path, server: str) -> None:
     found = httpx.post(f"{server}/api/artifacts/filter", json=wanted, timeout=30).json()
     page = next(artifact for artifact in found if artifact["key"] != "mlflow-run")
     show(tab, f"{server}/artifacts/artifact/{page['id']}", width=1300, height=1000)
-    tab.screenshot(DOCS / "prefect.png")
+    tab.screenshot(IMAGES / "prefect.png")
 
 
 def draw_mlflow(tab: Tab, run: Path, server: str) -> None:
@@ -115,7 +115,7 @@ def draw_mlflow(tab: Tab, run: Path, server: str) -> None:
     tab.evaluate("document.querySelector('input[placeholder=\"Search metric charts\"]').focus()")
     tab.call("Input.insertText", text="objective/")
     time.sleep(6)
-    tab.screenshot(DOCS / "mlflow.png")
+    tab.screenshot(IMAGES / "mlflow.png")
 
 
 def show(tab: Tab, address: str, *, width: int, height: int) -> None:

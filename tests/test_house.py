@@ -6,7 +6,6 @@ Everything here is read from the source text: nothing is imported but the contra
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
@@ -15,16 +14,19 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from documentation import generated
 from pydantic import BaseModel
 
 from rlhf_core.contracts.config import RunConfig
+from rlhf_core.contracts.metric_meanings import METRIC_MEANINGS
 from rlhf_core.contracts.stage_graph import FILE_STEMS, SCHEMAS, STAGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "tasks", "rlhf_core")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 OPS = sorted((ROOT / "rlhf_core" / "ops").glob("*.py"))
-README = ROOT / "README.md"
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+ARCHITECTURE = ROOT / "docs" / "concepts" / "architecture.md"
 MAX_LINES = 400
 MAX_FLOW_LINES = 40
 ROOMS_OF_TESTS = {"golden", "torture", "benchmarks", "inputs", "families", "mutants"}
@@ -42,6 +44,8 @@ SELF_EVIDENT = {
 SECTIONS = ("Args:", "Returns:", "Raises:", "Source:")
 METRIC = re.compile(r"[a-z0-9]+/[a-z0-9_<>]+")
 PLACEHOLDER = re.compile(r"<[^<>]+>")
+SENT_ELSEWHERE = {"checkpoint/value"}
+"""Sent by tasks/tracked_models.py, for a model and not for a run."""
 PLAIN_METRICS = {"lr", "episode"}
 """Names that the field knows without a slash."""
 
@@ -271,37 +275,45 @@ class TestDocumentation:
         assert [s.__name__ for s in sections(RunConfig) if not s.__doc__ or s.__doc__ == BaseModel.__doc__] == []
 
 
-class TestReadme:
-    @pytest.fixture
-    def readme(self) -> str:
-        assert README.is_file(), "the README is yet to be written"
-        return README.read_text(encoding="utf-8")
-
-    def test_names_the_six_stages_and_their_files(self, readme: str) -> None:
-        assert [name for name in [*STAGES, *FILE_STEMS.values()] if name not in readme] == []
-
-    def test_explains_every_metric_and_no_other(self, readme: str) -> None:
-        groups = {metric.split("/")[0] for metric in metrics()}
-        quoted = {PLACEHOLDER.sub("<>", name) for name in re.findall(r"`([^`\s]+)`", readme)}
-        explained = {name for name in quoted if METRIC.fullmatch(name) and name.split("/")[0] in groups}
-        assert sorted(metrics() - quoted) == [], "not explained"
+class TestPages:
+    def test_explain_every_metric_and_no_other(self) -> None:
+        explained = {PLACEHOLDER.sub("<>", name) for name in METRIC_MEANINGS} - SENT_ELSEWHERE
+        assert sorted(metrics() - explained) == [], "not explained"
         assert sorted(explained - metrics()) == [], "explained, but nothing sends it"
+        assert [name for name, meaning in METRIC_MEANINGS.items() if len(meaning) < 10 and name != "lr"] == []
+        assert set(METRIC_MEANINGS) >= SENT_ELSEWHERE
 
-    def test_its_tables_list_each_knob(self) -> None:
-        """As docs/knob_tables.py writes them from the config."""
-        spec = importlib.util.spec_from_file_location("knob_tables", ROOT / "docs" / "knob_tables.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert module.rewritten() == README.read_text(encoding="utf-8"), "run `python docs/knob_tables.py`"
-        listed = set(re.findall(r"^\| `([^`]+)` \|", module.tables(), re.MULTILINE))
+    @pytest.mark.parametrize("page", PAGES, ids=name_of)
+    def test_quote_no_metric_that_is_not_sent(self, page: Path) -> None:
+        groups = {metric.split("/")[0] for metric in metrics()}
+        quoted = {PLACEHOLDER.sub("<>", name) for name in re.findall(r"`([^`\s]+)`", page.read_text(encoding="utf-8"))}
+        named = {name for name in quoted if METRIC.fullmatch(name) and name.split("/")[0] in groups}
+        assert sorted(named - metrics()) == []
+
+    def test_list_each_knob(self) -> None:
+        listed = set(re.findall(r"^\| `([^`]+)` \|", generated.config(), re.MULTILINE))
         plain = {re.sub(r"\.N\([a-z]+\)", "", name) for name in listed}
         assert {name for name, _ in knobs(RunConfig)} == plain
 
-    def test_names_every_room(self, readme: str) -> None:
+    def test_list_each_metric_column_command_and_error(self) -> None:
+        assert all(f"| `{name}` |" in generated.metrics() for name in METRIC_MEANINGS)
+        columns = generated.artifacts()
+        for stage, schema in STAGES.items():
+            table = columns.split(f"### {FILE_STEMS[stage]}.arrow")[1].split("\n### ")[0]
+            assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == schema.names
+        commands = ROOT / "flows" / "commands"
+        public = {name for path in commands.glob("*.py") if path.stem != "options" for name in public_functions(path)}
+        listed = set(re.findall(r"^### rlhf (\S+)$", generated.cli(), re.MULTILINE))
+        assert len(listed) >= 15
+        assert listed <= public
+        classes = {n.name for n in parsed(ROOT / "rlhf_core/contracts/errors.py").body if isinstance(n, ast.ClassDef)}
+        assert set(re.findall(r"^\| `(\w+)` \|", generated.error_classes(), re.MULTILINE)) == classes
+
+    def test_name_every_room(self) -> None:
+        page = ARCHITECTURE.read_text(encoding="utf-8")
         rooms = {p.parent.name for p in SOURCES if p.name == "__init__.py"}
-        assert [room for room in sorted(rooms) if f"{room}/" not in readme] == []
+        assert [room for room in sorted(rooms) if f"{room}/" not in page] == []
+        assert [name for name in [*STAGES, *FILE_STEMS.values()] if name not in page] == []
 
 
 def metrics() -> set[str]:

@@ -136,3 +136,11 @@ def test_nothing_is_done_where_all_is_there(place: Place) -> None:
     done = place.make()
     assert (done.returncode, done.stderr) == (0, "")
     assert not (place.folder / "pip.log").exists()
+
+
+def test_lint_builds_the_documentation_strictly(place: Place) -> None:
+    place.plays("python3", "3.12")
+    told = place.make("--dry-run", "lint").stdout
+    assert "docs/prepare.py build/docs" in told
+    assert "zensical build --strict" in told
+    assert told.index("prepare.py") < told.index("zensical") < told.index("pyright")

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rlhf_core.contracts.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "security-model.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "concepts" / "security-model.md").read_text(encoding="utf-8")
 ROWS = [
     [re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")]
     for line in PAGE.split("## Each field of the config")[1].split("## What Python imports")[0].splitlines()
@@ -50,7 +50,9 @@ def is_free(annotation: Any) -> bool:
 
 def test_each_field_stands_in_one_row() -> None:
     listed = [field for row in ROWS for field in row[0]]
-    assert sorted(listed) == sorted(leaves(RunConfig)), "add the field to docs/security-model.md: what can it do?"
+    assert sorted(listed) == sorted(leaves(RunConfig)), (
+        "add the field to docs/concepts/security-model.md: what can it do?"
+    )
 
 
 def test_each_free_text_has_a_row_of_its_own() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+PAGE = Path(__file__).parents[1] / "docs" / "tutorials" / "your-models.md"
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 SHORTER = {
     "num_iterations=20": "num_iterations=2",
@@ -29,7 +29,7 @@ def shorter(text: str) -> str:
 @pytest.mark.slow
 def test_a_person_who_has_only_the_tutorial_gets_there(tmp_path: Path) -> None:
     """From the model on; what is installed is installed."""
-    root = str(PAGE.parents[1])
+    root = str(PAGE.parents[2])
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": root, "BROWSER": "true"}
     said: list[str] = []
     for language, text in ((language, shorter(text)) for language, text in BLOCKS[1:]):

@@ -109,7 +109,7 @@ def _grounds(found: Forecast) -> list[str]:
     if work.policy.dtype != fitted.dtype:
         lines.append(f"{work.policy.dtype} has never been measured there: {fitted.dtype}'s shares of the peak")
     if hardware.kind.is_cpu:
-        lines.append("of the process of the stages; Prefect and MLflow take some 0.35 GB beside (README, Speed)")
+        lines.append("of the process of the stages; Prefect and MLflow take some 0.35 GB beside (docs/performance.md)")
     if hardware.devices > 1:
         lines.append(
             "several devices have never been measured: collectives at 80 % of the published bandwidth, none of them "

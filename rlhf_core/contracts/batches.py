@@ -385,7 +385,7 @@ class StageResult(Generic[Batch]):
 
     batch: Batch
     metrics: Mapping[str, float]
-    """Deterministic; names as in the README's metric table."""
+    """Deterministic; names as in METRIC_MEANINGS."""
     state: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Plain JSON: the cursor after sample_prompts, the moments after shape_rewards, everything after ppo_update."""
     outputs: Mapping[str, str] = field(default_factory=dict[str, str])

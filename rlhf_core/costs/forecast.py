@@ -18,7 +18,7 @@ from rlhf_core.costs.workload import LORA_RANK, Workload
 USABLE: Final = 0.92
 """Of a device's memory: the rest goes to its driver's context and to fragments. Assumed."""
 BETWEEN_STAGES_S: Final = 0.15
-"""Prefect, MLflow and arithmetic, an iteration: measured on CPU2 (README, Speed)."""
+"""Prefect, MLflow and arithmetic, an iteration: measured on CPU2 (docs/performance.md)."""
 HOST_THREADS: Final = 16
 """Of a GPU's host, where num_threads does not say: what the measured one had."""
 MOST_DEVICES: Final = 1024

@@ -1,4 +1,4 @@
-"""The artifacts are plain Arrow: each tool of the README opens each of them."""
+"""The artifacts are plain Arrow: each tool of the documentation opens each of them."""
 
 from __future__ import annotations
 

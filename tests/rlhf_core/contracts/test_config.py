@@ -13,7 +13,8 @@ from rlhf_core.contracts.config_io import build_config, flat_params
 from rlhf_core.contracts.errors import UserError
 
 DESIGN_DEFAULTS: dict[str, Any] = {
-    # the table of defaults in the README, from Ziegler et al. 2019, "The N+ Implementation Details" and peers
+    # as docs/concepts/implementation-details.md has them, from Ziegler et al. 2019, "The N+ Implementation Details" and
+    # peers
     "ppo.clip_range": 0.2,
     "ppo.clip_range_high": None,
     "ppo.value_clip_range": 0.2,
