@@ -1,6 +1,6 @@
 """Try the fast tier with planted bugs: ``make mutants``.
 
-    python -m mutants [--jobs N] [--only TEXT] [--limit N] [--fast-only] [--records FOLDER]
+    python -m mutants [--jobs N] [--only TEXT] [--limit N] [--core-only | --fast-only] [--records FOLDER]
 
 Each bug is planted in a copy of the tree. The test files of the fast tier that call the changed function run against
 it, the module's own first, until one fails; a bug that escapes meets every other test. Results are kept in
@@ -14,13 +14,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mutants.bugs import BUGS, ROOT, Bug
-from mutants.coverage import coverage
+from mutants.coverage import Coverage, coverage
 from mutants.report import page
 from mutants.trying import DEADLINE_S, Result, copy_tree, failing, is_current, try_bug, warm
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="bugs whose file or description holds this text")
     parser.add_argument("--limit", type=int, default=len(BUGS), help="try at most this many that have no result yet")
     parser.add_argument("--fast-only", action="store_true", help="do not run the rest for those that escape")
+    parser.add_argument("--core-only", action="store_true", help="a first pass with tests/rlhf_core alone: minutes")
     parser.add_argument("--records", type=Path, default=None, help="records of this tree that were made before")
     options = parser.parse_args(arguments)
     for bug in BUGS:
@@ -43,26 +44,24 @@ def main(arguments: Sequence[str]) -> int:
     kept = {name: Result(**values) for name, values in _kept().items()}
     valid = {bug.name: kept[bug.name] for bug in BUGS if bug.name in kept and is_current(bug, kept[bug.name], covering)}
     open_ = [
-        bug for bug in BUGS if bug.name not in valid or (valid[bug.name].tier == "unsure" and not options.fast_only)
+        bug for bug in BUGS if bug.name not in valid or (valid[bug.name].tier == "unsure" and not options.core_only)
     ]
     chosen = [bug for bug in open_ if options.only in f"{bug.file} {bug.about}"][: options.limit]
+    _write(valid)  # with those of a call that was stopped, whose parts begin anew now
     warm()
-    children = [_child(number, chosen[number :: options.jobs], options.fast_only) for number in range(options.jobs)]
+    children = [_child(number, chosen[number :: options.jobs], covering, options) for number in range(options.jobs)]
     failed = [child for child in children if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
     for number in range(options.jobs):
         valid |= {name: Result(**values) for name, values in _part(number).items()}
     unsound = _fail_without_a_bug(valid.values()) if chosen else set[str]()
     valid = {name: result for name, result in valid.items() if result.caught_by not in unsound}
-    RESULT.write_text(json.dumps({b.name: asdict(valid[b.name]) for b in BUGS if b.name in valid}, indent=1) + "\n")
-    text, is_met = page(BUGS, valid)
-    (HERE / "result.md").write_text(text, encoding="utf-8")
+    is_met = _write(valid)
     return 2 if failed else 0 if is_met else 1
 
 
-def _child(number: int, bugs: Sequence[Bug], fast_only: bool) -> int:
+def _child(number: int, bugs: Sequence[Bug], covering: Coverage, options: argparse.Namespace) -> int:
     """Fork a process that tries some of the bugs one after another; returns its pid."""
     place = copy_tree(number)
-    covering = coverage(1)
     part = place.parent / f"part{number}.json"
     part.write_text("{}")
     sys.stdout.flush()
@@ -72,7 +71,13 @@ def _child(number: int, bugs: Sequence[Bug], fast_only: bool) -> int:
     try:
         done: dict[str, object] = {}
         for bug in bugs:
-            result = try_bug(bug, covering, place, with_rest=not fast_only)
+            result = try_bug(
+                bug,
+                covering,
+                place,
+                core_only=options.core_only,
+                with_rest=not (options.fast_only or options.core_only),
+            )
             done[bug.name] = asdict(result)
             part.write_text(json.dumps(done))
             sys.stdout.write(f"{result.tier:8} {result.seconds:6.0f} s  {bug.file}: {bug.about}\n")
@@ -84,6 +89,15 @@ def _child(number: int, bugs: Sequence[Bug], fast_only: bool) -> int:
         os._exit(code)
 
 
+def _write(results: Mapping[str, Result]) -> bool:
+    """Write both files; returns whether the goal is met."""
+    kept = {bug.name: asdict(results[bug.name]) for bug in BUGS if bug.name in results}
+    RESULT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text, is_met = page(BUGS, results)
+    (HERE / "result.md").write_text(text, encoding="utf-8")
+    return is_met
+
+
 def _fail_without_a_bug(results: Iterable[Result]) -> set[str]:
     """Tests that are said to have caught a bug, and fail in the clean copy as well: they prove nothing."""
     tests = sorted({r.caught_by for r in results if r.caught_by and not r.caught_by.endswith(")")})
@@ -93,11 +107,15 @@ def _fail_without_a_bug(results: Iterable[Result]) -> set[str]:
     return found
 
 
-def _kept() -> dict[str, dict[str, object]]:
-    return json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+def _kept() -> dict[str, dict[str, Any]]:
+    """Results in the repository, and those of a call that was stopped."""
+    kept: dict[str, dict[str, Any]] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    for part in sorted((ROOT / ".mutants").glob("part*.json")):
+        kept |= json.loads(part.read_text())
+    return kept
 
 
-def _part(number: int) -> dict[str, dict[str, object]]:
+def _part(number: int) -> dict[str, dict[str, Any]]:
     return json.loads((ROOT / ".mutants" / f"part{number}.json").read_text())
 
 

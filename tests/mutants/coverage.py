@@ -38,27 +38,46 @@ class Coverage:
     """Tests that fail without any bug: they are deselected."""
 
     def tests_of(self, bug: Bug) -> list[str]:
-        """Test files that run the bug or name its module: the module's own, those that name it, then the cheapest."""
+        """Test files that run the bug, name its module or are of a module that uses it; the likeliest first."""
         recorded = {test for name in _functions_of(bug) for test in self.callers.get(f"{bug.file}:{name}", ())}
-        naming, own = tests_that_name(bug.file), f"test_{Path(bug.file).stem}"
+        naming, users, own = tests_that_name(bug.file), tests_of_users(bug.file), f"test_{Path(bug.file).stem}"
         return sorted(
-            {*recorded, *naming},
-            key=lambda test: (Path(test).stem != own, test not in naming, self.cpu_s.get(test, 0.0), test),
+            {*recorded, *naming, *users},
+            key=lambda test: (
+                Path(test).stem != own,
+                test not in naming,
+                test not in users,
+                self.cpu_s.get(test, 0.0),
+                test,
+            ),
         )
 
 
 @functools.cache
 def tests_that_name(file: str) -> frozenset[str]:
-    """Test files that import a source file, or replace something in it by its dotted name."""
+    """Test files that import a source file or replace something in it by its dotted name; and its own tests."""
+    return frozenset(_naming(file, "tests", "test_*.py") | _own(file))
+
+
+@functools.cache
+def tests_of_users(file: str) -> frozenset[str]:
+    """The own tests of each source file that imports a source file."""
+    users = {name for folder in SOURCES if folder != "tests" for name in _naming(file, folder, "*.py")}
+    return frozenset(test for name in users for test in _own(name))
+
+
+def _own(file: str) -> set[str]:
+    folder, _, stem = file.removesuffix(".py").rpartition("/")
+    name = f"tests/{folder}/test_{stem}.py"
+    return {name} if (ROOT / name).is_file() else set()
+
+
+def _naming(file: str, folder: str, pattern: str) -> set[str]:
     package, _, stem = file.removesuffix(".py").replace("/", ".").rpartition(".")
-    named = re.compile(
-        rf"\b{re.escape(package)}\.{stem}\b|^from {re.escape(package)} import .*\b{stem}\b", re.MULTILINE
-    )
-    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "mutants" not in path.parts]
-    found = {str(path.relative_to(ROOT)) for path in tests if named.search(path.read_text(encoding="utf-8"))}
-    return frozenset(
-        found | {name for name in [f"tests/{package.replace('.', '/')}/test_{stem}.py"] if (ROOT / name).is_file()}
-    )
+    dotted, plain = re.escape(package), re.escape(stem)
+    named = re.compile(rf"\b{dotted}\.{plain}\b|^from {dotted} import .*\b{plain}\b", re.MULTILINE)
+    paths = [path for path in (ROOT / folder).rglob(pattern) if "mutants" not in path.parts]
+    return {str(path.relative_to(ROOT)) for path in paths if named.search(path.read_text(encoding="utf-8"))}
 
 
 def digest_of_sources() -> str:
@@ -88,10 +107,8 @@ def coverage(jobs: int, records: Path | None = None) -> Coverage:
         shutil.rmtree(records, ignore_errors=True)
         records.mkdir(parents=True)
         _record(records, jobs)
-    found = _read(records)
-    KEPT.mkdir(exist_ok=True)
-    MAP.write_text(json.dumps({"digest": digest, **vars(found)}))
-    return found
+        MAP.write_text(json.dumps({"digest": digest, **vars(_read(records))}))
+    return _read(records)
 
 
 def _record(records: Path, jobs: int) -> None:

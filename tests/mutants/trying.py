@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mutants.bugs import ROOT, Bug
-from mutants.coverage import KEPT, Coverage, tests_that_name
+from mutants.coverage import KEPT, Coverage, tests_of_users, tests_that_name
 
 LIBRARIES: Final = (
     "torch", "numpy", "pyarrow", "pyarrow.compute", "pydantic", "ruamel.yaml", "httpx", "safetensors.torch", "pytest",
@@ -72,11 +72,12 @@ def is_current(bug: Bug, result: Result, covering: Coverage) -> bool:
     return result.key == result_key(bug, [_file(result.caught_by)] if caught else covering.tests_of(bug))
 
 
-def try_bug(bug: Bug, covering: Coverage, place: Path, *, with_rest: bool) -> Result:
+def try_bug(bug: Bug, covering: Coverage, place: Path, *, core_only: bool, with_rest: bool) -> Result:
     """Run the tests that cover a bug until one fails.
 
     Args:
         place: a copy of the tree (:func:`copy_tree`) that nobody else uses meanwhile.
+        core_only: leave tests of tasks and flows out, unless they are the module's own.
         with_rest: whether a bug that escapes the fast tier meets every other test.
     """
     tests, begun, path = covering.tests_of(bug), time.monotonic(), place / bug.file
@@ -84,9 +85,7 @@ def try_bug(bug: Bug, covering: Coverage, place: Path, *, with_rest: bool) -> Re
     caught_by, tier = "", "unsure"
     path.write_text(bug.planted(source), encoding="utf-8")
     try:
-        naming = tests_that_name(bug.file)
-        own, rest = [test for test in tests if test in naming], [test for test in tests if test not in naming]
-        for files in (own, rest):
+        for files in _groups(bug, tests)[: 3 if core_only else None]:
             if files and not caught_by:
                 caught_by = next(iter(failing(place, [*files, *_deselected(covering)], DEADLINE_S)), "")
         if caught_by:
@@ -98,6 +97,16 @@ def try_bug(bug: Bug, covering: Coverage, place: Path, *, with_rest: bool) -> Re
         path.write_text(source, encoding="utf-8")
     key = result_key(bug, [_file(caught_by)] if caught_by else tests)
     return Result(key, caught_by, tier, len(tests), round(time.monotonic() - begun, 1))
+
+
+def _groups(bug: Bug, tests: Sequence[str]) -> list[list[str]]:
+    """The module's own tests, those of the core that name or use it, others of the core, and then the rest."""
+    near, own = tests_that_name(bug.file) | tests_of_users(bug.file), f"test_{Path(bug.file).stem}"
+    groups: list[list[str]] = [[], [], [], []]
+    for test in tests:
+        in_core = test.startswith("tests/rlhf_core/")
+        groups[0 if Path(test).stem == own else 1 if test in near and in_core else 2 if in_core else 3].append(test)
+    return groups
 
 
 def _deselected(covering: Coverage) -> list[str]:
