@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rlhf_core.contracts import errors, schemas
+from rlhf_core.contracts import errors, schemas, stage_graph
 from rlhf_core.contracts.config import RunConfig
 from rlhf_core.contracts.metric_meanings import METRIC_MEANINGS
 
@@ -95,10 +95,10 @@ def artifacts() -> str:
     """A table of columns for each stage's artifact; the meaning is the comment beside the column."""
     comments = _column_comments(Path(schemas.__file__).read_text(encoding="utf-8"))
     parts: list[str] = []
-    for stage, schema in schemas.STAGES.items():
+    for stage, schema in stage_graph.SCHEMAS.items():
         known = comments[stage.upper()]
         rows = [f"| `{f.name}` | `{_arrow_type(f.type)}` | {_cell(known.get(f.name, ''))} |" for f in schema]
-        head = [f"### {schemas.FILE_STEMS[stage]}.arrow", "", f"Written by `{stage}`.", ""]
+        head = [f"### {stage_graph.FILE_STEMS[stage]}.arrow", "", f"Written by `{stage}`.", ""]
         parts.append("\n".join([*head, "| column | type | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(parts)
 

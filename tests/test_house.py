@@ -45,7 +45,7 @@ SECTIONS = ("Args:", "Returns:", "Raises:", "Source:")
 METRIC = re.compile(r"[a-z0-9]+/[a-z0-9_<>]+")
 PLACEHOLDER = re.compile(r"<[^<>]+>")
 SENT_ELSEWHERE = {"checkpoint/value"}
-"""Sent by tasks/tracked_models.py, for a model and not for a run."""
+"""Sent by tasks/tracking/models.py, for a model and not for a run."""
 PLAIN_METRICS = {"lr", "episode"}
 """Names that the field knows without a slash."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from documentation import prepare
 
-from rlhf_core.contracts.schemas import FILE_STEMS, STAGES
+from rlhf_core.contracts.stage_graph import FILE_STEMS, STAGES
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
