@@ -298,7 +298,7 @@ class TestPages:
     def test_list_each_metric_column_command_and_error(self) -> None:
         assert all(f"| `{name}` |" in generated.metrics() for name in METRIC_MEANINGS)
         columns = generated.artifacts()
-        for stage, schema in STAGES.items():
+        for stage, schema in SCHEMAS.items():
             table = columns.split(f"### {FILE_STEMS[stage]}.arrow")[1].split("\n### ")[0]
             assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == schema.names
         commands = ROOT / "flows" / "commands"
