@@ -6,6 +6,7 @@ Everything here is read from the source text: nothing is imported but the contra
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import tomllib
@@ -46,6 +47,7 @@ PLAIN_METRICS = {"lr", "episode"}
 """Names that the field knows without a slash."""
 
 
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
