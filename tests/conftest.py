@@ -7,6 +7,7 @@ from environment import be_quiet_and_private
 
 be_quiet_and_private()
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,16 @@ LONGEST = (
     "flows/test_evaluate_flow.py",
 )
 """Files that take the better part of a minute or more, the longest first."""
+
+
+gc.disable()  # while a million objects of libraries and tests are made, of which none is ever freed
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection of garbage: to walk it takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers

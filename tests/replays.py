@@ -76,7 +76,7 @@ def another_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.shape_rewards.core.shape_rewards", shape)
 
 
-def another_update(monkeypatch: pytest.MonkeyPatch, *, where: str = "tasks.updates.core.ppo_update") -> None:
+def another_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose update leads elsewhere, though its statistics are the same."""
 
     def update(trainer: Trainer, *arguments: Any, **settings: Any) -> Any:
@@ -85,7 +85,7 @@ def another_update(monkeypatch: pytest.MonkeyPatch, *, where: str = "tasks.updat
             next(parameter for _, parameter in trainer.actor_critic.named_parameters()).add_(1e-6)
         return result
 
-    monkeypatch.setattr(where, update)
+    monkeypatch.setattr("tasks.session.policy_state.ppo_update", update)
 
 
 def refuse(*_: Any, **__: Any) -> Any:

@@ -118,7 +118,8 @@ def _optimizer_step(trainer: Trainer, batch: UpdateBatch, step: Step, *, is_firs
 
     A critic with a trunk of its own shares nothing with the policy: both go forward and backward side by side.
     """
-    actor_critic, critic, ranks = trainer.actor_critic, trainer.actor_critic.critic, trainer.ranks
+    actor_critic, ranks = trainer.actor_critic, trainer.ranks
+    critic = None if batch.returns_BR is None else actor_critic.critic  # None: an estimator that needs no values
     sums: dict[str, float] = {"value_loss": 0.0, "value_clip_fraction": 0.0}
     max_log_ratio = 0.0
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """Try the fast tier with planted bugs: ``make mutants``.
 
-    python -m mutants [--jobs N] [--only TEXT] [--limit N] [--core-only | --fast-only] [--records FOLDER]
+    python -m mutants [--jobs N] [--only TEXT] [--limit N] [--own-only | --fast-only] [--records FOLDER]
 
 Each bug is planted in a copy of the tree. The test files of the fast tier that call the changed function run against
 it, the module's own first, until one fails; a bug that escapes meets every other test. Results are kept in
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="bugs whose file or description holds this text")
     parser.add_argument("--limit", type=int, default=len(BUGS), help="try at most this many that have no result yet")
     parser.add_argument("--fast-only", action="store_true", help="do not run the rest for those that escape")
-    parser.add_argument("--core-only", action="store_true", help="a first pass with tests/rlhf_core alone: minutes")
+    parser.add_argument(
+        "--own-only", action="store_true", help="a first pass with the nearest tests of each bug alone: minutes"
+    )
     parser.add_argument("--records", type=Path, default=None, help="records of this tree that were made before")
     options = parser.parse_args(arguments)
     for bug in BUGS:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     kept = {name: Result(**values) for name, values in _kept().items()}
     valid = {bug.name: kept[bug.name] for bug in BUGS if bug.name in kept and is_current(bug, kept[bug.name], covering)}
     open_ = [
-        bug for bug in BUGS if bug.name not in valid or (valid[bug.name].tier == "unsure" and not options.core_only)
+        bug for bug in BUGS if bug.name not in valid or (valid[bug.name].tier == "unsure" and not options.own_only)
     ]
     chosen = [bug for bug in open_ if options.only in f"{bug.file} {bug.about}"][: options.limit]
     _write(valid)  # with those of a call that was stopped, whose parts begin anew now
@@ -75,8 +77,8 @@ def _child(number: int, bugs: Sequence[Bug], covering: Coverage, options: argpar
                 bug,
                 covering,
                 place,
-                core_only=options.core_only,
-                with_rest=not (options.fast_only or options.core_only),
+                own_only=options.own_only,
+                with_rest=not (options.fast_only or options.own_only),
             )
             done[bug.name] = asdict(result)
             part.write_text(json.dumps(done))

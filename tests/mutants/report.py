@@ -29,7 +29,7 @@ def page(bugs: Sequence[Bug], results: Mapping[str, Result]) -> tuple[str, bool]
         f"- caught by the fast tier: {fast}",
         f"- caught by the rest of the suite alone: {len(of_tier['all'])}",
         f"- caught by no test: {len(of_tier['escaped'])}",
-        f"- not caught by the fast tier, and not tried with the rest: {unsure}",
+        f"- not caught by the tests tried so far, others still to run (`unsure`): {unsure}",
         f"- share of the fast tier in what the whole suite catches: {share} (goal: {GOAL:.0%})",
         "",
         "| File | Bug | Result | First test that fails | Seconds |",

@@ -72,12 +72,12 @@ def is_current(bug: Bug, result: Result, covering: Coverage) -> bool:
     return result.key == result_key(bug, [_file(result.caught_by)] if caught else covering.tests_of(bug))
 
 
-def try_bug(bug: Bug, covering: Coverage, place: Path, *, core_only: bool, with_rest: bool) -> Result:
+def try_bug(bug: Bug, covering: Coverage, place: Path, *, own_only: bool, with_rest: bool) -> Result:
     """Run the tests that cover a bug until one fails.
 
     Args:
         place: a copy of the tree (:func:`copy_tree`) that nobody else uses meanwhile.
-        core_only: leave tests of tasks and flows out, unless they are the module's own.
+        own_only: run the module's own tests alone, or those next to it where it has none.
         with_rest: whether a bug that escapes the fast tier meets every other test.
     """
     tests, begun, path = covering.tests_of(bug), time.monotonic(), place / bug.file
@@ -85,8 +85,8 @@ def try_bug(bug: Bug, covering: Coverage, place: Path, *, core_only: bool, with_
     caught_by, tier = "", "unsure"
     path.write_text(bug.planted(source), encoding="utf-8")
     try:
-        for files in _groups(bug, tests)[: 3 if core_only else None]:
-            if files and not caught_by:
+        for files in [group for group in _groups(bug, tests) if group][: 1 if own_only else None]:
+            if not caught_by:
                 caught_by = next(iter(failing(place, [*files, *_deselected(covering)], DEADLINE_S)), "")
         if caught_by:
             tier = "fast"

@@ -22,6 +22,7 @@ from rlhf_core.verification.run import verify_run
 from tasks.lifecycle import start as lifecycle
 from tasks.lifecycle.repair import repair_run
 from tasks.lifecycle.start import check_resumable, record_drift
+from tasks.session.scoring_models import ScoringModels
 from tasks.session.session import Session, open_session
 
 
@@ -83,7 +84,7 @@ class TestRepair:
         flip(run_dir / "iterations/000001/03_scores.arrow")
         remove(run_dir / "iterations/000002/02_rollouts.json")
         before = content(run_dir)
-        monkeypatch.setattr(Session, "reward_components", property(_other_opinion))
+        monkeypatch.setattr(ScoringModels, "reward_components", property(_other_opinion))
         with pytest.raises(IntegrityError) as refused:
             repair_run(str(run_dir))
         assert content(run_dir) == before
@@ -99,7 +100,7 @@ class TestRepair:
         remove(run_dir / "iterations/000001/03_scores.json")
         remove(run_dir / "iterations/000001/03_scores.arrow")
         before = content(run_dir)
-        monkeypatch.setattr(Session, "reward_components", property(_other_opinion))
+        monkeypatch.setattr(ScoringModels, "reward_components", property(_other_opinion))
         with pytest.raises(IntegrityError, match=r"was not repaired; nothing was changed"):
             repair_run(str(run_dir))
         assert content(run_dir) == before
@@ -121,17 +122,17 @@ class TestRepair:
             repair_run(str(run_dir))
 
 
-def _other_opinion(session: Session) -> Any:
+def _other_opinion(models: ScoringModels) -> Any:
     from rlhf_core.rewards.loading import load_component
 
-    config = session.run.config.reward.components[0].model_copy(update={"weight": 1.0})
+    config = models._config.reward.components[0].model_copy(update={"weight": 1.0})
     component = load_component(
         config,
         field="reward",
         columns=[],
         policy_vocabulary="",
         device=torch.device("cpu"),
-        frozen=session.models._models,
+        frozen=models._models,
     )
     with torch.no_grad():
         component.model.score.weight.mul_(1.01)  # pyright: ignore[reportAttributeAccessIssue]
@@ -218,8 +219,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
             next(parameter for _, parameter in trainer.actor_critic.named_parameters()).add_(1e-6)
         return result
 
-    monkeypatch.setattr("tasks.session.session.ppo_update", update)
-    monkeypatch.setattr("tasks.updates.core.ppo_update", update)
+    monkeypatch.setattr("tasks.session.policy_state.ppo_update", update)
 
 
 @pytest.fixture

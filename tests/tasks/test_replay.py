@@ -178,13 +178,13 @@ class TestDifferent:
 
     def test_weights_that_cannot_be_had_again(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without a checkpoint of iteration 1 its weights are computed again, and come out otherwise here."""
-        another_update(monkeypatch, where="tasks.session.session.ppo_update")
+        another_update(monkeypatch)
         replay = replay_iteration(str(run_dir), 1)
         assert verdicts(replay) == ALL | {"generate": False, "ppo_update": False}
         assert "gives other weights than it committed" in str(of(replay, "generate").failed)
 
     def test_a_stage_that_fails(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tasks.updates.core.RATIO_TOLERANCE", {torch.float32: -1.0})
+        monkeypatch.setattr("rlhf_core.stages.ppo_update.RATIO_TOLERANCE", {torch.float32: -1.0})
         stage = of(replay_iteration(str(run_dir), 0, first="ppo_update"), "ppo_update")
         assert stage.is_identical is False
         assert "the ratio to the behaviour policy must be 1" in str(stage.failed)

@@ -119,7 +119,7 @@ class TestUpdate:
 class TestRewards:
     def test_a_weight_needs_no_model(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What the components said is stored."""
-        monkeypatch.setattr("tasks.session.session.load_component", refuse)
+        monkeypatch.setattr("tasks.session.scoring_models.load_component", refuse)
         answer = ask(run_dir, "reward.components.0.weight=2.0")
         then, now = numbers(answer)["score, mean"]
         assert now == pytest.approx(2 * then, rel=1e-6)

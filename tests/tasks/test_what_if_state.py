@@ -105,7 +105,7 @@ class TestMoments:
         self, running: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Their components are stored, so no model is asked, and no worker."""
-        monkeypatch.setattr("tasks.session.session.load_component", refuse)
+        monkeypatch.setattr("tasks.session.scoring_models.load_component", refuse)
         answer = ask(running, "reward.components.1.weight=0.75")
         assert_shaped(answer, normalized(weighted, running, 2, over="running"))
         both = ask(running, "reward.components.1.weight=0.75", f"{NORMALIZATION}=reference", "kl.coef=1.0")
