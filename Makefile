@@ -28,7 +28,7 @@ REFUSED = $(PYTHON) is $(or $(FOUND:%=Python %),not there), and Python 3.$(OLDES
 	$(if $(OTHER),run,install it and run) '$(AGAIN)'
 endif
 
-.PHONY: quickstart test test-all torture bench families docs lint lint-quick types types-of-tests unit mutants format clean refused
+.PHONY: quickstart test test-all torture bench families docs lint lint-quick types types-of-tests unit exhaustive mutants format clean refused
 
 quickstart: $(VENV)/.installed  ## a whole run on an embedded world, a few minutes on two cores
 	$(BIN)/rlhf quickstart
@@ -44,6 +44,9 @@ test: $(VENV)/.installed-dev lint-quick docs  ## linters, layers, types and the 
 test-all: $(VENV)/.installed-dev lint-quick  ## every test: exhaustive, browser, slow; and the types of the tests
 	@$(MAKE) --no-print-directory -j2 types types-of-tests
 	$(PYTEST) -m '$(ALL)'
+
+exhaustive: $(VENV)/.installed-dev types-of-tests  ## what `make test` leaves out, but for slow and browser tests; types of the tests
+	$(PYTEST) -m 'exhaustive and not slow and not browser and $(ALL)'
 
 unit: $(VENV)/.installed-dev
 	$(PYTEST)

@@ -1,4 +1,4 @@
-"""The continuous integration runs the README's test command, and every test when the change asks for it."""
+"""The continuous integration runs the README's test command, and the exhaustive tests when the change asks for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAST, ALL = ["make test"], ["make test", "make test-all"]
+FAST, ALL = ["make test"], ["make test", "make exhaustive"]
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 
