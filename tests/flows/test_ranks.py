@@ -305,7 +305,7 @@ def test_two_nodes_meet(tiny: Any, tmp_path: Path) -> None:
         other = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         start(config(tiny, TWO | {"nnodes": 2, "nproc_per_node": 1, "endpoint": endpoint}), tmp_path / "two")
-        assert other.wait(30) == 0, "it ends with the run"
+        assert other.wait(90) == 0, "it ends with the run"
     finally:
         other.kill()
     check_close(tmp_path / "one", tmp_path / "two")

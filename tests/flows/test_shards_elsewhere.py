@@ -55,7 +55,7 @@ def computes_nothing_here(elsewhere: LocalWorkers, monkeypatch: pytest.MonkeyPat
         raise AssertionError("a part did not come")
 
     monkeypatch.setattr("flows.ppo.shard_workers", those)
-    monkeypatch.setattr(shards, "_compute", refuse)
+    monkeypatch.setattr(shards.ShardedStages, "compute_part", refuse)
 
 
 def tree(tiny: Any, changes: dict[str, Any]) -> Any:

@@ -148,12 +148,12 @@ def _stages_and_models() -> list[Bug]:
         Bug(f"{stages}/ppo_update.py", "trainer.optimizer.zero_grad(set_to_none=True)", "pass", "gradients add up"),
         Bug(f"{stages}/ppo_update.py", "    if not skipped:\n        trainer.optimizer.step()",
             "    trainer.optimizer.step()", "a step with a gradient of NaN is taken"),
-        Bug(f"{stages}/ppo_update.py", "(rollouts.logprobs_BR - experience.token_kl_BR)",
+        Bug("rlhf_core/updating/batch.py", "(rollouts.logprobs_BR - experience.token_kl_BR)",
             "(rollouts.logprobs_BR + experience.token_kl_BR)", "the reference's log-probs are mirrored"),
         Bug(f"{stages}/ppo_update.py", "skipped_in_a_row + 1 if record[\"skipped\"] else 0",
             "skipped_in_a_row + 1 if record[\"skipped\"] else skipped_in_a_row", "skipped steps need not be in a row"),
-        Bug(f"{stages}/ppo_update.py",
-            "loss - config.entropy_coef * self._mean", "loss + config.entropy_coef * self._mean",
+        Bug("rlhf_core/updating/losses.py",
+            "loss - config.entropy_coef * _mean", "loss + config.entropy_coef * _mean",
             "the entropy bonus is a penalty"),
         Bug(f"{stages}/ppo_update.py", '"ppo_update", iteration, epoch).permutation',
             '"ppo_update", epoch).permutation',
@@ -234,7 +234,7 @@ def _rest_of_the_core() -> list[Bug]:
 
 def _tasks_and_flows() -> list[Bug]:
     return [
-        Bug("tasks/stage.py", "committed.key == key and _is_intact(resources, committed)", "committed.key == key",
+        Bug("tasks/stage.py", "committed.key == key and _is_intact(session, committed)", "committed.key == key",
             "a damaged artifact is not computed again"),
         Bug("tasks/lifecycle/retention.py", "    if run.last_good is not None:\n        kept.add(run.last_good)\n", "",
             "the last good checkpoint is removed"),
