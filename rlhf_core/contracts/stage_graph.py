@@ -88,5 +88,10 @@ STAGES: Final[dict[str, StageSpec]] = {spec.name: spec for spec in _SPECS}
 WRITER_OF: Final[dict[str, str]] = {spec.artifact: spec.name for spec in _SPECS}
 """Name of an artifact -> the stage that writes it."""
 
+READS: Final[dict[str, tuple[str, ...]]] = {
+    spec.name: tuple(WRITER_OF[artifact] for artifact in spec.reads) for spec in _SPECS
+}
+"""Stage name -> the stages whose artifacts its task is given, in the order of the arguments."""
+
 SCHEMAS: Final[dict[str, pa.Schema]] = {spec.name: spec.schema for spec in _SPECS}
 FILE_STEMS: Final[dict[str, str]] = {spec.name: spec.file_stem for spec in _SPECS}

@@ -19,7 +19,7 @@ from rlhf_core.contracts.artifacts import ArtifactRef, artifact_path, encode_arc
 from rlhf_core.contracts.durable import write_file
 from rlhf_core.contracts.records import write_record
 from rlhf_core.contracts.run_folder import RunFolder
-from rlhf_core.contracts.stage_graph import STAGES, WRITER_OF
+from rlhf_core.contracts.stage_graph import READS, STAGES
 from tasks.generate import generate
 from tasks.ppo_update import ppo_update
 from tasks.reference_logprobs import reference_logprobs
@@ -47,8 +47,7 @@ def compute_stage(shadow: RunFolder, stage: str, iteration: int, refs: Mapping[s
         iteration: from 0.
         refs: the artifacts of the stages before it.
     """
-    read = [refs[WRITER_OF[artifact]] for artifact in STAGES[stage].reads]
-    return TASKS[stage].fn(str(shadow.path), iteration, *read)
+    return TASKS[stage].fn(str(shadow.path), iteration, *(refs[name] for name in READS[stage]))
 
 
 def manifest_path(iteration: int, stage: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contracts.artifacts import ArtifactRef
 from rlhf_core.contracts.batches import StageResult, UpdateStatistics
 from rlhf_core.contracts.errors import IntegrityError
+from rlhf_core.contracts.stage_graph import READS
 from rlhf_core.models.actor_critic import ActorCritic
 from rlhf_core.models.checkpoints import Trainer, load_checkpoint, new_trainer, save_checkpoint
 from rlhf_core.models.devices import using_threads
@@ -107,7 +108,7 @@ class PolicyState:
         manifests = run.manifests(iteration)
         if "ppo_update" not in manifests:
             raise IntegrityError(f"iteration {iteration} of {run.path} has no committed update to start from")
-        refs = [manifests[stage].artifact for stage in ("sample_prompts", "generate", "shape_rewards")]
+        refs = [manifests[stage].artifact for stage in READS["ppo_update"]]
         ppo_update(trainer, **self._update_inputs(iteration, refs))
         check_replayed(run, trainer, iteration, manifests["ppo_update"].inputs["policy_after"])
 

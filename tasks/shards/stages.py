@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -55,11 +55,6 @@ class ShardedStages(WholeStages):
         parts = self._parts("reference_logprobs", iteration, refs)
         return StageResult(ReferenceLogprobs.from_table(_joined(parts)), {}, worker_s=worker_seconds(parts))
 
-    def part(self, stage: str, iteration: int, shard: Shard, refs: Refs) -> Part | None:
-        """The part that somebody has committed for a shard; None: it is not there."""
-        path = self.session.run.path
-        return read_part(path, stage, iteration, shard, key=self._part_key(stage, iteration, shard, refs))
-
     def compute_part(self, stage: str, iteration: int, shard: Shard, refs: Refs) -> Part:
         """A shard of a stage, computed here."""
         execution, num_prompts = self.session.run.config.execution, self.session.run.config.prompts.num_prompts
@@ -73,27 +68,24 @@ class ShardedStages(WholeStages):
             result = compute(prompts, rollouts.of_prompts(rows))
             return Part(conform(result.batch.to_table(), stage), result.metrics)
 
-    def commit_part(self, stage: str, iteration: int, shard: Shard, refs: Refs, part: Part) -> None:
-        """Commit a part into the run folder."""
-        key = self._part_key(stage, iteration, shard, refs)
-        commit_part(self.session.run.path, stage, iteration, shard, part, key=key)
-
-    def _parts(self, stage: str, iteration: int, refs: Refs) -> list[Part]:
-        """The parts of all shards, in order."""
-        count = self.session.run.config.execution.num_shards
-        shards = [Shard(number, count) for number in range(count)]
-        return [
-            self.part(stage, iteration, shard, refs) or self.compute_part(stage, iteration, shard, refs)
-            for shard in shards
-        ]
-
-    def _part_key(self, stage: str, iteration: int, shard: Shard, refs: Refs) -> str:
+    def keys(self, stage: str, iteration: int, refs: Refs) -> Callable[[Shard], str]:
+        """Shard -> the key under which its part counts; what all of them share is read once."""
         inputs = self.session.input_digests(STAGES[stage], iteration, refs)
         if stage == "generate":  # the same prompts, whether foreseen or committed, which adds where they come from
             prompts = self.session.prompts(refs[0])
             inputs["prompts"] = hashlib.sha256(encode_table(prompts.to_table(), {})).hexdigest()
         identity = self.session.run.identity_digest_at(iteration)
-        return stage_key(stage, iteration, identity, inputs | {"shard": str(shard)})
+        return lambda shard: stage_key(stage, iteration, identity, inputs | {"shard": str(shard)})
+
+    def _parts(self, stage: str, iteration: int, refs: Refs) -> list[Part]:
+        """The parts of all shards, in order."""
+        run, key_of = self.session.run, self.keys(stage, iteration, refs)
+        count = run.config.execution.num_shards
+        return [
+            read_part(run.path, stage, iteration, shard, key=key_of(shard))
+            or self.compute_part(stage, iteration, shard, refs)
+            for shard in (Shard(number, count) for number in range(count))
+        ]
 
 
 def compute_part(stage: str, place: str, iteration: int, shard: Shard, refs: Refs) -> None:
@@ -107,11 +99,13 @@ def compute_part(stage: str, place: str, iteration: int, shard: Shard, refs: Ref
         refs: the artifacts that the stage reads.
     """
     with helping(place, stage, iteration, shard) as folder:
-        work = ShardedStages(open_session(str(folder)))
-        if work.part(stage, iteration, shard, refs) is None:
+        session = open_session(str(folder))
+        work, run_dir = ShardedStages(session), session.run.path
+        key = work.keys(stage, iteration, refs)(shard)
+        if read_part(run_dir, stage, iteration, shard, key=key) is None:
             began = time.time()
             part = work.compute_part(stage, iteration, shard, refs)
-            work.commit_part(stage, iteration, shard, refs, replace(part, span_s=(began, time.time())))
+            commit_part(run_dir, stage, iteration, shard, replace(part, span_s=(began, time.time())), key=key)
 
 
 def hand_out_weights(run_dir: str, iteration: int) -> None:
