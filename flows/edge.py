@@ -35,7 +35,7 @@ _NO_MEMORY: Final = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_?\s?alloc|can't start new thread|"
     r"could not create a (primitive|memory)|Cannot allocate memory|Resource temporarily unavailable"
 )
-"""What torch, oneDNN, MKL and Python's threads say of a memory that is at its end, in a RuntimeError."""
+"""torch, oneDNN, MKL and Python's threads raise a RuntimeError with one of these where memory is exhausted."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

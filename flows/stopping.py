@@ -32,7 +32,7 @@ REPORT_S = 0.8
 GRACE_S = 3.5
 """Until the process exits."""
 TELLING_S = 2.5
-"""How long an interrupted flow waits until Prefect knows."""
+"""Seconds that an interrupted flow waits for Prefect to confirm its end."""
 AGAIN_S = 0.1
 """Pause before Prefect is told again. Its own client pauses for two seconds and more when the server is busy (503)."""
 NOT_TOLD = "\nPrefect did not answer in time, and may show this flow run as running"
@@ -187,7 +187,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _was_interrupted() -> bool:
-    """Whether a signal was received, and is a KeyboardInterrupt: in a worker of Prefect it may be Prefect's own."""
+    """Return whether a signal was received that this module answers: in a worker, Prefect may answer it itself."""
     return _stop.received is not None and signal.getsignal(_stop.received) is _interrupt
 
 

@@ -31,7 +31,7 @@ class Fit:
     """A config for a model."""
 
     title: str
-    """What the model is, in a line."""
+    """One line on the model: its type, size, context and the machine."""
     choices: list[Choice]
     config: RunConfig | None
     """As checked; None where prompts are still to be named."""

@@ -31,9 +31,9 @@ from typing import Final
 LORA_RANK: Final = 16
 """Ranks beyond it gain little in reinforcement learning ("LoRA Without Regret")."""
 SHARE_OF_MEMORY: Final = 0.8
-"""Of the free memory that the plan's estimate may take; decoding's cache and the libraries come on top."""
+"""The plan's estimate may take this share of the free memory; decoding's cache and the libraries come on top."""
 CACHE_SHARE: Final = 0.25
-"""Of the free memory that the keys and values of a decoding batch may take."""
+"""Keys and values of a decoding batch may take this share of the free memory."""
 CONTEXT_OF_PROMPTS: Final = 512
 """Tokens of the longest prompt, where the model could read more than twice as many."""
 MINIBATCHES: Final = 4
@@ -57,7 +57,7 @@ class SizeDefaults:
     all_weights: float
     all_weights_from: str
     critic: float
-    """Of a critic of its own."""
+    """Learning rate of a separate critic."""
     critic_from: str
     adapter: float
     adapter_from: str
@@ -79,7 +79,7 @@ BY_SIZE: Final = (
 )  # fmt: skip
 """The table above."""
 HEAD_RATE: Final = 1e-3
-"""Of a value head on the policy's trunk: measured at 135 M, with an adapter."""
+"""Learning rate of a value head on the policy's trunk, measured at 135 M with an adapter."""
 
 
 def defaults_of(parameters: int) -> SizeDefaults:

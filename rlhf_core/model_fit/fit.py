@@ -55,7 +55,7 @@ _SPOKEN: Final = "QWERTZ"
 
 @dataclass(frozen=True)
 class _Model:
-    """What is known of a policy's folder."""
+    """A policy's folder, as far as a config depends on it."""
 
     name: str
     shape: Any

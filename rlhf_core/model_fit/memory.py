@@ -23,7 +23,7 @@ ADAPTER: Tree = {"policy": {"lora": {"rank": LORA_RANK}, "critic": {"kind": "sha
 
 @dataclass(frozen=True)
 class Training:
-    """How a policy is trained on a machine.
+    """One way of training a policy, and the memory that it takes on this machine.
 
     Example: an adapter by bytes of 3e9 where 22e9 are free and all weights would take 8e9.
     """
@@ -43,7 +43,7 @@ class Training:
 
     @property
     def fits(self) -> bool:
-        """Whether the estimate is within the share of the free memory that a run may take."""
+        """Return whether the estimate is within the share of the free memory that a run may take."""
         return self.peak_bytes <= SHARE_OF_MEMORY * self.free_bytes
 
 

@@ -73,7 +73,7 @@ def _check(file: Path, named: str, *_identity: int) -> None:
 
 
 def _growth(part: object) -> int:
-    """How many characters a normalizer or decoder may make of one, by the replacements in it."""
+    """Return how many characters a normalizer or decoder may make of one, by the replacements in it."""
     if not isinstance(part, dict):
         return 1
     values = cast("dict[str, Any]", part)
